@@ -1,0 +1,1 @@
+"""Measured comparisons. Run from the root: `python -m benchmarks.transformer_step`."""

@@ -1,0 +1,1 @@
+"""Other programs doing the same work, each in a process of its own."""

@@ -1,0 +1,134 @@
+"""Writes the measured tables of the README from the result files.
+
+    python -m benchmarks.render_tables          # rewrite
+    python -m benchmarks.render_tables --check  # exit code 1 if they are out of date
+
+A table stands between `<!-- results: NAME -->` and `<!-- /results -->`; NAME is a benchmark's. A
+table has a column for ours and one for each peer of the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.common import REPOSITORY, RESULTS, Result, read_result
+
+README = REPOSITORY / "README.md"
+_BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- /results -->)", re.S)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one benchmark is shown.
+
+    Attributes:
+        title: what was measured; the table's first heading.
+        rows: (figure, label), in order. Figures that are not named here are left out.
+    """
+
+    title: str
+    rows: tuple[tuple[str, str], ...]
+
+
+# A benchmark without a layout shows every figure under its own name.
+LAYOUTS = {
+    "transformer_step": Layout(
+        title="FLUX.1-dev transformer, one step, 1024 x 1024, batch 1, bf16, random weights",
+        rows=(
+            ("step_ms", "time per step"),
+            ("step_ms/hoisted", "as the pipeline runs it: modulation computed before the loop"),
+            ("floor_ms", "its products and attention, each timed alone"),
+            ("peak_gib", "peak memory"),
+            ("paper_total_gib", "weights and activations, computed"),
+            ("compile_cold_s", "compilation, empty cache"),
+            ("compile_warm_s", "compilation, filled cache"),
+            ("first_step_s", "first step, compilation included"),
+        ),
+    ),
+    "convert_fullsize": Layout(
+        title="FLUX.1-dev transformer, diffusers folder to Flax checkpoint",
+        rows=(
+            ("size_gb", "size"),
+            ("seconds", "time"),
+            ("synced_seconds", "time until all of it is on the disk"),
+            ("ratio", "time, of cp's"),
+            ("peak_gb", "peak host memory"),
+        ),
+    ),
+}
+
+
+def render_result(result: Result) -> str:
+    """One result as a Markdown table, with a line on where and how it was measured."""
+    layout = LAYOUTS.get(result.benchmark)
+    columns = {"ours": result.figures, **{name: p.figures for name, p in result.peers.items()}}
+    names = dict.fromkeys(name for figures in columns.values() for name in figures)
+    rows = layout.rows if layout else tuple((name, name.replace("_", " ")) for name in names)
+    title = layout.title if layout else result.benchmark.replace("_", " ")
+    lines = [
+        f"| {title} | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for name, label in rows:
+        cells = []
+        for figures in columns.values():
+            figure = figures.get(name)
+            cells.append(_cell(figure.value, figure.unit) if figure else "")
+        if any(cells):
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _source(result)])
+
+
+def render_benchmark(name: str, directory: Path = RESULTS) -> str:
+    """All results of one benchmark, one table per device."""
+    results = [read_result(path) for path in sorted(directory.glob(f"{name}_*.json"))]
+    tables = [render_result(result) for result in results if result.benchmark == name]
+    return "\n\n".join(tables) or "Not measured yet."
+
+
+def render(text: str, directory: Path = RESULTS) -> str:
+    """`text` with every marked block rewritten."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}{render_benchmark(match[2], directory)}\n{match[3]}"
+
+    return _BLOCK.sub(replace, text)
+
+
+def _cell(value: float, unit: str) -> str:
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    number = f"{value:,.{digits}f}"
+    return number if unit in ("count", "") else f"{number} {unit}"
+
+
+def _source(result: Result) -> str:
+    hardware = result.hardware
+    where = result.device
+    if "driver" in hardware:
+        where += f" (driver {hardware['driver']})"
+    versions = [f"JAX {result.versions['jax']}"] if "jax" in result.versions else []
+    for peer in result.peers.values():
+        versions += [f"{name} {v}" for name, v in peer.versions.items() if name != "python"]
+    parts = [where, *dict.fromkeys(versions), result.date, f"`{result.command}`"]
+    return "Measured on " + ", ".join(parts) + "."
+
+
+def main(
+    check: Annotated[bool, typer.Option(help="Only say whether the tables are current.")] = False,
+) -> None:
+    """Writes the README's tables from benchmarks/results."""
+    before = README.read_text(encoding="utf-8")
+    after = render(before)
+    if check and before != after:
+        raise SystemExit("error: README.md is out of date: run python -m benchmarks.render_tables")
+    if before != after:
+        README.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

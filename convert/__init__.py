@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints of other ecosystems: name maps, streaming, verification."""

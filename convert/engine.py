@@ -1,0 +1,229 @@
+"""The conversion: open a source, check it, write a target beside its place, verify, rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from convert import atomic
+from convert.safetensors_io import finish, read_json
+from convert.source import (
+    FORMAT,
+    Parameters,
+    Source,
+    open_source,
+    parameters,
+)
+from convert.targets import OnBlock, write_bfl, write_diffusers, write_flax
+from convert.tensors import BFLOAT16, FLOAT16, FLOAT32, as_bytes, blocks, total_bytes
+from flux_jax.errors import UserError
+
+DTYPES: dict[str, np.dtype | None] = {
+    "bf16": BFLOAT16,
+    "fp16": FLOAT16,
+    "fp32": FLOAT32,
+    "keep": None,
+}
+TARGETS = ("flax", "diffusers", "bfl")
+DEFAULT_SHARD_BYTES = 9_900_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a conversion wrote.
+
+    Attributes:
+      path: of the target.
+      components: by name.
+      nbytes: of the parameters written.
+      dropped: `(component, stored tensor, reason)` of each tensor left out.
+      verified: tensors re-read and compared; 0 without `verify`.
+    """
+
+    path: Path
+    components: tuple[str, ...]
+    nbytes: int
+    dropped: tuple[tuple[str, str, str], ...]
+    verified: int
+
+
+class _Checksums:
+    """CRC-32 of each tensor's bytes, row by row as they pass."""
+
+    def __init__(self):
+        self.of: dict[tuple[str, str], int] = {}
+
+    def add(self, component: str, name: str, block: np.ndarray) -> None:
+        key = (component, name)
+        self.of[key] = zlib.crc32(as_bytes(block), self.of.get(key, 0))
+
+
+def convert(
+    src: Path,
+    dst: Path,
+    *,
+    components: Sequence[str] | None = None,
+    dtype: str = "bf16",
+    to: str = "flax",
+    verify: bool = False,
+    force: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    on_start: Callable[[int], None] = lambda nbytes: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+) -> Summary:
+    """Convert a checkpoint.
+
+    Args:
+      src: anything that `convert.source.open_source` opens.
+      dst: to be made: a folder, or a `.safetensors` file for one component with `to="bfl"`.
+      components: which; None for all that are there.
+      dtype: "bf16", "fp16" or "fp32"; "keep" leaves each tensor's own (float8 becomes bf16).
+      to: "flax", "diffusers" or "bfl".
+      verify: read the target again before it is put in place and compare checksums.
+      force: replace an existing checkpoint.
+      shard_bytes: largest safetensors file of a diffusers folder.
+      on_start: told the bytes to be written (with `verify`, and to be read again).
+      on_bytes: told the bytes of each block that was handled.
+
+    Returns:
+      What was written.
+
+    Raises:
+      UserError: anything wrong with the source or the target; nothing is left behind then.
+    """
+    for value, known, option in ((dtype, DTYPES, "dtype"), (to, TARGETS, "to")):
+        if value not in known:
+            raise UserError(f"{option} must be one of {', '.join(known)}, got {value!r}")
+    atomic.check_target(dst, force=force, replaceable=is_checkpoint)
+    with open_source(src, components, read_once=True) as source:
+        if not source.components:
+            raise UserError(f"{src}: none of the wanted components in it")
+        if source.kind == to == "flax" and dtype == "keep":
+            raise UserError(f"{src}: is a Flax checkpoint already; use --to or --dtype, or copy it")
+        parts = {
+            name: parameters(name, component, DTYPES[dtype])
+            for name, component in source.components.items()
+        }
+        nbytes = sum(total_bytes(part.reader) for part in parts.values())
+        _check_space(dst, nbytes)
+        on_start(nbytes * (2 if verify else 1))
+        checksums = _Checksums()
+
+        def handed_on(component: str, name: str, block: np.ndarray) -> None:
+            if verify:
+                checksums.add(component, name, block)
+            on_bytes(block.nbytes)
+
+        with atomic.staged(dst, force=force, replaceable=is_checkpoint) as stage:
+            try:
+                _write(stage, source, parts, to, shard_bytes, handed_on)
+            except (ValueError, RuntimeError) as error:
+                raise _explain_full(error, dst) from error
+            verified = _verify(stage, checksums, list(parts), on_bytes) if verify else 0
+    dropped = tuple((name, *entry) for name, part in parts.items() for entry in part.dropped)
+    return Summary(dst, tuple(parts), nbytes, dropped, verified)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path holds something that a conversion made, and so may replace."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    if (path / "model_index.json").is_file():
+        return True
+    if (path / "config.json").is_file():
+        try:
+            return read_json(path / "config.json").get("format") == FORMAT
+        except UserError:
+            return False
+    entries = list(path.iterdir())
+    return all(entry.is_file() and entry.suffix == ".safetensors" for entry in entries)
+
+
+def _write(
+    stage: Path,
+    source: Source,
+    parts: Mapping[str, Parameters],
+    to: str,
+    shard_bytes: int,
+    on_block: OnBlock,
+) -> None:
+    if to == "bfl":
+        write_bfl(stage, parts, on_block)
+        return
+    stage.mkdir()
+    if to == "diffusers":
+        write_diffusers(stage, source, parts, shard_bytes, on_block)
+    else:
+        write_flax(stage, source, parts, on_block)
+
+
+def _check_space(dst: Path, nbytes: int) -> None:
+    parent = Path(dst).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise UserError(
+            f"{dst}: the disk has {free / 1e9:.1f} GB free, the checkpoint needs "
+            f"{nbytes / 1e9:.1f} GB"
+        )
+
+
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+def _explain_full(error: Exception, dst: Path) -> Exception:
+    """TensorStore reports a full disk as a ValueError with the system's text in it."""
+    text = str(error)
+    if not isinstance(error, UserError) and any(full in text for full in _FULL_TEXTS):
+        reason = next(full for full in _FULL_TEXTS if full in text)
+        return UserError(f"{dst}: disk full while writing ({reason}); nothing was kept")
+    return error
+
+
+def _verify(
+    stage: Path,
+    written: _Checksums,
+    components: Sequence[str],
+    on_bytes: Callable[[int], None],
+) -> int:
+    """Read the target as any source is read, from the disk, and compare checksums.
+
+    Raises:
+      UserError: a tensor differs, or is missing.
+    """
+    _forget_cached(stage)
+    again = _Checksums()
+    with open_source(stage, components) as target:
+        for name, component in target.components.items():
+            parameters(name, component, None)  # complete, and of the right shapes
+            for tensor in component.stored.specs:
+                for block in blocks(component.stored, tensor):
+                    again.add(name, tensor, block)
+                    on_bytes(block.nbytes)
+    keys = written.of.keys() | again.of.keys()
+    wrong = sorted(key for key in keys if written.of.get(key) != again.of.get(key))
+    if wrong:
+        shown = ", ".join(f"`{tensor}` of {name}" for name, tensor in wrong[:5])
+        raise UserError(
+            f"{len(wrong)} of {len(keys)} tensors differ when read again: {shown}; the disk or the "
+            "memory is faulty, nothing was kept"
+        )
+    return len(keys)
+
+
+def _forget_cached(path: Path) -> None:
+    """Ask the system to drop the pages of written files, so that the disk is read, not memory."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                finish(descriptor)
+            finally:
+                os.close(descriptor)

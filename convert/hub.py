@@ -1,0 +1,95 @@
+"""Checkpoints from the Hugging Face hub: only safetensors, configs and tokenizers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from convert.tables import COMPONENTS, check_components
+from flux_jax.errors import UserError
+
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+
+
+def resolve(
+    src: str | Path, components: Sequence[str] | None = None, *, revision: str | None = None
+) -> Path:
+    """A local path as it is; a repository id downloaded to the hub's cache.
+
+    Args:
+      src: a path, or `owner/name` when no such path exists.
+      components: which to download; None for all.
+      revision: branch, tag or commit of a repository.
+
+    Raises:
+      UserError: neither a path nor a repository that can be reached.
+    """
+    path = Path(src).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise UserError(f"{src}: a local path has no revision {revision!r}")
+        return path
+    if not isinstance(src, str) or not _REPO_ID.fullmatch(src):
+        raise UserError(f"{src}: no such file or folder, and no hub id (owner/name)")
+    return download(src, components, revision=revision)
+
+
+def patterns(components: Sequence[str] | None) -> list[str]:
+    """The files of a repository that a conversion needs."""
+    names = COMPONENTS if components is None else tuple(components)
+    weights = [f"{name}/*{suffix}" for name in names for suffix in (".json", ".safetensors")]
+    texts = [f"{n}/{f}" for n in ("tokenizer", "tokenizer_2") for f in _TOKENIZER_FILES]
+    return ["model_index.json", "scheduler/*.json", *texts, *weights]
+
+
+def download(
+    repo: str, components: Sequence[str] | None = None, *, revision: str | None = None
+) -> Path:
+    """Download what a conversion needs of a repository; what is in the cache is not fetched again.
+
+    Raises:
+      UserError: the repository is gated or absent, has no such revision, or the hub cannot be
+        reached.
+    """
+    if components is not None:
+        check_components(list(components))
+    # Late: only this path needs the network's libraries.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns(components)
+        )
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{repo}: gated: accept its licence at https://huggingface.co/{repo} and log in with "
+            "`hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{repo}: has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{repo}: no such path, and no such repository on the hub (or it is private: log in "
+            "with `hf auth login`)"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{repo}: no such path, not in the hub's cache, and the hub cannot be "
+            "reached (offline?)"
+        ) from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{repo}: no such path, and no valid hub id (owner/name)") from error
+    except OSError as error:
+        # Includes HfHubHTTPError, OfflineModeIsEnabled and a full disk.
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{repo}: download failed: {line[:300]}") from error
+    path = Path(folder)
+    if not (path / "model_index.json").exists():
+        raise UserError(
+            f"{repo}: has no model_index.json, so it is no diffusers pipeline; download the "
+            "single file that you want and give its path"
+        )
+    return path

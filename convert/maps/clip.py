@@ -1,0 +1,64 @@
+"""CLIP text towers: transformers' `CLIPTextModel` to `flux_jax.clip.CLIPTextEncoder`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from convert.maps.fields import read_fields, refuse_unless
+from convert.rules import Ignored, Map, Rule
+from flux_jax.configs import CLIPTextConfig
+
+_WHAT = "CLIP text config"
+_LAYER = r"encoder\.layers\.(\d+)\."
+
+_RULES = (
+    Rule(r"embeddings\.(token|position)_embedding\.weight", r"\1_embedding.weight"),
+    Rule(_LAYER + r"layer_norm(1|2)\.(weight|bias)", r"blocks.\1.norm\2.\3"),
+    Rule(_LAYER + r"self_attn\.(q|k|v|out)_proj\.(weight|bias)", r"blocks.\1.attention.\2.\3"),
+    Rule(_LAYER + r"mlp\.(fc1|fc2)\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
+    Rule(r"final_layer_norm\.(weight|bias)", r"final_norm.\1"),
+)
+
+
+def diffusers_map(config: CLIPTextConfig) -> Map:
+    """Names in the `text_encoder` folder of a diffusers pipeline; the same at any size.
+
+    Until transformers 5 every name began with `text_model.`, and FLUX.1's files do; version 5
+    writes none and reads both. We write it, for readers of either age.
+    """
+    del config
+    return Map(
+        name="transformers CLIPTextModel",
+        rules=_RULES,
+        ignored=(Ignored(r"embeddings\.position_ids", "0, 1, 2, ...: computed, not stored"),),
+        prefixes=("text_model.",),
+        export_prefix="text_model.",
+    )
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> CLIPTextConfig:
+    """Our config from transformers' `config.json`.
+
+    Raises:
+        UserError: Not a CLIP text model, or fields missing or of another type.
+    """
+    refuse_unless(raw, {"model_type": "clip_text_model"}, what=_WHAT)
+    defaults = {"eos_token_id": 49_407, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    fields = read_fields(
+        raw, CLIPTextConfig, what=_WHAT, defaults=defaults, may_be_zero=("eos_token_id",)
+    )
+    return CLIPTextConfig(**fields)
+
+
+def config_to_hf(config: CLIPTextConfig) -> dict[str, Any]:
+    """A `config.json` with which transformers builds the same text model."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        **dataclasses.asdict(config),
+        "projection_dim": config.hidden_size,
+        "attention_dropout": 0.0,
+        # As in FLUX.1's file. The tokenizer goes by its own; these only fill the fields.
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+    }

@@ -1,0 +1,80 @@
+"""T5 v1.1 encoders: transformers' `T5EncoderModel` to `flux_jax.t5.T5Encoder`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from convert.maps.fields import read_fields, refuse_unless
+from convert.rules import Ignored, Map, Rule
+from flux_jax.configs import T5Config
+from flux_jax.errors import UserError
+
+_WHAT = "T5 config"
+_SELF_ATTENTION = r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\."
+_MLP = r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\."
+
+_RULES = (
+    Rule(r"shared\.weight", "token_embedding.weight"),
+    Rule(_SELF_ATTENTION + r"(q|k|v|o)\.weight", r"blocks.\1.attention.\2.weight"),
+    # The first block's table serves all blocks.
+    Rule(
+        r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",
+        "relative_attention_bias.weight",
+    ),
+    Rule(
+        r"encoder\.block\.(\d+)\.layer\.0\.layer_norm\.weight", r"blocks.\1.attention_norm.weight"
+    ),
+    Rule(_MLP + r"(wi_0|wi_1|wo)\.weight", r"blocks.\1.mlp.\2.weight"),
+    Rule(r"encoder\.block\.(\d+)\.layer\.1\.layer_norm\.weight", r"blocks.\1.mlp_norm.weight"),
+    Rule(r"encoder\.final_layer_norm\.weight", "final_norm.weight"),
+)
+
+
+def diffusers_map(config: T5Config) -> Map:
+    """Names in the `text_encoder_2` folder of a diffusers pipeline; the same at any size."""
+    del config
+    return Map(
+        name="transformers T5EncoderModel",
+        rules=_RULES,
+        ignored=(
+            Ignored(
+                r"encoder\.embed_tokens\.weight",
+                "the token embedding once more",
+                same_as="shared.weight",
+            ),
+        ),
+    )
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> T5Config:
+    """Our config from transformers' `config.json`.
+
+    Raises:
+        UserError: Not a T5 v1.1 encoder, or fields missing or of another type.
+    """
+    refuse_unless(raw, {"model_type": "t5"}, what=_WHAT)
+    activation = raw.get("feed_forward_proj", "relu")
+    if activation != "gated-gelu":
+        raise UserError(
+            f"{_WHAT}: feed_forward_proj must be 'gated-gelu' (T5 v1.1), got "
+            f"{repr(activation)[:60]}; the first T5 and its relu are not supported"
+        )
+    defaults = {"relative_attention_max_distance": 128}  # older files leave it out
+    return T5Config(**read_fields(raw, T5Config, what=_WHAT, defaults=defaults))
+
+
+def config_to_hf(config: T5Config) -> dict[str, Any]:
+    """A `config.json` with which transformers builds the same encoder."""
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        **dataclasses.asdict(config),
+        "feed_forward_proj": "gated-gelu",
+        "dense_act_fn": "gelu_new",
+        "is_gated_act": True,
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }

@@ -1,0 +1,253 @@
+"""FLUX.1 transformers: `flux1-dev.safetensors` and diffusers' `FluxTransformer2DModel` to ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from convert.maps.fields import read_fields, refuse_unless
+from convert.rules import Map, Rule
+from convert.transforms import SWAP_HALVES, Rows, Shape
+from flux_jax.configs import FluxConfig
+from flux_jax.errors import UserError
+
+_WHAT = "transformer config"
+_P = r"\.(weight|bias)"
+_EMBEDDER = r"\.(in_layer|out_layer)" + _P
+
+# People's single files carry the prefix of the program that they were made for.
+BFL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+
+def bfl_map(config: FluxConfig) -> Map:
+    """Names in `flux1-dev.safetensors`: ours, but where the reference has anonymous sequences."""
+    del config
+    return Map(
+        name="Black Forest Labs Flux",
+        rules=(
+            Rule(r"(img_in|txt_in|final_layer\.linear)" + _P, r"\1.\2"),
+            Rule(r"(time_in|vector_in|guidance_in)" + _EMBEDDER, r"\1.\2.\3"),
+            Rule(
+                r"double_blocks\.(\d+)\.(img|txt)_mod\.lin" + _P, r"double_blocks.\1.\2_mod.lin.\3"
+            ),
+            Rule(
+                r"double_blocks\.(\d+)\.(img|txt)_attn\.(qkv|proj)" + _P,
+                r"double_blocks.\1.\2_attn.\3.\4",
+            ),
+            Rule(
+                r"double_blocks\.(\d+)\.(img|txt)_attn\.norm\.(query|key)_norm\.scale",
+                r"double_blocks.\1.\2_attn.norm.\3_norm.scale",
+            ),
+            Rule(
+                r"double_blocks\.(\d+)\.(img|txt)_mlp\.0" + _P,
+                r"double_blocks.\1.\2_mlp.in_layer.\3",
+            ),
+            Rule(
+                r"double_blocks\.(\d+)\.(img|txt)_mlp\.2" + _P,
+                r"double_blocks.\1.\2_mlp.out_layer.\3",
+            ),
+            Rule(
+                r"single_blocks\.(\d+)\.(linear1|linear2|modulation\.lin)" + _P,
+                r"single_blocks.\1.\2.\3",
+            ),
+            Rule(
+                r"single_blocks\.(\d+)\.norm\.(query|key)_norm\.scale",
+                r"single_blocks.\1.norm.\2_norm.scale",
+            ),
+            Rule(r"final_layer\.adaLN_modulation\.1" + _P, r"final_layer.adaLN_modulation.\1"),
+        ),
+        prefixes=BFL_PREFIXES,
+    )
+
+
+def _embedder_rules() -> list[Rule]:
+    rules = []
+    for theirs, ours in (
+        ("timestep_embedder", "time_in"),
+        ("text_embedder", "vector_in"),
+        ("guidance_embedder", "guidance_in"),
+    ):
+        rules += [
+            Rule(rf"time_text_embed\.{theirs}\.linear_1" + _P, rf"{ours}.in_layer.\1"),
+            Rule(rf"time_text_embed\.{theirs}\.linear_2" + _P, rf"{ours}.out_layer.\1"),
+        ]
+    return rules
+
+
+def _double_rules() -> list[Rule]:
+    block, ours = r"transformer_blocks\.(\d+)\.", r"double_blocks.\1."
+    rules = [
+        Rule(block + r"norm1\.linear" + _P, ours + r"img_mod.lin.\2"),
+        Rule(block + r"norm1_context\.linear" + _P, ours + r"txt_mod.lin.\2"),
+        Rule(block + r"attn\.to_out\.0" + _P, ours + r"img_attn.proj.\2"),
+        Rule(block + r"attn\.to_add_out" + _P, ours + r"txt_attn.proj.\2"),
+        Rule(block + r"attn\.norm_q\.weight", ours + r"img_attn.norm.query_norm.scale"),
+        Rule(block + r"attn\.norm_k\.weight", ours + r"img_attn.norm.key_norm.scale"),
+        Rule(block + r"attn\.norm_added_q\.weight", ours + r"txt_attn.norm.query_norm.scale"),
+        Rule(block + r"attn\.norm_added_k\.weight", ours + r"txt_attn.norm.key_norm.scale"),
+        Rule(block + r"ff\.net\.0\.proj" + _P, ours + r"img_mlp.in_layer.\2"),
+        Rule(block + r"ff\.net\.2" + _P, ours + r"img_mlp.out_layer.\2"),
+        Rule(block + r"ff_context\.net\.0\.proj" + _P, ours + r"txt_mlp.in_layer.\2"),
+        Rule(block + r"ff_context\.net\.2" + _P, ours + r"txt_mlp.out_layer.\2"),
+    ]
+    for part, (image, text) in enumerate(
+        (("to_q", "add_q_proj"), ("to_k", "add_k_proj"), ("to_v", "add_v_proj"))
+    ):
+        rules += [
+            Rule(block + rf"attn\.{image}" + _P, ours + r"img_attn.qkv.\2", Rows(part, of=3)),
+            Rule(block + rf"attn\.{text}" + _P, ours + r"txt_attn.qkv.\2", Rows(part, of=3)),
+        ]
+    return rules
+
+
+def _single_rules(config: FluxConfig) -> list[Rule]:
+    block, ours = r"single_transformer_blocks\.(\d+)\.", r"single_blocks.\1."
+    width = config.hidden_size
+    sizes = (width, width, width, config.mlp_hidden)
+    rules = [
+        Rule(block + r"norm\.linear" + _P, ours + r"modulation.lin.\2"),
+        Rule(block + r"attn\.norm_q\.weight", ours + r"norm.query_norm.scale"),
+        Rule(block + r"attn\.norm_k\.weight", ours + r"norm.key_norm.scale"),
+        Rule(block + r"proj_out" + _P, ours + r"linear2.\2"),
+    ]
+    for part, name in enumerate((r"attn\.to_q", r"attn\.to_k", r"attn\.to_v", "proj_mlp")):
+        rules.append(Rule(block + name + _P, ours + r"linear1.\2", Rows(part, sizes=sizes)))
+    return rules
+
+
+def diffusers_map(config: FluxConfig) -> Map:
+    """Names in the `transformer` folder of a diffusers pipeline.
+
+    diffusers keeps q, k, v (and the MLP's first linear of a single block) apart, which are rows of
+    one weight here. Its last modulation yields scale, then shift; the reference's, and ours, shift
+    first.
+    """
+    return Map(
+        name="diffusers FluxTransformer2DModel",
+        rules=(
+            Rule(r"x_embedder" + _P, r"img_in.\1"),
+            Rule(r"context_embedder" + _P, r"txt_in.\1"),
+            *_embedder_rules(),
+            *_double_rules(),
+            *_single_rules(config),
+            Rule(r"proj_out" + _P, r"final_layer.linear.\1"),
+            Rule(r"norm_out\.linear" + _P, r"final_layer.adaLN_modulation.\1", SWAP_HALVES),
+        ),
+    )
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> FluxConfig:
+    """Our config from diffusers' `config.json`.
+
+    Raises:
+        UserError: Another architecture, a variant with other inputs (Fill, the Canny and Depth
+            models), or fields missing or of another type.
+    """
+    heads, width = raw.get("num_attention_heads", 24), raw.get("attention_head_dim", 128)
+    if not all(isinstance(n, int) and n > 0 for n in (heads, width)):
+        raise UserError(
+            f"{_WHAT}: num_attention_heads and attention_head_dim must be positive integers, got "
+            f"{heads!r} and {width!r}"
+        )
+    # What diffusers takes for a field that is left out.
+    in_channels = raw.get("in_channels", 64)
+    translated = {
+        "in_channels": in_channels,
+        "vec_in_dim": raw.get("pooled_projection_dim", 768),
+        "context_in_dim": raw.get("joint_attention_dim", 4096),
+        "hidden_size": heads * width,
+        "mlp_ratio": 4.0,
+        "num_heads": heads,
+        "depth": raw.get("num_layers", 19),
+        "depth_single_blocks": raw.get("num_single_layers", 38),
+        "axes_dim": raw.get("axes_dims_rope", (16, 56, 56)),
+        "theta": 10_000,
+        "guidance_embed": raw.get("guidance_embeds", False),
+    }
+    out_channels = raw.get("out_channels")
+    fixed = {"_class_name": "FluxTransformer2DModel", "patch_size": 1, "out_channels": in_channels}
+    stated = {**raw, "out_channels": in_channels if out_channels is None else out_channels}
+    refuse_unless(stated, fixed, what=_WHAT)
+    return FluxConfig(**read_fields(translated, FluxConfig, what=_WHAT))
+
+
+def config_to_hf(config: FluxConfig) -> dict[str, Any]:
+    """A `config.json` with which diffusers builds the same transformer.
+
+    Raises:
+        UserError: diffusers has no such model.
+    """
+    if config.mlp_hidden != 4 * config.hidden_size or config.theta != 10_000:
+        raise UserError(
+            "diffusers' FLUX transformer has mlp_ratio 4 and theta 10000, this one has "
+            f"{config.mlp_ratio} and {config.theta}; it can be written with --to bfl"
+        )
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": config.in_channels,
+        "out_channels": None,
+        "num_layers": config.depth,
+        "num_single_layers": config.depth_single_blocks,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.context_in_dim,
+        "pooled_projection_dim": config.vec_in_dim,
+        "guidance_embeds": config.guidance_embed,
+        "axes_dims_rope": list(config.axes_dim),
+    }
+
+
+# Rotary widths cannot be seen in the weights. BFL's models all have heads of 128.
+_AXES_OF_HEAD = {128: (16, 56, 56)}
+
+
+def config_from_bfl(shapes: Mapping[str, Shape], *, what: str) -> FluxConfig:
+    """Our config, guessed from the tensors of a single file.
+
+    Args:
+        shapes: By name, without prefix.
+        what: The file, for messages.
+
+    Raises:
+        UserError: Tensors that the guess needs are missing, or the model is a variant with other
+            inputs, or of another head width than BFL's.
+    """
+
+    def shape(name: str, dims: int) -> Shape:
+        found = shapes.get(name)
+        if found is None or len(found) != dims:
+            problem = "is missing" if found is None else f"has shape {list(found)}"
+            raise UserError(f"{what}: not a FLUX.1 transformer: tensor `{name}` {problem}")
+        return found
+
+    def count(prefix: str) -> int:
+        found = (re.match(prefix + r"\.(\d{1,4})\.", name) for name in shapes)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    width, in_channels = shape("img_in.weight", 2)
+    (head,) = shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)
+    out_channels = shape("final_layer.linear.weight", 2)[0]
+    if in_channels != out_channels:
+        raise UserError(
+            f"{what}: takes {in_channels} channels and gives {out_channels}: a Fill, Canny or "
+            "Depth variant, which is not supported"
+        )
+    if head not in _AXES_OF_HEAD or width % head:
+        raise UserError(
+            f"{what}: heads of width {head} at hidden size {width}: the rotary widths cannot be "
+            "told from the weights; expected heads of width 128"
+        )
+    return FluxConfig(
+        in_channels=in_channels,
+        vec_in_dim=shape("vector_in.in_layer.weight", 2)[1],
+        context_in_dim=shape("txt_in.weight", 2)[1],
+        hidden_size=width,
+        mlp_ratio=shape("double_blocks.0.img_mlp.0.weight", 2)[0] / width,
+        num_heads=width // head,
+        depth=count("double_blocks"),
+        depth_single_blocks=count("single_blocks"),
+        axes_dim=_AXES_OF_HEAD[head],
+        guidance_embed="guidance_in.in_layer.weight" in shapes,
+    )

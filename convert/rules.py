@@ -1,0 +1,383 @@
+"""Name maps between checkpoint ecosystems: declarative, total, and checked in both directions.
+
+A `Map` is a table of `Rule`s from another ecosystem's tensor names (the *source*) to ours (the
+*target*). Every transform is a placement of whole rows, so a rule can be read either way and a
+writer can stream: it knows which rows of which tensor go where before any weight is read.
+Following the total converter of jax-llm-examples and the rule tables of bonsai in spirit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from convert.transforms import IDENTITY, Run, Shape, Transform, row_count
+from flux_jax.errors import UserError
+
+MAX_PROBLEMS_SHOWN = 6
+
+
+_GROUP = re.compile(r"\(([^()]*)\)")
+_BACKREFERENCE = re.compile(r"\\(\d)")
+_METACHARACTERS = set(".^$*+?{}[]|()\\")
+
+
+def _literal(pattern: str, whole: str) -> str:
+    """Undo the escapes of a pattern's literal stretch; refuse anything that is not literal."""
+    text, i = [], 0
+    while i < len(pattern):
+        char = pattern[i]
+        if char == "\\" and i + 1 < len(pattern) and not pattern[i + 1].isalnum():
+            i += 1
+            char = pattern[i]
+        elif char in _METACHARACTERS:
+            raise ValueError(
+                f"rule pattern {whole!r} cannot be inverted: {char!r} outside a capture group; "
+                "write escaped literals and simple capture groups only"
+            )
+        text.append(char)
+        i += 1
+    return "".join(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    r"""One line of a map: sources that fullmatch `pattern` fill `target` through `transform`.
+
+    Attributes:
+        pattern: Regular expression on the source name, restricted so that it can be inverted:
+            literal text with escapes (`\.`) and capture groups without nesting (`(\d+)`,
+            `(weight|bias)`).
+        target: Our name; `\1`... stand for the groups, each used at least once.
+        transform: Placement of the source's rows in the target.
+    """
+
+    pattern: str
+    target: str
+    transform: Transform = IDENTITY
+
+    def __post_init__(self):
+        # Both compiled forms are built now, so that a table with a mistake fails where it is made.
+        for built in (self._source_regex, self._target_regex, self._source_parts):
+            del built
+
+    @functools.cached_property
+    def _groups(self) -> list[str]:
+        return [m.group(1) for m in _GROUP.finditer(self.pattern)]
+
+    @functools.cached_property
+    def _source_regex(self) -> re.Pattern[str]:
+        return re.compile(self.pattern)
+
+    @functools.cached_property
+    def _source_parts(self) -> list[str]:
+        """Literal stretches of the pattern, one more than it has groups."""
+        return [_literal(part, self.pattern) for part in _GROUP.split(self.pattern)[::2]]
+
+    @functools.cached_property
+    def _target_regex(self) -> re.Pattern[str]:
+        seen: set[int] = set()
+        out = []
+        for i, piece in enumerate(_BACKREFERENCE.split(self.target)):
+            if i % 2 == 0:
+                out.append(re.escape(piece))
+                continue
+            number = int(piece)
+            if not 1 <= number <= len(self._groups):
+                raise ValueError(
+                    f"target {self.target!r} uses \\{number}, pattern {self.pattern!r} "
+                    f"has {len(self._groups)} groups"
+                )
+            if number in seen:
+                out.append(f"(?P=g{number})")
+            else:
+                out.append(f"(?P<g{number}>{self._groups[number - 1]})")
+            seen.add(number)
+        if len(seen) != len(self._groups):
+            raise ValueError(
+                f"rule {self.pattern!r} -> {self.target!r} cannot be inverted: every group of the "
+                "pattern must be used in the target"
+            )
+        return re.compile("".join(out))
+
+    def target_of(self, source: str) -> str | None:
+        """Our name for `source`, or None when the rule is not about it."""
+        match = self._source_regex.fullmatch(source)
+        if match is None:
+            return None
+        return _BACKREFERENCE.sub(lambda ref: match.group(int(ref.group(1))), self.target)
+
+    def source_of(self, target: str) -> str | None:
+        """The source name that fills our `target`, or None when the rule is not about it."""
+        match = self._target_regex.fullmatch(target)
+        if match is None:
+            return None
+        out = [self._source_parts[0]]
+        for number, part in enumerate(self._source_parts[1:], start=1):
+            out += [match.group(f"g{number}"), part]
+        return "".join(out)
+
+
+class Ignored(NamedTuple):
+    """A source tensor that is not converted, and why.
+
+    Attributes:
+        pattern: Regular expression, fullmatched on the source name.
+        reason: Told to the user.
+        same_as: Source tensor that this one repeats (tied weights). When both are present their
+            bytes must agree; when only this one is, it is read in the other's place.
+    """
+
+    pattern: str
+    reason: str
+    same_as: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Rows of one stored tensor that go into the tensor being assembled."""
+
+    source: str
+    source_shape: Shape
+    runs: tuple[Run, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A tensor to be written and the pieces it is made of. Pieces cover each row exactly once."""
+
+    name: str
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """A total, invertible table of tensor names between one ecosystem and ours.
+
+    Attributes:
+        name: For messages, e.g. "diffusers FluxTransformer2DModel".
+        rules: Each source name matches exactly one.
+        ignored: Sources dropped with a reason.
+        prefixes: Optional name prefixes stripped from all sources (`model.diffusion_model.`).
+        export_prefix: Prefix of all names on the way back, where readers want one.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    ignored: tuple[Ignored, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    export_prefix: str = ""
+
+    def strip_prefix(self, source: str) -> str:
+        for prefix in self.prefixes:
+            if source.startswith(prefix):
+                return source[len(prefix) :]
+        return source
+
+    def ignored_entry(self, source: str) -> Ignored | None:
+        for entry in self.ignored:
+            if re.fullmatch(entry.pattern, source):
+                return entry
+        return None
+
+    def target_of(self, source: str) -> tuple[str, Rule] | None:
+        """Our name for a (prefix-free) source name and the one rule that says so.
+
+        Raises:
+            ValueError: two rules match (a mistake in the table, not in the input).
+        """
+        hits = [(target, rule) for rule in self.rules if (target := rule.target_of(source))]
+        if len(hits) > 1:
+            raise ValueError(
+                f"{self.name}: {source!r} matches {len(hits)} rules: "
+                f"{', '.join(repr(rule.pattern) for _, rule in hits)}; exactly one may"
+            )
+        return hits[0] if hits else None
+
+    def sources_of(self, target: str, shape: Shape) -> tuple[Piece, ...]:
+        """The pieces, in row order, that fill our `target` of `shape`.
+
+        Raises:
+            ValueError: no rule fills it, or the rules do not cover it exactly once.
+        """
+        hits: list[tuple[int, Piece]] = []
+        counts = set()
+        for rule in self.rules:
+            source = rule.source_of(target)
+            if source is None:
+                continue
+            index, count = rule.transform.share
+            counts.add(count)
+            source_shape = rule.transform.source_shape(shape)
+            hits.append((index, Piece(source, source_shape, rule.transform.runs(shape))))
+        if not hits:
+            raise ValueError(f"{self.name}: no rule fills {target!r}")
+        hits.sort(key=lambda hit: hit[0])
+        if len(counts) != 1 or [index for index, _ in hits] != list(range(counts.pop())):
+            raise ValueError(
+                f"{self.name}: {target!r} is not covered exactly once: parts "
+                f"{[index for index, _ in hits]} from {[piece.source for _, piece in hits]}"
+            )
+        return tuple(piece for _, piece in hits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion will do: the tensors to write, and what is left out.
+
+    Attributes:
+        assemblies: One for each tensor to be written, in the order of the targets.
+        dropped: `(source, reason)` of each ignored tensor.
+        ties: `(source, other source)` pairs whose bytes must agree.
+    """
+
+    assemblies: tuple[Assembly, ...]
+    dropped: tuple[tuple[str, str], ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()
+
+
+def report(what: str, problems: Sequence[str]) -> UserError:
+    """One line that names the first problems and counts the rest."""
+    shown = "; ".join(problems[:MAX_PROBLEMS_SHOWN])
+    more = len(problems) - MAX_PROBLEMS_SHOWN
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return UserError(f"{what}: {count}: {shown}" + (f"; and {more} more" if more > 0 else ""))
+
+
+def forward_plan(
+    table: Map, sources: Mapping[str, Shape], targets: Mapping[str, Shape], *, what: str
+) -> Plan:
+    """Plan the conversion of `sources` (another ecosystem's) into `targets` (ours).
+
+    Args:
+        table: The name map.
+        sources: Shapes of the stored tensors by their stored names.
+        targets: Shapes of every parameter of our model by dotted path.
+        what: What is being converted, for the message (component and file).
+
+    Returns:
+        The plan; pieces carry stored names (prefix included).
+
+    Raises:
+        UserError: leftover, missing, doubled or misshapen tensors, all in one report.
+        ValueError: the table itself does not fit our model.
+    """
+    problems: list[str] = []
+    stored: dict[str, str] = {}  # prefix-free name -> stored name
+    for name in sources:
+        bare = table.strip_prefix(name)
+        if bare in stored:
+            problems.append(f"tensors `{stored[bare]}` and `{name}` are the same one twice")
+        stored[bare] = name
+
+    dropped, ties = [], []
+    for bare in list(stored):
+        entry = table.ignored_entry(bare)
+        if entry is None:
+            continue
+        name = stored.pop(bare)
+        if entry.same_as is None or entry.same_as in sources or entry.same_as in stored:
+            dropped.append((name, entry.reason))
+            if entry.same_as is not None:
+                ties.append((name, stored.get(entry.same_as, entry.same_as)))
+        else:
+            stored[entry.same_as] = name
+
+    assemblies, expected = [], set()
+    for target, shape in targets.items():
+        try:
+            wanted = table.sources_of(target, shape)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
+        pieces = []
+        for piece in wanted:
+            expected.add(piece.source)
+            if piece.source not in stored:
+                problems.append(
+                    f"tensor `{piece.source}` is missing, expected shape {list(piece.source_shape)}"
+                )
+                continue
+            found = tuple(sources[stored[piece.source]])
+            if found != piece.source_shape:
+                problems.append(
+                    f"tensor `{piece.source}` has shape {list(found)}, "
+                    f"expected {list(piece.source_shape)}"
+                )
+            pieces.append(dataclasses.replace(piece, source=stored[piece.source]))
+        assemblies.append(Assembly(target, shape, tuple(pieces)))
+
+    problems += [
+        f"tensor `{stored[bare]}` of shape {list(sources[stored[bare]])} is not expected"
+        + _why_unexpected(table, bare)
+        for bare in stored
+        if bare not in expected
+    ]
+    if problems:
+        raise report(what, problems)
+    return Plan(tuple(assemblies), tuple(dropped), tuple(ties))
+
+
+def _why_unexpected(table: Map, bare: str) -> str:
+    hit = table.target_of(bare)
+    if hit is None:
+        return f" (no rule of the map {table.name} is about it)"
+    return f" (it would be `{hit[0]}`, which the model of this config does not have)"
+
+
+def backward_plan(table: Map, targets: Mapping[str, Shape]) -> Plan:
+    """Plan the export of our `targets` under the names of the map's ecosystem.
+
+    Args:
+        table: The name map.
+        targets: Shapes of every parameter of our model by dotted path.
+
+    Returns:
+        Assemblies are the other ecosystem's tensors, their pieces rows of our arrays.
+
+    Raises:
+        ValueError: the table does not cover our model, or names a tensor twice.
+    """
+    assemblies: dict[str, Assembly] = {}
+    for target, shape in targets.items():
+        for piece in table.sources_of(target, shape):
+            if piece.source in assemblies:
+                raise ValueError(f"{table.name}: {piece.source!r} is named by two of our tensors")
+            hit = table.target_of(piece.source)
+            if hit is None or hit[0] != target:
+                raise ValueError(
+                    f"{table.name}: {target!r} -> {piece.source!r} does not lead back "
+                    f"(found {hit[0] if hit else None!r})"
+                )
+            runs = tuple(run.swapped() for run in piece.runs)
+            name = table.export_prefix + piece.source
+            assemblies[piece.source] = Assembly(
+                name, piece.source_shape, (Piece(target, shape, runs),)
+            )
+    return Plan(tuple(assemblies.values()))
+
+
+def check_cover(assemblies: Iterable[Assembly]) -> None:
+    """Assert that the runs of each assembly fill each of its rows exactly once.
+
+    Raises:
+        ValueError: a gap or an overlap: a mistake in a transform.
+    """
+    for assembly in assemblies:
+        spans = sorted(
+            (run.target_row, run.target_row + run.rows)
+            for piece in assembly.pieces
+            for run in piece.runs
+        )
+        position = 0
+        for start, stop in spans:
+            if start != position:
+                raise ValueError(f"{assembly.name}: rows {position}..{start} gap or overlap")
+            position = stop
+        if position != row_count(assembly.shape):
+            raise ValueError(
+                f"{assembly.name}: {position} of {row_count(assembly.shape)} rows are filled"
+            )

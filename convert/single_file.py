@@ -1,0 +1,228 @@
+"""Single files without a config: which model is in them, and of what size.
+
+Black Forest Labs publishes `flux1-dev.safetensors` and `ae.safetensors`; others the text encoders
+as one file each, or everything in one file, each component under a prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from convert.maps import transformer
+from convert.safetensors_io import SafetensorsReader
+from convert.tables import config_from_json
+from convert.tensors import Reader, Spec
+from convert.transforms import Shape
+from flux_jax.components import Config
+from flux_jax.configs import AutoencoderConfig, CLIPTextConfig, T5Config
+from flux_jax.errors import UserError
+
+# In `__metadata__`: the config of a file that we wrote, so that nothing has to be guessed.
+CONFIG_KEY = "flux_jax.config"
+
+_PREFIXES = {
+    "transformer": transformer.BFL_PREFIXES,
+    "vae": ("vae.", "first_stage_model."),
+    "text_encoder": ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
+    "text_encoder_2": ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
+}
+
+# One tensor that tells what a file is; the first that is there decides.
+_OURS = {
+    "transformer": "double_blocks.0.img_attn.qkv.weight",
+    "vae": "decoder.up.0.block.0.conv1.weight",
+    "text_encoder": "text_model.encoder.layers.0.self_attn.q_proj.weight",
+    "text_encoder_2": "encoder.block.0.layer.0.SelfAttention.q.weight",
+}
+_OTHERS = (
+    (r"double_stream_modulation_img\..*", "a FLUX.2 transformer"),
+    (r"joint_blocks\.\d+\..*", "a Stable Diffusion 3 transformer"),
+    (r"(down|input)_blocks\.\d+\..*", "a Stable Diffusion 1, 2 or XL model"),
+    (r".*\.lora_(A|B|up|down)\..*|lora_.*", "a LoRA, not a whole model"),
+    (
+        r"(single_)?transformer_blocks\.\d+\..*",
+        "one component in diffusers' layout: pass the folder with its config.json",
+    ),
+    (r".*\.(absmax|quant_map|qweight|qzeros)|.*\.quant_state\..*", "quantised below 8 bits"),
+)
+
+# Of CLIP's image-text head, which FLUX.1 has no use for.
+_NOT_USED = r"logit_scale|text_projection(\.weight)?"
+
+
+class Part(NamedTuple):
+    """A component found in a single file: a reader of its tensors under plain names."""
+
+    component: str
+    config: Config
+    reader: Reader
+
+
+class Renamed:
+    """A reader of some of another reader's tensors under other names.
+
+    Attributes:
+      specs: by new name.
+    """
+
+    def __init__(self, source: SafetensorsReader, names: Mapping[str, str]):
+        """Args:
+        source: reader of the tensors.
+        names: new name to old name.
+        """
+        self._source, self._names = source, dict(names)
+        self.specs: dict[str, Spec] = {new: source.specs[old] for new, old in names.items()}
+
+    def read_into(self, name: str, row: int, out: np.ndarray) -> None:
+        self._source.read_into(self._names[name], row, out)
+
+    @property
+    def read_once(self) -> bool:
+        return self._source.read_once
+
+    @read_once.setter
+    def read_once(self, value: bool) -> None:
+        self._source.read_once = value
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def split(reader: SafetensorsReader, *, what: str) -> list[Part]:
+    """The components in a file.
+
+    Args:
+      reader: of the file.
+      what: the file, for messages.
+
+    Raises:
+      UserError: another architecture, which is named; or tensors that belong to no component.
+    """
+    groups: dict[str, dict[str, str]] = {}
+    rest: dict[str, str] = {}
+    for name in reader.specs:
+        for component, prefixes in _PREFIXES.items():
+            prefix = next((p for p in prefixes if name.startswith(p)), None)
+            if prefix is not None:
+                groups.setdefault(component, {})[name.removeprefix(prefix)] = name
+                break
+        else:
+            rest[name] = name
+    if groups:
+        # The marker of a scaled fp8 file may stand outside of the prefix.
+        strangers = [name for name in rest if name != "scaled_fp8"]
+        if strangers:
+            raise UserError(
+                f"{what}: tensor `{strangers[0]}` belongs to no component (nor do "
+                f"{len(strangers) - 1} others)"
+            )
+    else:
+        groups[_identify(rest, what)] = rest
+    parts = []
+    for component, names in groups.items():
+        found = _identify(names, what)
+        if found != component:
+            raise UserError(f"{what}: the {component} in it is a {found}")
+        names = {new: old for new, old in names.items() if not re.fullmatch(_NOT_USED, new)}
+        view = Renamed(reader, names)
+        shapes = {name: spec.shape for name, spec in view.specs.items()}
+        parts.append(Part(component, _config(component, shapes, reader.metadata, what), view))
+    return parts
+
+
+def _identify(names: Mapping[str, str], what: str) -> str:
+    """The component that a set of names is."""
+    for pattern, model in _OTHERS:
+        if any(re.fullmatch(pattern, name) for name in names):
+            raise UserError(f"{what}: this is {model}; expected FLUX.1")
+    for component, name in _OURS.items():
+        if name in names:
+            return component
+    first = next(iter(names), None)
+    raise UserError(
+        f"{what}: no FLUX.1 model recognised"
+        + (f" (its first tensor is `{first}`)" if first else " (it holds no tensors)")
+        + "; expected flux1-dev.safetensors, flux1-schnell.safetensors, ae.safetensors or a "
+        "diffusers folder"
+    )
+
+
+def _config(
+    component: str, shapes: Mapping[str, Shape], metadata: Mapping[str, str], what: str
+) -> Config:
+    if CONFIG_KEY in metadata:
+        try:
+            configs = json.loads(metadata[CONFIG_KEY])
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{what}: `{CONFIG_KEY}` in its metadata is not JSON") from error
+        if isinstance(configs, dict) and component in configs:
+            return config_from_json(component, configs[component], what=f"{what}: {component}")
+    guesses = {
+        "transformer": transformer.config_from_bfl,
+        "vae": _guess_autoencoder,
+        "text_encoder": _guess_clip,
+        "text_encoder_2": _guess_t5,
+    }
+    try:
+        return guesses[component](shapes, what=what)
+    except KeyError as error:
+        raise UserError(f"{what}: tensor `{error.args[0]}` is missing") from error
+    except (IndexError, ZeroDivisionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: the shapes are not those of a {component}") from error
+
+
+def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
+    found = (re.match(prefix + r"\.(\d{1,4})\.", name) for name in shapes)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def _guess_autoencoder(shapes: Mapping[str, Shape], *, what: str) -> AutoencoderConfig:
+    if "quant_conv.weight" in shapes:
+        raise UserError(f"{what}: this is an autoencoder of Stable Diffusion; expected FLUX.1's")
+    levels = _count(shapes, r"encoder\.down")
+    widths = [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)]
+    return AutoencoderConfig(
+        in_channels=shapes["encoder.conv_in.weight"][1],
+        out_channels=shapes["decoder.conv_out.weight"][0],
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        block_out_channels=tuple(widths),
+        layers_per_block=_count(shapes, r"encoder\.down\.0\.block"),
+        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
+    )
+
+
+def _guess_clip(shapes: Mapping[str, Shape], *, what: str) -> CLIPTextConfig:
+    del what
+    vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
+    return CLIPTextConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=_count(shapes, r"text_model\.encoder\.layers"),
+        num_attention_heads=width // 64,  # of every CLIP published
+        max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
+    )
+
+
+def _guess_t5(shapes: Mapping[str, Shape], *, what: str) -> T5Config:
+    del what
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    embedding = "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight"
+    vocab, width = shapes[embedding]
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    return T5Config(
+        vocab_size=vocab,
+        d_model=width,
+        d_kv=shapes[f"{attention}.q.weight"][0] // heads,
+        d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        num_layers=_count(shapes, r"encoder\.block"),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+    )

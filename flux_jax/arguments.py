@@ -1,0 +1,110 @@
+"""Checks of what a caller passes to the pipeline: each refusal is one line that says the remedy."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flux_jax.errors import UserError
+
+# JAX seeds wider than 32 bits are cut silently unless x64 is on.
+SEED_LIMIT = 2**32
+
+
+def integer(name: str, value: Any, *, least: int = 1) -> int:
+    """`value` as an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)
+
+
+def scale(name: str, value: Any) -> float:
+    """`value` as a finite float that is not negative."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise UserError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value`, which must be one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """One text or a sequence of them, as a list."""
+    items = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(items, Sequence)
+        or len(items) == 0
+        or not all(isinstance(item, str) for item in items)
+    ):
+        raise UserError(f"{name} must be a text or a non-empty list of texts, got {value!r}")
+    return list(items)
+
+
+def seeds_and_keys(seed: Any, key: Any, count: int) -> tuple[tuple[int | None, ...], Array]:
+    """The seed, if there is one, and the random key of each of `count` images.
+
+    One integer seed gives image i the seed `seed + i`; no seed draws one. One key gives image i
+    `jax.random.fold_in(key, i)`. A list of seeds or an array of keys names every image's own.
+
+    Args:
+      seed: None, an integer, or `count` integers, each in [0, 2**32).
+      key: None, or a typed JAX key or `count` of them (`jax.random.key`, not `PRNGKey`).
+      count: number of images.
+
+    Returns:
+      (seeds, keys): `count` seeds (None where a key was given), and (count,) typed keys.
+    """
+    if key is not None:
+        if seed is not None:
+            raise UserError(f"pass seed or key, not both, got seed={seed!r} and a key")
+        return (None,) * count, _keys(key, count)
+    if seed is None:
+        seed = secrets.randbelow(SEED_LIMIT - count)
+    if isinstance(seed, numbers.Integral):
+        first = integer("seed", seed, least=0)
+        seeds = tuple(range(first, first + count))
+    else:
+        if not isinstance(seed, Sequence) or isinstance(seed, str) or len(seed) != count:
+            raise UserError(f"seed must be one integer or {count}, one per image, got {seed!r}")
+        seeds = tuple(integer("seed", each, least=0) for each in seed)
+    if max(seeds) >= SEED_LIMIT:
+        raise UserError(f"seed must be below 2**32 for every image, got {max(seeds)}")
+    # The generator is named, for the same noise whatever jax_default_prng_impl says.
+    keys = [jax.random.key(np.uint32(each), impl="threefry2x32") for each in seeds]
+    return seeds, jnp.stack(keys)
+
+
+def _keys(key: Any, count: int) -> Array:
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise UserError(f"key must be a typed JAX key, as from jax.random.key(0), got {key!r}")
+    if key.shape == ():
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    if key.shape != (count,):
+        raise UserError(f"key must be one key or {count}, one per image, got shape {key.shape}")
+    return key
+
+
+def initial_latents(latents: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "N I P"]:
+    """The caller's noise as float32 on the host, checked against the images asked for."""
+    array = np.asarray(latents, dtype=np.float32)
+    if array.shape != shape:
+        raise UserError(
+            f"latents must have shape {shape} (images, image tokens, channels of a token; see "
+            f"flux_jax.latents.pack), got {array.shape}"
+        )
+    if not np.isfinite(array).all():
+        raise UserError("latents must be finite, got NaN or infinity in them")
+    return array

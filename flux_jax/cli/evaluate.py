@@ -1,0 +1,74 @@
+"""`python -m flux_jax evaluate`: the composition score of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flux_jax.cli import common
+
+
+def evaluate(
+    model: common.Model = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the images and report.json.")
+    ] = Path("evaluation"),
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only the first LIMIT prompts of each category.", show_default="all"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps.", show_default="28; schnell: 4")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale (not schnell).")] = 3.5,
+    seed: Annotated[int, typer.Option(help="Prompt i takes SEED + i.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images drawn together.")] = 16,
+    dtype: common.DType = "bf16",
+    json: common.Json = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Score a model on prompts that compose.
+
+    Draws the evaluation prompts, none of which were trained on, and judges each image with an exact
+    detector on its pixels, in GenEval's six categories: single object, two objects, counting,
+    colors, position, color attribution. A run that was stopped goes on where it was.
+
+    \b
+    Examples:
+      python -m flux_jax evaluate --out evaluation
+      python -m flux_jax evaluate --model FOLDER --limit 10 --steps 14 --json
+    """
+    with common.command(quiet=quiet):
+        from flux_jax import evaluate as scoring
+        from flux_jax.composition.score import format_table
+
+        prompts = scoring.select_prompts(limit)
+        name = "tiny" if model is None else model
+        pipe, embeds, _ = common.load_and_encode(
+            name,
+            [prompt.prompt for prompt in prompts],
+            None,
+            dtype=common.dtype_name(dtype),
+            max_sequence_length=None,
+            batch_size=batch_size,
+            with_fingerprint=True,
+        )
+        result = scoring.evaluate(
+            pipe,
+            out,
+            prompts=prompts,
+            embeds=embeds,
+            seed=seed,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            batch_size=batch_size,
+            progress=not quiet,
+        )
+        if json:
+            common.print_json({"model": name, **result.to_dict()})
+            return
+        typer.echo(format_table(result.scores))
+        if not quiet:
+            typer.echo(f"images and report: {out}", err=True)

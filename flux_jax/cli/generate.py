@@ -1,0 +1,198 @@
+"""`python -m flux_jax generate`: text to PNG, and PNG to the same PNG again."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flux_jax.cli import common
+from flux_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The PNG. Several images: image-0.png, image-1.png ..."),
+    ] = Path("image.png"),
+    model: common.Model = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Image i takes SEED + i.", show_default="a new one, reported"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps.", show_default="28; schnell: 4")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels, a multiple of 16.", show_default="the model's own")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Pixels, a multiple of 16.", show_default="the model's own")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="How closely to follow the prompt (not schnell).", show_default="3.5"),
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What to steer away from; takes effect with --true-cfg.")
+    ] = None,
+    true_cfg: Annotated[
+        float | None,
+        typer.Option(help="Strength of that, above 1; doubles the time.", show_default="1"),
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
+    max_sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the prompt that T5 reads.", show_default="the model's own"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32.", show_default="bf16")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Images drawn together; above 1 a seed's image is the same to rounding only.",
+            show_default="1",
+        ),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw this PNG again, from its metadata; other options change what they name.",
+            show_default=False,
+        ),
+    ] = None,
+    metadata: Annotated[
+        bool, typer.Option("--metadata/--no-metadata", help="Keep all of this in the PNG.")
+    ] = True,
+    json: common.Json = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Draw images from text.
+
+    The PNG carries its prompt, seed, settings and the fingerprint of the model, and --replay draws
+    it again.
+
+    \b
+    Examples:
+      python -m flux_jax generate "a red circle above a blue square" --seed 0
+      python -m flux_jax generate "a cat" "a dog" --num-images 2 --out pets.png
+      python -m flux_jax generate "a lighthouse" --model black-forest-labs/FLUX.1-dev --width 768
+      python -m flux_jax generate --replay image.png --out again.png
+    """
+    with common.command(quiet=quiet):
+        explicit = {
+            "prompt": prompts or None,
+            "negative_prompt": negative,
+            "seed": seed,
+            "num_inference_steps": steps,
+            "height": height,
+            "width": width,
+            "guidance_scale": guidance,
+            "true_cfg_scale": true_cfg,
+            "max_sequence_length": max_sequence_length,
+            "batch_size": batch_size,
+            "model": model,
+            "dtype": None if dtype is None else common.dtype_name(dtype),
+        }
+        _generate(
+            {name: value for name, value in explicit.items() if value is not None},
+            out=out,
+            num_images=num_images,
+            replay=replay,
+            metadata=metadata,
+            as_json=json,
+            quiet=quiet,
+        )
+
+
+def _generate(
+    explicit: dict[str, Any],
+    *,
+    out: Path,
+    num_images: int,
+    replay: Path | None,
+    metadata: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    # Late: JAX takes a second, and --help should not.
+    from flux_jax.metadata import check_png_path, save_png
+
+    check_png_path(out)
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist")
+    settings, expected = _settings(explicit, replay)
+    model, dtype = settings.pop("model"), settings.pop("dtype")
+    prompt, negative = settings.pop("prompt"), settings.pop("negative_prompt", None)
+
+    watch = common.Stopwatch()
+    with watch.stage("load and encode"):
+        pipe, embeds, negative_embeds = common.load_and_encode(
+            model,
+            prompt,
+            negative if settings.get("true_cfg_scale", 1.0) > 1 else None,
+            dtype=dtype,
+            max_sequence_length=settings.pop("max_sequence_length", None),
+            with_fingerprint=metadata,
+        )
+    fingerprint = pipe.fingerprint() if metadata else None
+    if expected is not None and fingerprint is not None and expected != fingerprint:
+        logger.warning(
+            "%s was drawn with other weights (fingerprint %s, here %s): the image will differ",
+            replay,
+            expected,
+            fingerprint,
+        )
+    with watch.stage("draw"):
+        output = pipe(
+            embeds,
+            negative_prompt=negative_embeds,
+            num_images_per_prompt=num_images,
+            progress=not quiet,
+            **settings,
+        )
+    paths = common.numbered(out, len(output.images))
+    for image, path, record in zip(output.images, paths, output.records, strict=True):
+        record = dataclasses.replace(record, fingerprint=fingerprint)
+        save_png(image, path, record if metadata else None)
+    if as_json:
+        images = [
+            {"file": str(path), "prompt": record.prompt, "seed": record.seed}
+            for path, record in zip(paths, output.records, strict=True)
+        ]
+        report = {"images": images, "model": model, "fingerprint": fingerprint}
+        memory = {"peak_device_bytes": common.peak_device_bytes()}
+        common.print_json({**report, "seconds": watch.seconds, **memory})
+    elif not quiet:
+        for path, record in zip(paths, output.records, strict=True):
+            typer.echo(f"{path}  seed {record.seed}")
+
+
+def _settings(explicit: dict[str, Any], replay: Path | None) -> tuple[dict[str, Any], str | None]:
+    """Everything asked for, explicit options over those of the image to replay.
+
+    Returns:
+      (settings, fingerprint): keyword arguments of the pipeline's call with "model" and "dtype",
+      and the fingerprint of the weights that drew the image to replay, if known.
+    """
+    if replay is None:
+        if "prompt" not in explicit:
+            raise UserError("give a PROMPT to draw, or --replay IMAGE.png; see --help")
+        return {"model": "tiny", "dtype": "bfloat16", **explicit}, None
+    from flux_jax.metadata import read_png
+
+    record = read_png(replay)
+    recorded = {k: v for k, v in record.arguments().items() if v is not None}
+    if record.model is None and "model" not in explicit:
+        raise UserError(f"{replay} does not say which model drew it: name one with --model")
+    settings = {**recorded, "model": record.model, "dtype": record.dtype, **explicit}
+    # Other weights were asked for: nobody expects the same image.
+    return settings, None if "model" in explicit else record.fingerprint

@@ -1,0 +1,45 @@
+"""Compiled programs kept on disk from one run to the next."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# Set to a folder to use that one, or to "off".
+VARIABLE = "FLUX_JAX_COMPILATION_CACHE"
+
+
+def default_folder() -> Path:
+    """`flux_jax/compiled` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flux_jax" / "compiled"
+
+
+def enable_compilation_cache() -> Path | None:
+    """Turn on JAX's persistent compilation cache for every program, however fast it compiled.
+
+    JAX's own thresholds leave out what compiles within a second, which is most of a pipeline. A
+    cache that JAX was already told of (`JAX_COMPILATION_CACHE_DIR`, or `jax.config`) is kept;
+    `FLUX_JAX_COMPILATION_CACHE` names another folder, or turns the cache off.
+
+    Returns:
+      The folder in use, or None if off or if the folder cannot be made.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted.lower() in ("off", "0", "no"):
+        return None
+    config: Any = jax.config
+    configured = config.jax_compilation_cache_dir
+    folder = Path(wanted or configured or default_folder()).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        # A read-only home is no reason not to draw.
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder

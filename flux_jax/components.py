@@ -1,0 +1,57 @@
+"""The components of a FLUX.1 pipeline that hold weights, under diffusers' names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flux_jax.autoencoder import Autoencoder
+from flux_jax.clip import CLIPTextEncoder
+from flux_jax.configs import AutoencoderConfig, CLIPTextConfig, FluxConfig, T5Config
+from flux_jax.layers import DType
+from flux_jax.t5 import T5Encoder
+from flux_jax.transformer import FluxTransformer
+
+Config = FluxConfig | CLIPTextConfig | T5Config | AutoencoderConfig
+
+CONFIG_CLASSES: dict[str, type[Config]] = {
+    "transformer": FluxConfig,
+    "text_encoder": CLIPTextConfig,
+    "text_encoder_2": T5Config,
+    "vae": AutoencoderConfig,
+}
+MODULE_CLASSES: dict[str, type[nnx.Module]] = {
+    "transformer": FluxTransformer,
+    "text_encoder": CLIPTextEncoder,
+    "text_encoder_2": T5Encoder,
+    "vae": Autoencoder,
+}
+
+
+class _OneKey(nnx.Rngs):
+    """Hands out one and the same key.
+
+    Only shapes are wanted here. Counting the keys of `nnx.Rngs` under a trace costs time that grows
+    with the square of the number of parameters: 15 s for FLUX.1-dev, against 1 s.
+    """
+
+    def __init__(self):
+        super().__init__()
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def abstract_module(name: str, config: Config, dtype: DType = jnp.bfloat16) -> Any:
+    """A component with `jax.ShapeDtypeStruct`s for parameters: nothing is drawn or allocated.
+
+    Args:
+      name: of the component, a key of `MODULE_CLASSES`.
+      config: its hyper-parameters.
+      dtype: of the parameters.
+    """
+    module_class: Any = MODULE_CLASSES[name]
+    return nnx.eval_shape(lambda: module_class(config, dtype=dtype, rngs=_OneKey()))

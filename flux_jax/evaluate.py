@@ -1,0 +1,171 @@
+"""The composition score of a model: draw every evaluation prompt, judge, and remember.
+
+Each image is written as soon as it is drawn, with its record inside. A run that was stopped is
+resumed by running it again: an image whose record is the one wanted is not drawn a second time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from flux_jax.composition.prompts import CATEGORIES, EvalPrompt, load_prompts
+from flux_jax.composition.score import Scores, score_images
+from flux_jax.errors import UserError
+from flux_jax.metadata import GenerationRecord, read_png, save_png
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.plan import DEV_STEPS, SCHNELL_STEPS
+from flux_jax.prompts import PromptEmbeds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+      scores: by category and overall, with the verdict on each image.
+      prompts: what was drawn, in the order of the verdicts.
+      records: how each image was drawn.
+      drawn: images drawn by this run; the others were there already.
+    """
+
+    scores: Scores
+    prompts: tuple[EvalPrompt, ...]
+    records: tuple[GenerationRecord, ...]
+    drawn: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values: scores, settings that all images share, and a line for each image."""
+        shared = dataclasses.asdict(self.records[0])
+        del shared["prompt"], shared["seed"]
+        images = [
+            {
+                "file": file_name(index),
+                "prompt": prompt.prompt,
+                "category": prompt.category,
+                "held_out": prompt.held_out,
+                "seed": record.seed,
+                "passed": verdict.passed,
+                "exact": verdict.exact,
+                "reasons": list(verdict.reasons),
+            }
+            for index, (prompt, record, verdict) in enumerate(
+                zip(self.prompts, self.records, self.scores.verdicts, strict=True)
+            )
+        ]
+        return {"scores": self.scores.to_dict(), "settings": shared, "images": images}
+
+
+def file_name(index: int) -> str:
+    """The image of the prompt at `index`."""
+    return f"{index:04d}.png"
+
+
+def select_prompts(limit: int | None) -> list[EvalPrompt]:
+    """All evaluation prompts, or the first `limit` of each category.
+
+    Raises:
+      UserError: `limit` below 1.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1 prompt a category, got {limit}")
+    prompts = load_prompts()
+    return [
+        prompt
+        for category in CATEGORIES
+        for prompt in [p for p in prompts if p.category == category][:limit]
+    ]
+
+
+def evaluate(
+    pipe: FluxPipeline,
+    out: Path,
+    *,
+    prompts: Sequence[EvalPrompt],
+    embeds: PromptEmbeds,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float = 3.5,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Evaluation:
+    """Draw `prompts` into a folder and score them; image i has seed `seed + i`.
+
+    Args:
+      pipe: the model.
+      out: folder for the images and `report.json`; made if absent.
+      prompts: from `select_prompts`.
+      embeds: the same, encoded.
+      seed, num_inference_steps, guidance_scale, batch_size: as in the pipeline's call.
+      progress: whether to show a progress bar on stderr.
+
+    Raises:
+      UserError: the folder cannot be made, or an argument is out of range.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out}: {error.strerror}") from error
+    dev = pipe.transformer.config.guidance_embed
+    steps = num_inference_steps or (DEV_STEPS if dev else SCHNELL_STEPS)
+    fingerprint = pipe.fingerprint()
+
+    def wanted(index: int) -> dict[str, Any]:
+        return {
+            "prompt": prompts[index].prompt,
+            "seed": seed + index,
+            "num_inference_steps": steps,
+            "guidance_scale": float(guidance_scale) if dev else None,
+            "fingerprint": fingerprint,
+            "dtype": str(pipe.transformer.img_in.weight.dtype),
+        }
+
+    missing = [i for i in range(len(prompts)) if not _is_drawn(out / file_name(i), wanted(i))]
+    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), disable=not progress) as bar:
+        for start in range(0, len(missing), batch_size):
+            chunk = missing[start : start + batch_size]
+            output = pipe(
+                embeds.take(chunk),
+                seed=[seed + index for index in chunk],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                batch_size=batch_size,
+                progress=False,
+            )
+            for index, image, record in zip(chunk, output.images, output.records, strict=True):
+                record = dataclasses.replace(record, fingerprint=fingerprint)
+                save_png(image, out / file_name(index), record)
+            bar.update(len(chunk))
+    images, records = _read_all(out, len(prompts))
+    result = Evaluation(
+        scores=score_images(images, prompts),
+        prompts=tuple(prompts),
+        records=records,
+        drawn=len(missing),
+    )
+    (out / "report.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    return result
+
+
+def _is_drawn(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a file is the image wanted; a file that was cut off while written is not."""
+    if not path.exists():
+        return False
+    try:
+        record = read_png(path)
+    except UserError:
+        return False
+    return all(getattr(record, name) == value for name, value in wanted.items())
+
+
+def _read_all(out: Path, count: int) -> tuple[list[np.ndarray], tuple[GenerationRecord, ...]]:
+    paths = [out / file_name(index) for index in range(count)]
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    return images, tuple(read_png(path) for path in paths)

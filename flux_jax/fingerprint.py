@@ -1,0 +1,73 @@
+"""A short name for a set of weights: equal weights, equal fingerprint, wherever they came from.
+
+Computed from the arrays in memory and not from files, so that a diffusers folder, a single file and
+a converted checkpoint of the same weights agree; floats are compared as bfloat16, so that the
+dtype they were loaded in does not matter either. It tells checkpoints apart, it does not
+authenticate them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, UInt32
+
+from flux_jax.tree import parameter_path
+
+DIGITS = 16
+
+
+@jax.jit
+def _checksum(array: jax.Array | np.ndarray) -> UInt32[Array, ""]:
+    """The sum modulo 2^32 of every element's bits, mixed with its position.
+
+    Integer sums do not depend on their order: any sharding and any backend give the same.
+    """
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16)
+    bits = array.astype(jnp.uint32)
+    position = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        position = position * np.uint32(size % 2**32) + index
+    # Multiply and shift as hash functions do: each bit of the input reaches most of the output.
+    mixed = (bits ^ (position * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA77)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0xC2B2AE3D)
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+
+
+def component_digest(name: str, module: nnx.Module) -> str:
+    """The digest of one component's weights.
+
+    Args:
+      name: of the component.
+      module: its arrays may be on devices, sharded, or on the host.
+    """
+    names, sums = [], []
+    parameters = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    for path, parameter in sorted(parameters, key=lambda item: parameter_path(item[0])):
+        array = parameter.get_value()
+        names.append(f"{name}.{parameter_path(path)} {array.shape}")
+        sums.append(_checksum(array))
+    digest = hashlib.sha256()
+    for line, value in zip(names, jax.device_get(sums), strict=True):
+        digest.update(f"{line} {int(value):08x}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """The fingerprint of a model.
+
+    Args:
+      digests: component name to `component_digest`.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    joined = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(joined.encode()).hexdigest()[:DIGITS]

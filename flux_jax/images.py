@@ -1,0 +1,85 @@
+"""Decoded arrays to pictures, with the rounding of diffusers' `VaeImageProcessor`."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+
+from flux_jax.autoencoder import Autoencoder
+from flux_jax.errors import UserError
+from flux_jax.functional import ModuleFunction
+from flux_jax.latents import PATCH, unpack
+
+# Above this many pixels a whole decode would need more memory than the denoising loop.
+WHOLE_DECODE_PIXELS = 1024 * 1024
+# Side of a tile in latent pixels.
+TILE = 64
+
+
+def _unpack_decode(
+    vae: Autoencoder, tokens: Float[Array, "B I P"], *, rows: int, columns: int
+) -> Float[Array, "B H W C"]:
+    return vae.decode(unpack(tokens, rows * PATCH, columns * PATCH))
+
+
+UNPACK_DECODE = ModuleFunction(_unpack_decode)
+
+
+def decode(
+    vae: Autoencoder,
+    tokens: Float[Array, "B I P"],
+    grid: tuple[int, int],
+    *,
+    tiled: bool | None = None,
+) -> Float[np.ndarray, "B H W C"]:
+    """Packed latents to images in [0, 1], float32.
+
+    Images are decoded together up to `WHOLE_DECODE_PIXELS` in all, and beyond it one by one.
+
+    Args:
+      vae: the autoencoder.
+      tokens: clean latents, packed.
+      grid: image tokens (rows, columns).
+      tiled: decode in overlapping tiles, which bounds memory and changes the image slightly; None
+        does so only for an image above `WHOLE_DECODE_PIXELS`.
+
+    Raises:
+      UserError: the result is not finite.
+    """
+    rows, columns = grid
+    side = PATCH * vae.config.downscale
+    pixels = rows * columns * side * side
+    if is_tiled(pixels, tiled):
+        decoded = vae.decode_tiled(unpack(tokens, rows * PATCH, columns * PATCH), tile=TILE)
+    else:
+        function = UNPACK_DECODE.bind(vae, rows=rows, columns=columns)
+        tokens = function.place(tokens)
+        together = max(1, WHOLE_DECODE_PIXELS // pixels)
+        parts = [
+            jax.device_get(function(tokens[start : start + together]))
+            for start in range(0, len(tokens), together)
+        ]
+        decoded = np.concatenate(parts).astype(np.float32)
+    if not np.isfinite(decoded).all():
+        raise UserError(
+            "the image came out as NaN or infinity: the weights or the latents overflow "
+            f"{vae.decoder.conv_in.weight.dtype}; try dtype float32"
+        )
+    return np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
+
+
+def is_tiled(pixels: int, tiled: bool | None) -> bool:
+    """Whether an image is decoded in tiles; `tiled` as in `decode`."""
+    return pixels > WHOLE_DECODE_PIXELS if tiled is None else tiled
+
+
+def to_uint8(images: Float[np.ndarray, "*B H W C"]) -> UInt8[np.ndarray, "*B H W C"]:
+    """[0, 1] to 0..255, halves to even as NumPy and diffusers round."""
+    return (images * 255).round().astype(np.uint8)
+
+
+def to_pil(images: Float[np.ndarray, "B H W C"]) -> list[Image.Image]:
+    """One PIL image per row."""
+    return [Image.fromarray(image) for image in to_uint8(images)]

@@ -1,0 +1,192 @@
+"""How an image was drawn, kept inside its PNG file, so that it can be drawn again.
+
+Two iTXt chunks: `flux_jax`, a JSON object with the fields of `GenerationRecord`, and `parameters`,
+the same for people, in the form that image browsers for other generators already show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from flux_jax.errors import UserError
+
+FORMAT_VERSION = 1
+_CHUNK, _READABLE_CHUNK = "flux_jax", "parameters"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationRecord:
+    """Everything that determined one image.
+
+    Attributes:
+      prompt: what was asked for.
+      seed: of this image; None if it came from a key or from given latents, which makes it
+        impossible to draw again from this record alone.
+      num_inference_steps, height, width, max_sequence_length: as in the pipeline's call.
+      guidance_scale: None for a model that takes none.
+      negative_prompt: None if there was none or it had no effect.
+      true_cfg_scale: 1 without a negative prompt.
+      batch_size: how many images were drawn together.
+      model: as it was named to `from_pretrained`.
+      dtype: of the transformer's weights.
+      fingerprint: of the weights (`flux_jax.fingerprint`); None if not computed.
+      version: of flux_jax.
+      platform: the kind of device, "cpu" or "gpu".
+    """
+
+    prompt: str
+    seed: int | None
+    num_inference_steps: int
+    height: int
+    width: int
+    max_sequence_length: int
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
+    batch_size: int = 1
+    model: str | None = None
+    dtype: str = "bfloat16"
+    fingerprint: str | None = None
+    version: str = ""
+    platform: str = ""
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the pipeline's call that draw the image again.
+
+        Raises:
+          UserError: the record has no seed.
+        """
+        if self.seed is None:
+            raise UserError(
+                "this image cannot be drawn again: its noise came from a key or from given "
+                "latents, not from a seed"
+            )
+        names = (
+            "prompt",
+            "seed",
+            "num_inference_steps",
+            "height",
+            "width",
+            "max_sequence_length",
+            "negative_prompt",
+            "true_cfg_scale",
+            "batch_size",
+        )
+        chosen = {name: getattr(self, name) for name in names}
+        if self.guidance_scale is not None:
+            chosen["guidance_scale"] = self.guidance_scale
+        return chosen
+
+
+def readable(record: GenerationRecord) -> str:
+    """The record as text: the prompts, then one line of settings."""
+    settings = {
+        "Steps": record.num_inference_steps,
+        "Sampler": "Euler",
+        "Distilled CFG scale": record.guidance_scale,
+        "CFG scale": record.true_cfg_scale if record.negative_prompt is not None else None,
+        "Seed": record.seed,
+        "Size": f"{record.width}x{record.height}",
+        "Model": record.model,
+        "Model hash": record.fingerprint,
+        "Version": f"flux_jax {record.version}",
+    }
+    lines = [record.prompt]
+    if record.negative_prompt is not None:
+        lines.append(f"Negative prompt: {record.negative_prompt}")
+    lines.append(", ".join(f"{k}: {v}" for k, v in settings.items() if v is not None))
+    return "\n".join(lines)
+
+
+def save_png(image: Image.Image, path: str | Path, record: GenerationRecord | None = None) -> None:
+    """Write a PNG, with the record inside it if there is one.
+
+    Raises:
+      UserError: the path does not end in .png, or cannot be written.
+    """
+    check_png_path(path)
+    chunks = PngImagePlugin.PngInfo()
+    if record is not None:
+        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(record)}
+        # JSON in ASCII survives every tool that rewrites text chunks.
+        chunks.add_itxt(_CHUNK, json.dumps(content))
+        chunks.add_itxt(_READABLE_CHUNK, readable(record))
+    # Encoded before the file is touched: Pillow keeps the options of a save that failed and would
+    # use them again in the next one.
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", pnginfo=chunks)
+    try:
+        Path(path).write_bytes(encoded.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_png_path(path: str | Path) -> None:
+    """Refuse, before anything is computed, a path that `save_png` would refuse."""
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"{path} must end in .png, the format that keeps the image exactly")
+
+
+def read_png(path: str | Path) -> GenerationRecord:
+    """The record inside a PNG that `save_png` wrote.
+
+    Raises:
+      UserError: no such file, not an image, no record in it, or one that cannot be understood.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info.get(_CHUNK)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    if text is None:
+        raise UserError(
+            f"{path} carries no flux_jax metadata: not drawn by flux_jax, or a tool removed it"
+        )
+    return _parse(str(text), path)
+
+
+# What each field's JSON value may be.
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "int | None": (int, type(None)),
+    "float | None": (int, float, type(None)),
+    "str | None": (str, type(None)),
+}
+
+
+def _parse(text: str, path: str | Path) -> GenerationRecord:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} has damaged flux_jax metadata: {error}") from error
+    if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has flux_jax metadata of an unknown format; this version reads "
+            f"format_version {FORMAT_VERSION}"
+        )
+    fields = {field.name: field for field in dataclasses.fields(GenerationRecord)}
+    for name, value in content.items():
+        # Unknown fields would be settings that a replay silently lost.
+        if name not in fields:
+            raise UserError(f"{path} has flux_jax metadata with an unknown field {name!r}")
+        allowed = _JSON_TYPES[str(fields[name].type)]
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            raise UserError(
+                f"{path} has flux_jax metadata whose {name} should be {fields[name].type}, "
+                f"got {value!r}"
+            )
+    try:
+        return GenerationRecord(**content)
+    except TypeError as error:
+        raise UserError(f"{path} has incomplete flux_jax metadata: {error}") from error

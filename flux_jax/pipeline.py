@@ -1,0 +1,364 @@
+"""Text to image: prompts, noise, denoising loop and decoder, behind diffusers' arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+import flux_jax
+from flux_jax import arguments, images
+from flux_jax.autoencoder import Autoencoder
+from flux_jax.configs import SchedulerConfig
+from flux_jax.denoise import denoise
+from flux_jax.errors import UserError
+from flux_jax.fingerprint import component_digest, fingerprint
+from flux_jax.latents import PATCH
+from flux_jax.metadata import GenerationRecord
+from flux_jax.outputs import Callback, FluxOutput, Preview
+from flux_jax.plan import Plan, initial_noise, make_plan, sequence_length
+from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.tokenization import max_length
+from flux_jax.transformer import FluxTransformer
+
+Prompt = str | Sequence[str] | PromptEmbeds
+
+
+class FluxPipeline:
+    """FLUX.1 from prompts to images.
+
+    Example:
+      pipe = FluxPipeline.from_pretrained("tiny")
+      pipe("a red circle above a blue square", seed=0).images[0].save("image.png")
+
+    Attributes:
+      transformer, vae: the models.
+      text_encoders: CLIP and T5 with their tokenizers.
+      scheduler: the noise schedule's configuration.
+      vae_tiling: True or False to decode in tiles always or never; None decides by size.
+      name: what the model is called in an image's metadata.
+    """
+
+    def __init__(
+        self,
+        *,
+        transformer: FluxTransformer,
+        vae: Autoencoder,
+        scheduler: SchedulerConfig,
+        text_encoders: TextEncoders | None = None,
+        vae_tiling: bool | None = None,
+        name: str | None = None,
+    ):
+        """A pipeline of given parts.
+
+        Args:
+          transformer, vae, scheduler, vae_tiling, name: see the class.
+          text_encoders: without them, calls take encoded prompts only.
+
+        Raises:
+          UserError: parts whose widths do not fit together.
+        """
+        text_encoders = TextEncoders() if text_encoders is None else text_encoders
+        _check_widths(transformer, vae, text_encoders)
+        self.transformer = transformer
+        self.vae = vae
+        self.scheduler = scheduler
+        self.text_encoders = text_encoders
+        self.vae_tiling = vae_tiling
+        self.name = name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: Any = jnp.bfloat16,
+        mesh: jax.sharding.Mesh | None = None,
+        offload_text_encoders: bool = False,
+        vae_tiling: bool | None = None,
+        text_encoders: TextEncoders | None = None,
+        transformer: FluxTransformer | None = None,
+        vae: Autoencoder | None = None,
+    ) -> FluxPipeline:
+        """A pipeline from a checkpoint, its weights straight onto the device or mesh.
+
+        Args:
+          path: a folder written by `python -m convert`, a folder in diffusers' layout, a Hugging
+            Face repository id, or "tiny" for the model that ships with the package.
+          dtype: of all weights and so of the computation: bfloat16 or float32.
+          mesh: devices to spread the weights over; without one, the default device alone.
+          offload_text_encoders: keep the text encoders in host memory except while they encode.
+          vae_tiling: see the class.
+          text_encoders, transformer, vae: used in place of the checkpoint's, which are then not
+            read; `TextEncoders()` for none.
+
+        Raises:
+          UserError: a checkpoint that cannot be loaded, or a dtype that cannot be computed in.
+        """
+        # Late: a pipeline of given parts does not need the readers of checkpoints.
+        from flux_jax.loading import load_image_parts
+
+        if text_encoders is None:
+            text_encoders = TextEncoders.from_pretrained(
+                path, dtype=dtype, mesh=mesh, offload=offload_text_encoders
+            )
+        given = {"transformer": transformer, "vae": vae}
+        models = {name: module for name, module in given.items() if module is not None}
+        parts = load_image_parts(path, dtype=dtype, mesh=mesh, given=models)
+        return cls(text_encoders=text_encoders, vae_tiling=vae_tiling, name=str(path), **parts)
+
+    def encode_prompt(
+        self, prompt: str | Sequence[str], *, max_sequence_length: int | None = None
+    ) -> PromptEmbeds:
+        """Embeddings that a call takes in place of its prompt.
+
+        Args:
+          prompt: one text or several.
+          max_sequence_length: T5 tokens, padding included; the model's own by default.
+
+        Raises:
+          UserError: the text encoders were freed or never given.
+        """
+        length = sequence_length(self.transformer.config, self._token_limit, max_sequence_length)
+        return self.text_encoders.encode(
+            arguments.texts("prompt", prompt), max_sequence_length=length
+        )
+
+    def free_text_encoders(self) -> None:
+        """Drop both text encoders and their memory; calls then need `encode_prompt`'s results."""
+        self.text_encoders.free()
+
+    def fingerprint(self) -> str:
+        """A short name for the weights of all components; see `flux_jax.fingerprint`.
+
+        Reads every weight once. Text encoders that were freed before it was ever asked for are
+        left out, which changes it.
+        """
+        models = {"transformer": self.transformer, "vae": self.vae}
+        digests = {name: component_digest(name, module) for name, module in models.items()}
+        return fingerprint({**digests, **self.text_encoders.digests()})
+
+    @property
+    def _token_limit(self) -> int:
+        return max_length(self.text_encoders.tokenizer_2)
+
+    def __call__(
+        self,
+        prompt: Prompt,
+        *,
+        negative_prompt: Prompt | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        key: Array | None = None,
+        latents: Float[Any, "N I P"] | None = None,
+        output_type: str = "pil",
+        return_latents: bool = False,
+        batch_size: int = 1,
+        callback: Callback | None = None,
+        progress: bool = True,
+    ) -> FluxOutput:
+        """Draws N = prompts x `num_images_per_prompt` images, prompt by prompt.
+
+        Image i starts from noise of its own: seed `seed + i`, or `fold_in(key, i)`. Images are
+        drawn `batch_size` at a time. With the default of 1, all images run through one program of
+        one shape, so that an image is the same bit for bit whether drawn alone or among others.
+        With more, small models run faster, and an image is the same to rounding.
+
+        Args:
+          prompt: a text, several, or the result of `encode_prompt`.
+          negative_prompt: what to steer away from, one for all prompts or one for each; acts only
+            with `true_cfg_scale` above 1.
+          true_cfg_scale: strength of that; above 1 each step costs two passes.
+          height, width: pixels, multiples of 16 for FLUX.1; the model's own size by default.
+          num_inference_steps: by default 28, or 4 for a model without guidance embedding (schnell).
+          guidance_scale: input of guidance-distilled models (dev); others ignore it.
+          num_images_per_prompt: images of each prompt.
+          max_sequence_length: T5 tokens of a prompt, padding included; the model's own by default.
+          seed: one for all, or N; drawn at random by default. In [0, 2**32).
+          key: instead of a seed, one typed JAX key for all or N.
+          latents: instead of either, the initial noise as packed tokens (N, I, P).
+          output_type: "pil", "np" for a float array in [0, 1], or "latent".
+          return_latents: whether the output carries the clean latents too.
+          batch_size: images drawn together.
+          callback: called after each step with (step from 0, number of steps, `Preview`), once for
+            every batch of images.
+          progress: whether to show a progress bar on stderr.
+
+        Raises:
+          UserError: an argument that cannot be used; names it and what would do.
+        """
+        arguments.choice("output_type", output_type, ("pil", "np", "latent"))
+        plan = make_plan(
+            self.transformer.config,
+            self.vae.config,
+            self.scheduler,
+            token_limit=self._token_limit,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            max_sequence_length=max_sequence_length,
+            batch_size=batch_size,
+            num_images_per_prompt=num_images_per_prompt,
+        )
+        rows, negative_rows = _prompt_rows(prompt, negative_prompt, plan)
+        seeds, noise = initial_noise(seed, key, latents, len(rows), plan)
+        embeds = self._embeds(prompt, rows, plan)
+        negative = None
+        if negative_prompt is not None and negative_rows is not None:
+            negative = self._embeds(negative_prompt, negative_rows, plan)
+
+        decoded, clean = [], []
+        for indices, tokens in self._drawn(noise, embeds, negative, plan, callback, progress):
+            if output_type != "latent":
+                decoded.append(self._decode(tokens, plan)[: len(indices)])
+            if return_latents or output_type == "latent":
+                clean.append(np.asarray(tokens)[: len(indices)])
+        packed = np.concatenate(clean) if clean else None
+        pictures: Any = packed if output_type == "latent" else np.concatenate(decoded)
+        return FluxOutput(
+            images=images.to_pil(pictures) if output_type == "pil" else pictures,
+            latents=packed,
+            seeds=seeds,
+            records=self._records(seeds, embeds, negative, plan),
+        )
+
+    def _embeds(self, prompt: Prompt, rows: Sequence[int], plan: Plan) -> PromptEmbeds:
+        """One row per image: the prompts at `rows`, encoded if they are not yet."""
+        if not isinstance(prompt, PromptEmbeds):
+            prompt = self.text_encoders.encode(
+                arguments.texts("prompt", prompt),
+                max_sequence_length=plan.max_sequence_length,
+                batch_size=plan.batch_size,
+            )
+        return prompt.take(rows)
+
+    def _drawn(
+        self,
+        noise: Callable[[Sequence[int]], Array],
+        embeds: PromptEmbeds,
+        negative: PromptEmbeds | None,
+        plan: Plan,
+        callback: Callback | None,
+        progress: bool,
+    ) -> Iterator[tuple[tuple[int, ...], Float[Array, "B I P"]]]:
+        """Batch by batch, the indices of its images and their clean latents (and filling)."""
+        count, steps, size = len(embeds.prompts), plan.schedule.num_steps, plan.batch_size
+        starts = range(0, count, size)
+        with tqdm(total=steps * len(starts), disable=not progress, unit="step") as bar:
+            for start in starts:
+                indices = tuple(range(start, min(start + size, count)))
+                # The last batch is filled up with its last image: one shape, one program.
+                filled = indices + indices[-1:] * (size - len(indices))
+                tokens = noise(filled)
+                loop = denoise(
+                    self.transformer,
+                    plan.schedule,
+                    tokens,
+                    plan.grid,
+                    embeds.take(filled),
+                    guidance_scale=plan.guidance_scale,
+                    negative=None if negative is None else negative.take(filled),
+                    true_cfg_scale=plan.true_cfg_scale,
+                )
+                for step, (upcoming, clean) in enumerate(loop):
+                    # Waiting for the step before this one keeps the bar honest and the device
+                    # busy: there is always one step in flight.
+                    jax.block_until_ready(tokens)
+                    tokens = upcoming
+                    if callback is not None:
+                        callback(step, steps, self._preview(clean, indices, plan))
+                    bar.update()
+                yield indices, tokens
+
+    def _decode(self, tokens: Array, plan: Plan) -> Float[np.ndarray, "B H W C"]:
+        return images.decode(self.vae, tokens, plan.grid, tiled=self.vae_tiling)
+
+    def _preview(self, clean: Array, indices: tuple[int, ...], plan: Plan) -> Preview:
+        return Preview(
+            latents=clean[: len(indices)],
+            indices=indices,
+            decode=lambda tokens: self._decode(tokens, plan),
+        )
+
+    def _records(
+        self,
+        seeds: tuple[int | None, ...],
+        embeds: PromptEmbeds,
+        negative: PromptEmbeds | None,
+        plan: Plan,
+    ) -> tuple[GenerationRecord, ...]:
+        weight = jax.tree.leaves(nnx.state(self.transformer, nnx.Param))[0]
+        return tuple(
+            GenerationRecord(
+                prompt=embeds.prompts[i],
+                seed=seed,
+                num_inference_steps=plan.schedule.num_steps,
+                height=plan.height,
+                width=plan.width,
+                max_sequence_length=embeds.prompt_embeds.shape[1],
+                guidance_scale=plan.guidance_scale,
+                negative_prompt=None if negative is None else negative.prompts[i],
+                true_cfg_scale=1.0 if negative is None else plan.true_cfg_scale,
+                batch_size=plan.batch_size,
+                model=self.name,
+                dtype=str(self.transformer.img_in.weight.dtype),
+                version=flux_jax.__version__,
+                platform=next(iter(weight.devices())).platform,
+            )
+            for i, seed in enumerate(seeds)
+        )
+
+
+def _prompt_rows(
+    prompt: Prompt, negative: Prompt | None, plan: Plan
+) -> tuple[list[int], list[int] | None]:
+    """Which prompt and which negative prompt each image takes; None if a negative has no effect."""
+    count = _length("prompt", prompt)
+    rows = [row for row in range(count) for _ in range(plan.images_per_prompt)]
+    if negative is None or plan.true_cfg_scale <= 1:
+        return rows, None
+    negatives = _length("negative_prompt", negative)
+    if negatives not in (1, count):
+        raise UserError(
+            f"negative_prompt must be one text or {count}, one per prompt, got {negatives}"
+        )
+    return rows, rows if negatives == count else [0] * len(rows)
+
+
+def _length(name: str, prompt: Prompt) -> int:
+    is_encoded = isinstance(prompt, PromptEmbeds)
+    return len(prompt.prompts if is_encoded else arguments.texts(name, prompt))
+
+
+def _check_widths(
+    transformer: FluxTransformer, vae: Autoencoder, text_encoders: TextEncoders
+) -> None:
+    config = transformer.config
+    widths = [("vae", "in_channels", vae.config.latent_channels * PATCH**2)]
+    if text_encoders.text_encoder is not None:
+        width = text_encoders.text_encoder.config.hidden_size
+        widths.append(("text_encoder", "vec_in_dim", width))
+    if text_encoders.text_encoder_2 is not None:
+        width = text_encoders.text_encoder_2.config.d_model
+        widths.append(("text_encoder_2", "context_in_dim", width))
+    for component, field, width in widths:
+        if width != getattr(config, field):
+            raise UserError(
+                f"{component} gives {width} channels where the transformer's {field} is "
+                f"{getattr(config, field)}: they do not belong together"
+            )

@@ -1,0 +1,76 @@
+"""Prompts to token ids, through the tokenizers that ship with a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from flux_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# The longest prompts FLUX.1-dev and -schnell were trained with, in T5 tokens.
+DEV_TOKENS, SCHNELL_TOKENS = 512, 256
+# transformers says "no limit" with a huge number.
+_NO_LIMIT = 1_000_000
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a local folder, read by transformers without touching the network.
+
+    Raises:
+      UserError: the folder is missing or holds no tokenizer that transformers can read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"tokenizer folder {folder} does not exist")
+    # Late: importing transformers takes a second or more.
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"no usable tokenizer in {folder}: {reason}") from error
+
+
+def max_length(tokenizer: Any, otherwise: int = DEV_TOKENS) -> int:
+    """The tokenizer's own length limit, or `otherwise` if it has none."""
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if limit is not None and limit < _NO_LIMIT else otherwise
+
+
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], length: int, *, encoder: str
+) -> Int[np.ndarray, "B T"]:
+    """Token ids of fixed length, padded at the end.
+
+    A prompt that does not fit is cut, and a warning quotes what the model will not see.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      prompts: B texts.
+      length: tokens per prompt, special tokens included.
+      encoder: the text encoder's name in the warning, "T5" or "CLIP".
+
+    Returns:
+      (B, length) int32.
+    """
+    encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    room = length - tokenizer.num_special_tokens_to_add()
+    content = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    for prompt, ids in zip(prompts, content, strict=True):
+        if len(ids) > room:
+            logger.warning(
+                "%s reads %d tokens and this prompt has %d; not seen: %r (of %r)",
+                encoder,
+                room,
+                len(ids),
+                tokenizer.decode(ids[room:]),
+                prompt if len(prompt) <= 60 else prompt[:57] + "...",
+            )
+    return np.asarray(encoded["input_ids"], dtype=np.int32)

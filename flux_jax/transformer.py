@@ -1,0 +1,369 @@
+"""The FLUX.1 transformer, after `src/flux/model.py` and `modules/layers.py` of Black Forest Labs.
+
+Attribute names are the reference's, so a parameter's path is its name in `flux1-dev.safetensors`,
+but for three places where the reference has an anonymous sequence (marked `# BFL:`).
+
+The modulation vectors depend on the time, the guidance and the pooled prompt alone. They are
+computed apart from the blocks (`modulations`), so that a sampler can compute them for all steps
+before its loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from flux_jax.attention import attention
+from flux_jax.configs import FluxConfig
+from flux_jax.layers import DType, Linear, layer_norm, param, rms_norm
+from flux_jax.rope import Rotation, rotary_angles, rotate, sinusoidal_embedding
+
+_EPS = 1e-6
+_TIME_CHANNELS = 256
+
+
+class Modulations(NamedTuple):
+    """Shift, scale and gate vectors of every block for one time step.
+
+    Attributes:
+      double: for each double block (image, text), each (B, 6, C): shift, scale, gate before the
+        attention, then before the MLP.
+      single: for each single block (B, 3, C): shift, scale, gate.
+      final: (B, 2, C): shift, scale.
+    """
+
+    double: tuple[tuple[Float[Array, "B 6 C"], Float[Array, "B 6 C"]], ...]
+    single: tuple[Float[Array, "B 3 C"], ...]
+    final: Float[Array, "B 2 C"]
+
+
+def modulate(
+    x: Float[Array, "B L C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
+) -> Float[Array, "B L C"]:
+    """`(1 + scale) * layer_norm(x) + shift`, in float32; returns x's dtype."""
+    shift, scale = shift.astype(jnp.float32)[:, None, :], scale.astype(jnp.float32)[:, None, :]
+    return ((1.0 + scale) * layer_norm(x.astype(jnp.float32), _EPS) + shift).astype(x.dtype)
+
+
+def add_gated(
+    x: Float[Array, "B L C"], gate: Float[Array, "B C"], y: Float[Array, "B L C"]
+) -> Float[Array, "B L C"]:
+    """`x + gate * y`."""
+    return x + gate[:, None, :] * y
+
+
+def gelu(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """The tanh form of GELU, in float32; returns x's dtype."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+class MLPEmbedder(nnx.Module):
+    """Two linears with a SiLU between: an input vector to the width of the model."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, *, dtype: DType, rngs: nnx.Rngs):
+        self.in_layer = Linear(in_dim, hidden_dim, axes=("embed", None), dtype=dtype, rngs=rngs)
+        self.out_layer = Linear(
+            hidden_dim, hidden_dim, axes=("embed", None), dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "B K"]) -> Float[Array, "B C"]:
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm over the head width with a learned `scale`."""
+
+    def __init__(self, width: int, *, dtype: DType, rngs: nnx.Rngs):
+        self.scale = param(jax.nn.initializers.ones, rngs, (width,), dtype, (None,))
+
+    def __call__(self, x: Float[Array, "B L H D"]) -> Float[Array, "B L H D"]:
+        return rms_norm(x, self.scale[...], _EPS)
+
+
+class QKNorm(nnx.Module):
+    """The norms of queries and keys."""
+
+    def __init__(self, width: int, *, dtype: DType, rngs: nnx.Rngs):
+        self.query_norm = RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.key_norm = RMSNorm(width, dtype=dtype, rngs=rngs)
+
+
+def split_heads(
+    qkv: Float[Array, "B L C3"], norm: QKNorm, num_heads: int
+) -> tuple[Float[Array, "B L H D"], Float[Array, "B L H D"], Float[Array, "B L H D"]]:
+    """Normalised queries and keys, and values, from a fused projection."""
+    batch, length, _ = qkv.shape
+    q, k, v = (part.reshape(batch, length, num_heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+    return norm.query_norm(q), norm.key_norm(k), v
+
+
+class SelfAttention(nnx.Module):
+    """The parameters of one stream's attention; the streams are joined by the block."""
+
+    def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
+        width = config.hidden_size
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.qkv = Linear(width, 3 * width, axes=("heads", "embed"), **kwargs)
+        self.norm = QKNorm(config.head_dim, **kwargs)
+        self.proj = Linear(width, width, axes=("embed", "heads"), **kwargs)
+
+
+class MLP(nnx.Module):
+    """Linear, GELU (tanh), linear."""
+
+    def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        # BFL: img_mlp.0 and img_mlp.2
+        self.in_layer = Linear(
+            config.hidden_size, config.mlp_hidden, axes=("mlp", "embed"), **kwargs
+        )
+        self.out_layer = Linear(
+            config.mlp_hidden, config.hidden_size, axes=("embed", "mlp"), **kwargs
+        )
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        return self.out_layer(gelu(self.in_layer(x)))
+
+
+class Modulation(nnx.Module):
+    """A vector to `count` modulation vectors."""
+
+    def __init__(self, config: FluxConfig, count: int, *, dtype: DType, rngs: nnx.Rngs):
+        self.count = count
+        width = config.hidden_size
+        self.lin = Linear(width, count * width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, vec: Float[Array, "B C"]) -> Float[Array, "B count C"]:
+        return self.lin(jax.nn.silu(vec)).reshape(vec.shape[0], self.count, -1)
+
+
+class DoubleStreamBlock(nnx.Module):
+    """Image and text streams with their own weights, joined in one attention."""
+
+    def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.num_heads = config.num_heads
+        self.img_mod = Modulation(config, 6, **kwargs)
+        self.img_attn = SelfAttention(config, **kwargs)
+        self.img_mlp = MLP(config, **kwargs)
+        self.txt_mod = Modulation(config, 6, **kwargs)
+        self.txt_attn = SelfAttention(config, **kwargs)
+        self.txt_mlp = MLP(config, **kwargs)
+
+    def __call__(
+        self,
+        img: Float[Array, "B I C"],
+        txt: Float[Array, "B T C"],
+        mods: tuple[Float[Array, "B 6 C"], Float[Array, "B 6 C"]],
+        rotation: Rotation,
+    ) -> tuple[Float[Array, "B I C"], Float[Array, "B T C"]]:
+        """One block.
+
+        Args:
+          img, txt: the two streams.
+          mods: the block's entry of `Modulations.double`.
+          rotation: angles of all T + I positions, text first.
+
+        Returns:
+          The two streams.
+        """
+        (i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2) = _rows(mods[0])
+        (t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2) = _rows(mods[1])
+
+        img_qkv = self.img_attn.qkv(modulate(img, i_shift1, i_scale1))
+        txt_qkv = self.txt_attn.qkv(modulate(txt, t_shift1, t_scale1))
+        img_parts = split_heads(img_qkv, self.img_attn.norm, self.num_heads)
+        txt_parts = split_heads(txt_qkv, self.txt_attn.norm, self.num_heads)
+        q, k, v = (
+            jnp.concatenate((t, i), axis=1) for t, i in zip(txt_parts, img_parts, strict=True)
+        )
+        attended = attention(rotate(q, rotation), rotate(k, rotation), v)
+        attended = attended.reshape(*attended.shape[:2], -1)
+        txt_length = txt.shape[1]
+
+        img = add_gated(img, i_gate1, self.img_attn.proj(attended[:, txt_length:]))
+        img = add_gated(img, i_gate2, self.img_mlp(modulate(img, i_shift2, i_scale2)))
+        txt = add_gated(txt, t_gate1, self.txt_attn.proj(attended[:, :txt_length]))
+        txt = add_gated(txt, t_gate2, self.txt_mlp(modulate(txt, t_shift2, t_scale2)))
+        return img, txt
+
+
+class SingleStreamBlock(nnx.Module):
+    """Text and image in one sequence; attention and MLP side by side."""
+
+    def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.linear1 = Linear(width, 3 * width + config.mlp_hidden, axes=("mlp", "embed"), **kwargs)
+        self.linear2 = Linear(width + config.mlp_hidden, width, axes=("embed", "mlp"), **kwargs)
+        self.norm = QKNorm(config.head_dim, **kwargs)
+        self.modulation = Modulation(config, 3, **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "B L C"], mods: Float[Array, "B 3 C"], rotation: Rotation
+    ) -> Float[Array, "B L C"]:
+        """One block over the joined sequence, text first."""
+        shift, scale, gate = _rows(mods)
+        width = x.shape[-1]
+        projected = self.linear1(modulate(x, shift, scale))
+        qkv, hidden = projected[..., : 3 * width], projected[..., 3 * width :]
+        q, k, v = split_heads(qkv, self.norm, self.num_heads)
+        attended = attention(rotate(q, rotation), rotate(k, rotation), v).reshape(x.shape)
+        return add_gated(x, gate, self.linear2(jnp.concatenate((attended, gelu(hidden)), axis=-1)))
+
+
+class LastLayer(nnx.Module):
+    """Modulated norm and the projection to image tokens."""
+
+    def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        width = config.hidden_size
+        self.linear = Linear(width, config.in_channels, axes=(None, "embed"), **kwargs)
+        # BFL: final_layer.adaLN_modulation.1
+        self.adaLN_modulation = Linear(width, 2 * width, axes=("mlp", "embed"), **kwargs)
+
+    def modulation(self, vec: Float[Array, "B C"]) -> Float[Array, "B 2 C"]:
+        """Shift and scale."""
+        return self.adaLN_modulation(jax.nn.silu(vec)).reshape(vec.shape[0], 2, -1)
+
+    def __call__(
+        self, x: Float[Array, "B I C"], mods: Float[Array, "B 2 C"]
+    ) -> Float[Array, "B I in"]:
+        return self.linear(modulate(x, *_rows(mods)))
+
+
+class FluxTransformer(nnx.Module):
+    """Velocity of noisy image tokens, given text, time and guidance.
+
+    Attributes:
+      config: the hyper-parameters.
+    """
+
+    def __init__(self, config: FluxConfig, *, dtype: DType = jnp.bfloat16, rngs: nnx.Rngs):
+        """Random weights; `nnx.eval_shape` gives the shapes alone.
+
+        Args:
+          config: the hyper-parameters.
+          dtype: of the parameters, and so of the computation.
+          rngs: source of the `params` stream.
+        """
+        self.config = config
+        width = config.hidden_size
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.img_in = Linear(config.in_channels, width, axes=("embed", None), **kwargs)
+        self.time_in = MLPEmbedder(_TIME_CHANNELS, width, **kwargs)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, width, **kwargs)
+        self.guidance_in = (
+            MLPEmbedder(_TIME_CHANNELS, width, **kwargs) if config.guidance_embed else None
+        )
+        self.txt_in = Linear(config.context_in_dim, width, axes=("embed", None), **kwargs)
+        self.double_blocks = nnx.List(
+            [DoubleStreamBlock(config, **kwargs) for _ in range(config.depth)]
+        )
+        self.single_blocks = nnx.List(
+            [SingleStreamBlock(config, **kwargs) for _ in range(config.depth_single_blocks)]
+        )
+        self.final_layer = LastLayer(config, **kwargs)
+
+    def conditioning(
+        self,
+        timesteps: Float[Array, " B"],
+        y: Float[Array, "B P"],
+        guidance: Float[Array, " B"] | None = None,
+    ) -> Float[Array, "B C"]:
+        """The vector that modulates every block.
+
+        Args:
+          timesteps: noise level t in [0, 1], 1 for pure noise.
+          y: pooled text embedding.
+          guidance: guidance scale; required by a model with `guidance_embed`, refused by others.
+
+        Raises:
+          ValueError: if guidance is missing, or given to a model without `guidance_embed`.
+        """
+        if (guidance is None) == self.config.guidance_embed:
+            wanted = "needs" if self.config.guidance_embed else "does not take"
+            raise ValueError(f"this model {wanted} a guidance scale, got guidance={guidance}")
+        vec = self.time_in(sinusoidal_embedding(timesteps, _TIME_CHANNELS))
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(sinusoidal_embedding(guidance, _TIME_CHANNELS))
+        return vec + self.vector_in(y)
+
+    def modulations(self, vec: Float[Array, "B C"]) -> Modulations:
+        """Every block's modulation vectors for one conditioning vector."""
+        return Modulations(
+            double=tuple((b.img_mod(vec), b.txt_mod(vec)) for b in self.double_blocks),
+            single=tuple(b.modulation(vec) for b in self.single_blocks),
+            final=self.final_layer.modulation(vec),
+        )
+
+    def velocity(
+        self,
+        img: Float[Array, "B I in"],
+        img_ids: Int[Array, "I A"],
+        txt: Float[Array, "B T K"],
+        txt_ids: Int[Array, "T A"],
+        mods: Modulations,
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B I in"]:
+        """The velocity, from modulations computed beforehand.
+
+        Args:
+          img: noisy image tokens (2 x 2 latent patches).
+          img_ids, txt_ids: positions of the tokens.
+          txt: T5 embeddings.
+          mods: from `modulations`.
+          remat: recompute each block in the gradient instead of keeping its activations.
+        """
+        rotation = rotary_angles(
+            jnp.concatenate((txt_ids, img_ids), axis=0), self.config.axes_dim, self.config.theta
+        )
+        wrap = jax.checkpoint if remat else (lambda block: block)
+        img, txt = self.img_in(img), self.txt_in(txt)
+        for block, block_mods in zip(self.double_blocks, mods.double, strict=True):
+            img, txt = wrap(block)(img, txt, block_mods, rotation)
+        x = jnp.concatenate((txt, img), axis=1)
+        for block, block_mods in zip(self.single_blocks, mods.single, strict=True):
+            x = wrap(block)(x, block_mods, rotation)
+        return self.final_layer(x[:, txt.shape[1] :], mods.final)
+
+    def __call__(
+        self,
+        img: Float[Array, "B I in"],
+        img_ids: Int[Array, "I A"],
+        txt: Float[Array, "B T K"],
+        txt_ids: Int[Array, "T A"],
+        timesteps: Float[Array, " B"],
+        y: Float[Array, "B P"],
+        guidance: Float[Array, " B"] | None = None,
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B I in"]:
+        """Velocity `noise - image` of the flow at (img, t).
+
+        Args:
+          img: noisy image tokens.
+          img_ids: their (index, row, column), `rope.image_ids`.
+          txt: T5 embeddings, padding included.
+          txt_ids: their positions, `rope.text_ids`.
+          timesteps: noise level t in [0, 1].
+          y: pooled CLIP embedding.
+          guidance: guidance scale, for a guidance-distilled model.
+          remat: recompute blocks in the gradient.
+
+        Returns:
+          (B, I, in_channels), in the parameters' dtype.
+        """
+        vec = self.conditioning(timesteps, y, guidance)
+        mods = self.modulations(vec)
+        return self.velocity(img, img_ids, txt, txt_ids, mods, remat=remat)
+
+
+def _rows(mods: Float[Array, "B N C"]) -> tuple[Float[Array, "B C"], ...]:
+    return tuple(mods[:, i] for i in range(mods.shape[1]))

@@ -1,0 +1,43 @@
+"""Modules as flat dictionaries: dotted parameter path to array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+Module = TypeVar("Module", bound=nnx.Module)
+Flat = dict[str, jax.Array]
+
+
+def parameter_path(path: tuple[Any, ...]) -> str:
+    """The public name of a parameter: "double_blocks.0.img_attn.qkv.weight"."""
+    return ".".join(str(part) for part in path)
+
+
+def to_flat(module: nnx.Module) -> dict[str, Any]:
+    """Every parameter of a module by its dotted path.
+
+    Of a module from `nnx.eval_shape`, the values are `jax.ShapeDtypeStruct`s.
+    """
+    state = nnx.state(module, nnx.Param)
+    return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(state)}
+
+
+def split_flat(module: Module) -> tuple[Callable[[Mapping[str, jax.Array]], Module], Flat]:
+    """Take a module apart, so that it can be used in pure functions.
+
+    Returns:
+      (rebuild, parameters): `rebuild(parameters)` is the module with these values. The values may
+      be traced, and of another dtype than before.
+    """
+    graphdef, state = nnx.split(module)
+    flat = nnx.to_flat_state(state)
+
+    def rebuild(values: Mapping[str, jax.Array]) -> Module:
+        pairs = [(path, v.replace(values[parameter_path(path)])) for path, v in flat]
+        return nnx.merge(graphdef, nnx.from_flat_state(pairs))
+
+    return rebuild, {parameter_path(path): v.get_value() for path, v in flat}

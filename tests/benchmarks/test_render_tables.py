@@ -1,0 +1,77 @@
+import pytest
+
+from benchmarks import render_tables
+from benchmarks.common import RESULTS, Figure, Peer, Result, read_result
+
+RESULT = Result(
+    benchmark="transformer_step",
+    device="NVIDIA H200",
+    figures={
+        "step_ms": Figure(value=118.254, unit="ms"),
+        "paper_linears_tflop": Figure(value=59.5, unit="TFLOP"),
+    },
+    peers={
+        "diffusers, eager": Peer(
+            versions={"python": "3.12.3", "torch": "2.11.0"},
+            figures={
+                "step_ms": Figure(value=171.5, unit="ms"),
+                "first_step_s": Figure(value=2.0, unit="s"),
+            },
+        )
+    },
+    date="2026-01-31",
+    command="python -m benchmarks.transformer_step --peers",
+    hardware={"driver": "580.1"},
+    versions={"jax": "0.11.2"},
+)
+
+
+def test_readme_shows_the_committed_results():
+    text = render_tables.README.read_text(encoding="utf-8")
+    assert "<!-- results: transformer_step -->" in text
+    assert render_tables.render(text) == text, "run python -m benchmarks.render_tables"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_committed_results_follow_the_schema(path):
+    assert read_result(path).file_name == path.name
+
+
+def test_table_has_a_column_for_each_peer():
+    lines = render_tables.render_result(RESULT).splitlines()
+    assert lines[0].endswith("| ours | diffusers, eager |")
+    assert lines[2] == "| time per step | 118.3 ms | 171.5 ms |"
+    assert lines[3] == "| first step, compilation included |  | 2.00 s |"
+    assert lines[-1] == (
+        "Measured on NVIDIA H200 (driver 580.1), JAX 0.11.2, torch 2.11.0, 2026-01-31, "
+        "`python -m benchmarks.transformer_step --peers`."
+    )
+    assert "TFLOP" not in "".join(lines)
+
+
+def test_blocks_are_rewritten_and_nothing_else(tmp_path):
+    RESULT.write(tmp_path)
+    text = "before\n<!-- results: transformer_step -->\nold\n<!-- /results -->\nafter\n"
+    rendered = render_tables.render(text, tmp_path)
+    assert rendered.startswith("before\n<!-- results: transformer_step -->\n| FLUX.1-dev")
+    assert rendered.endswith("transformer_step --peers`.\n<!-- /results -->\nafter\n")
+    assert "old" not in rendered
+    assert render_tables.render(rendered, tmp_path) == rendered
+
+
+def test_another_benchmark_with_the_same_beginning_is_left_out(tmp_path):
+    Result(
+        benchmark="transformer_step_tiny",
+        device="NVIDIA H200",
+        figures={"step_ms": Figure(value=1.0, unit="ms")},
+    ).write(tmp_path)
+    assert render_tables.render_benchmark("transformer_step", tmp_path) == "Not measured yet."
+
+
+def test_a_benchmark_without_a_layout_shows_every_figure(tmp_path):
+    Result(
+        benchmark="other",
+        device="cpu",
+        figures={"peak_bytes": Figure(value=12345, unit="count")},
+    ).write(tmp_path)
+    assert "| peak bytes | 12,345 |" in render_tables.render_benchmark("other", tmp_path)

@@ -1,0 +1,105 @@
+"""Set-up of every test run.
+
+- CPU with eight fake devices, unless the run asks for GPU tests (`pytest -m gpu`).
+- Rank promotion raises: a broadcast between different ranks must be written out.
+- jaxtyping's shapes are checked at run time, by beartype, in our packages (under pytest only).
+- No network, and nothing written to the user's caches.
+
+This module runs before anything imports JAX, which reads its settings from the environment.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("convert", "flux_jax", "pallas_kernels", "ternary")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _asks_for_gpu(arguments: list[str]) -> bool:
+    """Whether the command line selects GPU tests: `-m gpu`, `-m "gpu and ..."`."""
+    marks = [after for flag, after in zip(arguments, arguments[1:], strict=False) if flag == "-m"]
+    return any("gpu" in mark and "not gpu" not in mark for mark in marks)
+
+
+def _set_environment() -> None:
+    cache = tempfile.mkdtemp(prefix="flux-jax-test-cache-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    environment = {
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    # Set here for xdist's workers, which do not see the command line.
+    chosen = "gpu" if _asks_for_gpu(sys.argv) else "cpu"
+    if os.environ.setdefault("FLUX_JAX_TEST_PLATFORM", chosen) == "cpu":
+        environment["JAX_PLATFORMS"] = "cpu"
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "xla_force_host_platform_device_count" not in flags:
+            flags = f"{flags} --xla_force_host_platform_device_count=8".strip()
+        environment["XLA_FLAGS"] = flags
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # One process a core: torch's thread pools would fight over them.
+        environment["OMP_NUM_THREADS"] = "1"
+    os.environ.update(environment)
+
+
+_set_environment()
+
+
+def _check_shapes() -> None:
+    """Installs jaxtyping's import hook. It wants the checker as an importable name."""
+    import beartype
+    import jaxtyping
+
+    checker = types.ModuleType("flux_jax_shape_checker")
+    # The numeric tower: an int is a float, as for every static type checker.
+    checker.check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+    sys.modules[checker.__name__] = checker
+    jaxtyping.install_import_hook(list(PACKAGES), f"{checker.__name__}.check")
+
+
+_HAS_BEARTYPE = importlib.util.find_spec("beartype") is not None
+if _HAS_BEARTYPE:
+    _check_shapes()
+
+_ABSENT = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
+collect_ignore_glob = ["parity/*"] if _ABSENT else []
+
+
+def pytest_report_header() -> list[str]:
+    lines = [f"array shapes: {'checked' if _HAS_BEARTYPE else 'NOT checked, no beartype'}"]
+    if _ABSENT:
+        lines.append(f"tests/parity: left out, {' and '.join(_ABSENT)} not installed")
+    return lines
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests/parity, and skips what this machine cannot run, with the reason."""
+    parity = ROOT / "tests" / "parity"
+    gpu: bool | None = None
+    for item in items:
+        if item.path.is_relative_to(parity):
+            item.add_marker(pytest.mark.parity)
+        if item.get_closest_marker("gpu"):
+            if gpu is None:
+                import jax
+
+                gpu = jax.default_backend() == "gpu"
+            if not gpu:
+                reason = "needs an NVIDIA GPU and `pytest -m gpu`"
+                item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("weights") and "FLUX_WEIGHTS" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="needs FLUX_WEIGHTS, a FLUX.1 checkpoint"))

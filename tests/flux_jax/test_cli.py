@@ -1,0 +1,205 @@
+"""`python -m flux_jax`: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from flux_jax.cli import app
+from flux_jax.metadata import read_png, save_png
+from tests.small_pipeline import small_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return small_folder(tmp_path_factory.mktemp("cli") / "model")
+
+
+def run(*arguments: object, code: int = 0):
+    """The command's result, with the exit code that was expected."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def draw(folder, out, *arguments, code: int = 0):
+    model = ("--model", folder, "--steps", 2, "--dtype", "fp32")
+    return run("generate", *arguments, *model, "--out", out, code=code)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def only_line(result) -> str:
+    """What a refusal prints: nothing on stdout and one line on stderr."""
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# -- generate ------------------------------------------------------------------------------------
+
+
+def test_generate_writes_an_image_with_its_record(folder, tmp_path):
+    out = tmp_path / "image.png"
+    result = draw(folder, out, "a red circle", "--seed", 3, "--width", 48)
+    assert result.stdout == f"{out}  seed 3\n"
+    assert "2/2" in result.stderr
+    assert pixels(out).shape == (32, 48, 3)
+    record = read_png(out)
+    assert (record.prompt, record.seed, record.num_inference_steps) == ("a red circle", 3, 2)
+    assert (record.model, record.dtype) == (str(folder), "float32")
+    assert len(record.fingerprint) == 16
+
+
+def test_replay_draws_the_same_image(folder, tmp_path):
+    first, again, other = (tmp_path / name for name in ("first.png", "again.png", "other.png"))
+    options = ("--negative", "a cube", "--true-cfg", 2, "--height", 16, "--guidance", 2.5)
+    draw(folder, first, "a red circle", "--seed", 5, *options)
+    run("generate", "--replay", first, "--out", again)
+    np.testing.assert_array_equal(pixels(again), pixels(first))
+    assert read_png(again) == read_png(first)
+    # An option given beside it changes what it names and nothing else.
+    run("generate", "--replay", first, "--out", other, "--seed", 6)
+    assert not np.array_equal(pixels(other), pixels(first))
+    assert read_png(other).true_cfg_scale == 2.0
+
+
+def test_replay_of_one_image_of_several(folder, tmp_path):
+    draw(folder, tmp_path / "all.png", "a red circle", "the cube", "--num-images", 2, "--seed", 0)
+    names = [f"all-{i}.png" for i in range(4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [read_png(tmp_path / name).seed for name in names] == [0, 1, 2, 3]
+    run("generate", "--replay", tmp_path / "all-3.png", "--out", tmp_path / "again.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / "all-3.png"))
+
+
+def test_replay_says_when_the_weights_are_others(folder, tmp_path, caplog):
+    out = tmp_path / "image.png"
+    draw(folder, out, "a red circle", "--seed", 5)
+    record = read_png(out)
+    save_png(Image.open(out), out, record.__class__(**{**vars(record), "fingerprint": "0" * 16}))
+    caplog.clear()
+    run("generate", "--replay", out, "--out", tmp_path / "again.png")
+    assert f"other weights (fingerprint {'0' * 16}, here {record.fingerprint})" in caplog.text
+
+
+def test_json_quiet_and_no_metadata(folder, tmp_path):
+    out = tmp_path / "image.png"
+    result = draw(folder, out, "a cube", "--seed", 1, "--json", "--quiet", "--no-metadata")
+    report = json.loads(result.stdout)
+    assert report["images"] == [{"file": str(out), "prompt": "a cube", "seed": 1}]
+    assert set(report["seconds"]) == {"load and encode", "draw"}
+    assert result.stderr == ""
+    with Image.open(out) as image:
+        assert image.info == {}
+
+
+def test_a_seed_is_drawn_and_reported(folder, tmp_path):
+    result = draw(folder, tmp_path / "image.png", "a cube")
+    assert result.stdout.split()[-1] == str(read_png(tmp_path / "image.png").seed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a PROMPT to draw, or --replay"),
+        (("a", "--height", 40), "height must be a multiple of 16 pixels, got 40"),
+        (("a", "--steps", 0), "num_inference_steps must be a whole number of at least 1, got 0"),
+        (("a", "--out", "image.jpg"), "image.jpg must end in .png"),
+        (("a", "--out", "absent/image.png"), "absent does not exist"),
+        (("a", "--dtype", "int8"), "--dtype must be bf16 or fp32, got int8"),
+        (("a", "--model", "/absent/model"), "/absent/model"),
+        (("--replay", "absent.png"), "absent.png does not exist"),
+    ],
+)
+def test_refusals(folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    model = () if "--model" in arguments else ("--model", folder)
+    assert message in only_line(run("generate", *arguments, *model, code=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- evaluate ------------------------------------------------------------------------------------
+
+
+def test_evaluate(folder, tmp_path):
+    arguments = ("evaluate", "--model", folder, "--out", tmp_path, "--limit", 1, "--steps", 1)
+    result = run(*arguments, "--dtype", "fp32", "--batch-size", 6)
+    assert result.stdout.startswith("| category")
+    assert "overall" in result.stdout
+    assert len(list(tmp_path.glob("*.png"))) == 6
+    report = json.loads(run(*arguments, "--dtype", "fp32", "--json", "--quiet").stdout)
+    assert report["model"] == str(folder)
+    assert report["images"] == json.loads((tmp_path / "report.json").read_text())["images"]
+    assert "at least 1 prompt" in only_line(run("evaluate", "--limit", 0, code=2))
+
+
+# -- info ----------------------------------------------------------------------------------------
+
+
+def test_info(folder):
+    report = json.loads(run("info", folder, "--json").stdout)
+    parts = report["components"]
+    assert set(parts) == {"transformer", "text_encoder", "text_encoder_2", "vae"}
+    assert report["parameters"] == sum(part["parameters"] for part in parts.values())
+    stored = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    # Headers aside.
+    assert 0.5 * stored < report["bytes"] < stored
+    assert parts["transformer"]["dtypes"] == ["bfloat16"]
+    assert report["scheduler"]["max_shift"] == 1.25
+    text = run("info", folder).stdout
+    assert f"{report['parameters']:,}" in text
+    assert "transformer: in_channels=16" in text
+    assert "tokenizers: tokenizer, tokenizer_2" in text
+
+
+# -- the program ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["generate", "info", "evaluate", "compare"])
+def test_help_has_examples(command):
+    text = run(command, "--help").stdout
+    assert f"python -m flux_jax {command}" in text
+    assert "--json" in text
+
+
+def test_starting_imports_nothing_heavy():
+    code = (
+        "import sys, flux_jax, flux_jax.cli; "
+        "print([m for m in ('jax', 'torch', 'transformers', 'diffusers') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
+
+
+def test_importing_the_pipeline_leaves_transformers_and_torch_alone():
+    code = (
+        "import sys, flux_jax.pipeline; "
+        "print([m for m in ('torch', 'transformers', 'diffusers', 'convert') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
+
+
+def test_no_traceback_in_a_real_process(folder):
+    arguments = ["generate", "a", "--model", str(folder), "--width", "33"]
+    command = [sys.executable, "-m", "flux_jax", *arguments]
+    start = time.monotonic()
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert time.monotonic() - start < 60
+    assert shown.returncode == 2
+    assert shown.stdout == ""
+    assert shown.stderr.startswith("error: width must be a multiple of 16 pixels, got 33")
+    assert "Traceback" not in shown.stderr

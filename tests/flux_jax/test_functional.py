@@ -1,0 +1,68 @@
+"""Weights are arguments of compiled functions, one program serves many modules, meshes work."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flux_jax.functional import ModuleFunction
+from flux_jax.layers import Linear
+
+
+def linear(seed: int, features: int = 8) -> Linear:
+    return Linear(features, features, axes=(None, None), dtype=jnp.float32, rngs=nnx.Rngs(seed))
+
+
+def test_one_program_for_modules_of_one_structure():
+    traces = []
+
+    def apply(module, x):
+        traces.append(x.shape)
+        return module(x)
+
+    function = ModuleFunction(apply)
+    x = np.ones((2, 8), np.float32)
+    first, second = linear(0), linear(1)
+    for module in (first, second, first):
+        expected = x @ np.asarray(module.weight[...]).T
+        np.testing.assert_allclose(function.bind(module)(x), expected, rtol=1e-6)
+    assert traces == [(2, 8)]
+    function.bind(first)(np.ones((3, 8), np.float32))
+    assert traces == [(2, 8), (3, 8)]
+
+
+def test_weights_are_no_constants():
+    function = ModuleFunction(lambda module, x: module(x)).bind(linear(0, features=64))
+    x = np.ones((1, 64), np.float32)
+    text = function.program.lower(function.leaves, (x,)).as_text()
+    assert "tensor<64x64xf32>" in text
+    assert 'dense<"0x' not in text
+
+
+def test_static_arguments_select_the_program():
+    function = ModuleFunction(lambda module, x, *, times: module(x) * times)
+    x, module = np.ones((1, 8), np.float32), linear(0)
+    once, twice = (function.bind(module, times=times)(x) for times in (1, 2))
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
+
+
+def test_on_a_mesh_results_are_replicated():
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    mesh = Mesh(np.array(jax.devices()[:4]), ("tensor",))
+    module = linear(0)
+    expected = ModuleFunction(lambda m, x: m(x)).bind(module)(np.ones((2, 8), np.float32))
+    sharding = NamedSharding(mesh, PartitionSpec("tensor", None))
+    module.weight.set_value(jax.device_put(module.weight.get_value(), sharding))
+    module.bias.set_value(
+        jax.device_put(module.bias.get_value(), NamedSharding(mesh, PartitionSpec()))
+    )
+    bound = ModuleFunction(lambda m, x: m(x)).bind(module)
+    result = bound(np.ones((2, 8), np.float32))
+    assert result.sharding.is_fully_replicated
+    assert result.sharding.mesh == mesh
+    np.testing.assert_allclose(result, expected, rtol=1e-6)

@@ -1,0 +1,373 @@
+"""The pipeline's promises, on a random model: seeds, batches, arguments, previews, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from flux_jax.autoencoder import Autoencoder
+from flux_jax.errors import UserError
+from flux_jax.functional import ModuleFunction
+from flux_jax.latents import pack, unpack
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.prompts import TextEncoders
+from flux_jax.scheduler import make_schedule
+from tests.small_pipeline import small_pipeline
+
+RED, BLUE = "a red circle", "a blue square above the star"
+STEPS = {"num_inference_steps": 3, "progress": False}
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)
+
+
+# -- what comes out ------------------------------------------------------------------------------
+
+
+def test_output_types_agree(pipe):
+    def draw(output_type):
+        return pipe(RED, seed=1, output_type=output_type, return_latents=True, **STEPS)
+
+    pil, array, latent = draw("pil"), draw("np"), draw("latent")
+    assert pil.images[0].size == (32, 32)
+    assert array.images.shape == (1, 32, 32, 3)
+    assert array.images.dtype == np.float32
+    assert 0.0 <= array.images.min() < array.images.max() <= 1.0
+    np.testing.assert_array_equal(pixels(pil.images[0]), np.round(array.images[0] * 255))
+    assert latent.images.shape == (1, 4, 16)
+    np.testing.assert_array_equal(latent.images, array.latents)
+    assert pipe(RED, seed=1, **STEPS).latents is None
+
+
+def test_size_need_not_be_square(pipe):
+    image = pipe(RED, seed=0, height=16, width=48, **STEPS).images[0]
+    assert image.size == (48, 16)
+
+
+def test_prompt_seed_and_guidance_matter(pipe):
+    def draw(prompt=RED, **options):
+        return pipe(prompt, output_type="latent", **{"seed": 0, **STEPS, **options}).images
+
+    reference = draw()
+    assert not np.array_equal(draw(BLUE), reference)
+    assert not np.array_equal(draw(seed=1), reference)
+    assert not np.array_equal(draw(guidance_scale=7.0), reference)
+    assert not np.array_equal(draw(num_inference_steps=2), reference)
+    np.testing.assert_array_equal(draw(), reference)
+
+
+def test_one_step_is_the_transformers_velocity(pipe):
+    """One step from pure noise: latents minus the velocity, from the modules called by hand."""
+    out = pipe(RED, seed=5, num_inference_steps=1, output_type="latent", progress=False)
+    embeds = pipe.encode_prompt(RED)
+    noise = pack(jax.random.normal(jax.random.key(5, impl="threefry2x32"), (1, 4, 4, 4)))
+    ids = jnp.asarray([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
+    velocity = ModuleFunction(lambda transformer, *args: transformer(*args)).bind(pipe.transformer)(
+        noise,
+        ids,
+        embeds.prompt_embeds,
+        jnp.zeros((12, 3), jnp.int32),
+        jnp.ones(1),
+        embeds.pooled_prompt_embeds,
+        jnp.full(1, 3.5),
+    )
+    np.testing.assert_allclose(out.images, noise - velocity, atol=1e-5)
+
+
+def test_schnell_takes_no_guidance():
+    schnell = small_pipeline(guidance_embed=False)
+    outputs = [schnell(RED, seed=0, guidance_scale=g, progress=False) for g in (0.0, 3.5)]
+    np.testing.assert_array_equal(*(pixels(out.images[0]) for out in outputs))
+    assert outputs[0].records[0].guidance_scale is None
+    assert outputs[0].records[0].num_inference_steps == 4
+
+
+# -- seeds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_same_image_alone_in_a_batch_and_again(dtype):
+    """Bit for bit, at the default batch size."""
+    pipe = small_pipeline(dtype=dtype)
+    prompts = [RED, BLUE, "the cube"]
+    together = pipe(
+        prompts, seed=7, num_images_per_prompt=2, return_latents=True, output_type="np", **STEPS
+    )
+    assert together.seeds == (7, 8, 9, 10, 11, 12)
+    for index in (0, 3, 5):
+        prompt, seed = prompts[index // 2], together.seeds[index]
+        alone = pipe(prompt, seed=seed, return_latents=True, output_type="np", **STEPS)
+        np.testing.assert_array_equal(alone.latents[0], together.latents[index])
+        np.testing.assert_array_equal(alone.images[0], together.images[index])
+    # Another pipeline of the same weights: run after run.
+    again = small_pipeline(dtype=dtype)(prompts[0], seed=7, return_latents=True, **STEPS)
+    np.testing.assert_array_equal(again.latents[0], together.latents[0])
+
+
+def test_larger_batches_agree_to_rounding(pipe):
+    prompts = [RED, BLUE, "the cube", RED, BLUE]
+    single = pipe(prompts, seed=7, output_type="latent", **STEPS).images
+    batched = pipe(prompts, seed=7, output_type="latent", batch_size=2, **STEPS).images
+    # float32 sums in another order, through three steps, on values of about 3.
+    np.testing.assert_allclose(batched, single, atol=1e-4)
+    images = pipe(prompts, seed=7, batch_size=2, **STEPS).images
+    assert len(images) == 5
+
+
+def test_seeds_can_be_listed(pipe):
+    listed = pipe([RED, RED], seed=[4, 9], return_latents=True, **STEPS)
+    assert listed.seeds == (4, 9)
+    alone = pipe(RED, seed=9, return_latents=True, **STEPS)
+    np.testing.assert_array_equal(listed.latents[1], alone.latents[0])
+
+
+def test_without_a_seed_one_is_drawn_and_reported(pipe):
+    first, second = (pipe(RED, return_latents=True, **STEPS) for _ in range(2))
+    assert first.seeds != second.seeds
+    again = pipe(RED, seed=first.seeds[0], return_latents=True, **STEPS)
+    np.testing.assert_array_equal(again.latents, first.latents)
+
+
+def test_keys(pipe):
+    key = jax.random.key(3)
+    one = pipe([RED, BLUE], key=key, return_latents=True, **STEPS)
+    assert one.seeds == (None, None)
+    own = jnp.stack([jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)])
+    each = pipe([RED, BLUE], key=own, return_latents=True, **STEPS)
+    np.testing.assert_array_equal(each.latents, one.latents)
+
+
+def test_seed_does_not_depend_on_the_default_generator(pipe):
+    expected = pipe(RED, seed=2, return_latents=True, **STEPS).latents
+    with jax.default_prng_impl("rbg"):
+        found = pipe(RED, seed=2, return_latents=True, **STEPS).latents
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_given_latents_are_the_noise_of_the_seed(pipe):
+    noise = pack(jax.random.normal(jax.random.key(2, impl="threefry2x32"), (1, 4, 4, 4)))
+    given = pipe(RED, latents=noise, return_latents=True, **STEPS)
+    seeded = pipe(RED, seed=2, return_latents=True, **STEPS)
+    np.testing.assert_array_equal(given.latents, seeded.latents)
+    assert given.seeds == (None,)
+
+
+# -- negative prompts ----------------------------------------------------------------------------
+
+
+def test_true_cfg_goes_past_the_positive_prompt(pipe):
+    """One step is linear in the scale: negative + scale * (positive - negative)."""
+    one = {"seed": 0, "num_inference_steps": 1, "output_type": "latent", "progress": False}
+    positive, negative = (pipe(text, **one).images for text in (RED, BLUE))
+    guided = pipe(RED, negative_prompt=BLUE, true_cfg_scale=3.0, **one).images
+    np.testing.assert_allclose(guided, negative + 3.0 * (positive - negative), atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"true_cfg_scale": 4.0}, {"negative_prompt": BLUE}])
+def test_true_cfg_needs_both_its_arguments(pipe, options):
+    plain = pipe(RED, seed=0, return_latents=True, **STEPS)
+    half = pipe(RED, seed=0, return_latents=True, **options, **STEPS)
+    np.testing.assert_array_equal(half.latents, plain.latents)
+    assert half.records[0].negative_prompt is None
+
+
+def test_negative_prompt_of_each(pipe):
+    cfg = {"true_cfg_scale": 2.0, "return_latents": True, **STEPS}
+    both = pipe([RED, BLUE], negative_prompt=["the cube", "green"], seed=0, **cfg)
+    second = pipe(BLUE, negative_prompt="green", seed=1, **cfg)
+    np.testing.assert_array_equal(both.latents[1], second.latents[0])
+    with pytest.raises(UserError, match="negative_prompt must be one text or 2, .* got 3"):
+        pipe([RED, BLUE], negative_prompt=["a"] * 3, **cfg)
+
+
+# -- callback and progress -----------------------------------------------------------------------
+
+
+def test_callback_sees_the_predicted_clean_image(pipe):
+    seen = []
+    out = pipe(
+        [RED, BLUE],
+        seed=0,
+        return_latents=True,
+        callback=lambda step, total, preview: seen.append((step, total, preview)),
+        **STEPS,
+    )
+    assert [(step, total, p.indices) for step, total, p in seen] == [
+        (step, 3, (index,)) for index in (0, 1) for step in range(3)
+    ]
+    # The last prediction is the result, for the last step goes to sigma 0.
+    last = seen[2][2]
+    np.testing.assert_allclose(last.latents, out.latents[:1], atol=1e-5)
+    assert np.abs(pixels(last.images()[0]).astype(int) - pixels(out.images[0])).max() <= 1
+    # The first is the noise minus the first velocity: what a single step would have drawn.
+    single = pipe(RED, seed=0, num_inference_steps=1, return_latents=True, progress=False)
+    np.testing.assert_allclose(seen[0][2].latents, single.latents, atol=1e-5)
+
+
+def test_callback_of_a_batch_sees_no_filling(pipe):
+    shapes = []
+    pipe(
+        [RED] * 3,
+        seed=0,
+        batch_size=2,
+        callback=lambda step, total, preview: shapes.append(preview.latents.shape[0]),
+        **STEPS,
+    )
+    assert shapes == [2] * 3 + [1] * 3
+
+
+def test_progress_bar_can_be_turned_off(pipe, capfd):
+    pipe(RED, seed=0, num_inference_steps=2)
+    assert "2/2" in capfd.readouterr().err
+    pipe(RED, seed=0, num_inference_steps=2, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+# -- text encoders -------------------------------------------------------------------------------
+
+
+def test_encoded_prompts_outlive_the_encoders():
+    pipe = small_pipeline()
+    expected = pipe([RED, BLUE], seed=0, num_images_per_prompt=2, return_latents=True, **STEPS)
+    embeds = pipe.encode_prompt([RED, BLUE])
+    pipe.free_text_encoders()
+    found = pipe(embeds, seed=0, num_images_per_prompt=2, return_latents=True, **STEPS)
+    np.testing.assert_array_equal(found.latents, expected.latents)
+    assert found.records == expected.records
+    with pytest.raises(UserError, match="has no text encoders .* encode_prompt"):
+        pipe(RED, seed=0, **STEPS)
+
+
+def test_offloaded_encoders_are_on_the_device_only_while_encoding(pipe):
+    def kinds(pipeline):
+        modules = pipeline.text_encoders.modules().values()
+        return {type(leaf) for module in modules for leaf in jax.tree.leaves(nnx.state(module))}
+
+    offloaded = small_pipeline(offload=True)
+    for _ in range(2):
+        assert kinds(offloaded) == {np.ndarray}
+        out = offloaded(RED, seed=0, return_latents=True, **STEPS)
+    expected = pipe(RED, seed=0, return_latents=True, **STEPS)
+    np.testing.assert_array_equal(out.latents, expected.latents)
+    assert offloaded.fingerprint() == pipe.fingerprint()
+
+
+def test_sequence_length_is_an_argument(pipe):
+    short = pipe(RED, seed=0, max_sequence_length=5, return_latents=True, **STEPS)
+    full = pipe(RED, seed=0, return_latents=True, **STEPS)
+    assert not np.array_equal(short.latents, full.latents)
+    assert short.records[0].max_sequence_length == 5
+    assert full.records[0].max_sequence_length == 12
+
+
+def test_cut_prompt_is_reported(pipe, caplog):
+    pipe("red " * 12 + "green star", seed=0, **STEPS)
+    t5 = [record.message for record in caplog.records if record.message.startswith("T5")]
+    # 14 words, room for 11 and the end token.
+    assert len(t5) == 1
+    assert "reads 11 tokens and this prompt has 14; not seen: 'red green star'" in t5[0]
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+def test_a_changed_model_is_used_at_once():
+    pipe = small_pipeline()
+    before = pipe(RED, seed=0, return_latents=True, **STEPS).latents
+    weight = pipe.transformer.final_layer.linear.weight
+    weight.set_value(weight.get_value() * 2)
+    after = pipe(RED, seed=0, return_latents=True, **STEPS).latents
+    assert not np.array_equal(before, after)
+
+
+def test_fingerprint_tells_weights_apart(pipe):
+    assert pipe.fingerprint() == small_pipeline().fingerprint()
+    assert pipe.fingerprint() != small_pipeline(seed=1).fingerprint()
+    # One weight in one component, and the order of two equal sums.
+    changed = small_pipeline()
+    bias = changed.vae.decoder.conv_out.bias
+    bias.set_value(bias.get_value()[::-1])
+    assert pipe.fingerprint() != changed.fingerprint()
+
+
+def test_fingerprint_does_not_depend_on_the_dtype(pipe):
+    assert small_pipeline(dtype=jnp.bfloat16).fingerprint() == pipe.fingerprint()
+
+
+def test_widths_must_fit(pipe):
+    config = dataclasses.replace(pipe.vae.config, latent_channels=8)
+    vae = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(UserError, match="vae gives 32 channels .* in_channels is 16"):
+        FluxPipeline(transformer=pipe.transformer, vae=vae, scheduler=pipe.scheduler)
+
+
+def test_nan_is_reported_not_drawn():
+    pipe = small_pipeline()
+    weight = pipe.vae.decoder.conv_out.weight
+    weight.set_value(weight.get_value() * jnp.nan)
+    with pytest.raises(UserError, match="NaN or infinity.*float32"):
+        pipe(RED, seed=0, **STEPS)
+
+
+# -- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 40}, "height must be a multiple of 16 pixels, got 40; .* is 32 or 48"),
+        ({"width": 7}, "width must be a multiple of 16 pixels, got 7; .* is 16"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number"),
+        ({"batch_size": True}, "batch_size must be a whole number .* got True"),
+        ({"guidance_scale": -1}, "guidance_scale must be a finite number of at least 0, got -1"),
+        ({"true_cfg_scale": float("nan")}, "true_cfg_scale must be a finite number"),
+        ({"max_sequence_length": 13}, "max_sequence_length must be at most 12, got 13"),
+        ({"output_type": "jpeg"}, "output_type must be one of pil, np, latent, got 'jpeg'"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"seed": 2**32}, r"seed must be below 2\*\*32 for every image, got 4294967296"),
+        ({"seed": [1, 2]}, r"seed must be one integer or 1, one per image, got \[1, 2\]"),
+        ({"seed": 1, "key": jax.random.key(0)}, "pass seed or key, not both"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"got shape \(3,\)"),
+        ({"latents": np.zeros((1, 4, 15))}, r"shape \(1, 4, 16\) .* got \(1, 4, 15\)"),
+        ({"latents": np.full((1, 4, 16), np.inf)}, "latents must be finite"),
+        ({"latents": np.zeros((1, 4, 16)), "seed": 1}, "pass latents, or a seed or key"),
+    ],
+)
+def test_refusals(pipe, options, message):
+    with pytest.raises(UserError, match=message):
+        pipe(RED, **{"num_inference_steps": 1, "progress": False, **options})
+
+
+def test_pack_puts_channels_before_the_square():
+    grid = jnp.arange(4.0 * 6 * 2).reshape(1, 4, 6, 2)
+    tokens = pack(grid)
+    assert tokens.shape == (1, 6, 8)
+    # The token in row 1, column 2: its square's first channel, then the second.
+    square = grid[0, 2:4, 4:6]
+    np.testing.assert_array_equal(tokens[0, 5], [*square[..., 0].ravel(), *square[..., 1].ravel()])
+    np.testing.assert_array_equal(unpack(tokens, 4, 6), grid)
+
+
+def test_schedule_depends_on_the_size(pipe):
+    """The resolution-dependent shift is computed from the image asked for."""
+    records = [pipe(RED, seed=0, height=size, **STEPS) for size in (16, 32)]
+    assert [r.records[0].height for r in records] == [16, 32]
+    shifts = [make_schedule(pipe.scheduler, 3, tokens).sigmas[1] for tokens in (2, 4)]
+    assert shifts[0] < shifts[1]
+
+
+def test_pipeline_without_text_encoders_takes_encoded_prompts(pipe):
+    embeds = pipe.encode_prompt(RED)
+    bare = FluxPipeline(transformer=pipe.transformer, vae=pipe.vae, scheduler=pipe.scheduler)
+    assert isinstance(bare.text_encoders, TextEncoders)
+    out = bare(embeds, seed=0, return_latents=True, **STEPS)
+    expected = pipe(RED, seed=0, return_latents=True, **STEPS)
+    np.testing.assert_array_equal(out.latents, expected.latents)
