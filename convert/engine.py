@@ -124,7 +124,7 @@ def convert(
             try:
                 _write(stage, source, parts, to, shard_bytes, handed_on)
             except (ValueError, RuntimeError) as error:
-                raise _explain_full(error, dst) from error
+                raise explain_full(error, dst) from error
             verified = _verify(stage, checksums, list(parts), on_bytes) if verify else 0
     dropped = tuple((name, *entry) for name, part in parts.items() for entry in part.dropped)
     return Summary(dst, tuple(parts), nbytes, dropped, verified)
@@ -178,8 +178,11 @@ def _check_space(dst: Path, nbytes: int) -> None:
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
-def _explain_full(error: Exception, dst: Path) -> Exception:
-    """TensorStore reports a full disk as a ValueError with the system's text in it."""
+def explain_full(error: Exception, dst: Path) -> Exception:
+    """The same error, or a line for a user if it is TensorStore's way to report a full disk.
+
+    That is a ValueError or a RuntimeError with the system's text in it.
+    """
     text = str(error)
     if not isinstance(error, UserError) and any(full in text for full in _FULL_TEXTS):
         reason = next(full for full in _FULL_TEXTS if full in text)

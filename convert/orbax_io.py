@@ -16,9 +16,9 @@ import concurrent.futures
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,15 +26,19 @@ from convert.safetensors_io import finish, write_all
 from convert.tensors import Reader, Spec, as_bytes, blocks
 from flux_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import jax
+
 _CHUNK_BYTES = 32 << 20
 _RESTORE_BATCH_BYTES = 256 << 20
+_RESTORE_GB = 2  # on the host at a time, on their way to the devices
 
 
 # Told the name of a tensor and each of its blocks, in row order.
 OnBlock = Callable[[str, np.ndarray], None]
 
 
-def chunk_rows(spec: Spec, chunk_bytes: int = _CHUNK_BYTES) -> int:
+def chunk_rows(spec: Spec, chunk_bytes: int) -> int:
     """Rows of a stored chunk: the rows divided by a power of two, if that is at most `chunk_bytes`.
 
     Powers of two so that the usual numbers of devices divide the chunks; a tensor whose rows do not
@@ -76,6 +80,10 @@ def write_checkpoint(
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
         checkpointer = ocp.Checkpointer(handler)
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nest(leaves)))
+    # Orbax notes in it where the folder stood at the time, which is not where it will stand.
+    note = folder / "commit_success.txt"
+    if note.exists():
+        note.write_text("Checkpoint commit was successful\n")
 
 
 class _Leaf:
@@ -126,7 +134,7 @@ def _create_array(folder: Path, spec: Spec) -> Any:
 
     metadata = {
         "shape": list(spec.shape),
-        "chunks": [chunk_rows(spec), *spec.row_shape] if spec.shape else [],
+        "chunks": [chunk_rows(spec, _CHUNK_BYTES), *spec.row_shape] if spec.shape else [],
         "compressor": None,
         "filters": None,
         "order": "C",
@@ -181,7 +189,7 @@ def _write_chunks(
     header (zarr 2 specification, "Storing arrays", with no compressor and no filters).
     """
     spec = reader.specs[name]
-    rows = chunk_rows(spec)
+    rows = chunk_rows(spec, _CHUNK_BYTES)
     suffix = ".0" * (len(spec.shape) - 1)
     for start in range(0, spec.rows, rows):
         stop = min(start + rows, spec.rows)
@@ -209,6 +217,7 @@ class OrbaxReader:
     at most 256 MB of neighbours at a time.
 
     Attributes:
+      folder: of the checkpoint.
       specs: shapes and dtypes by dotted path.
     """
 
@@ -220,11 +229,12 @@ class OrbaxReader:
         """
         import orbax.checkpoint as ocp
 
-        self._folder = folder.absolute()
+        self.folder = folder.absolute()
+        self.read_once = False  # no effect: Orbax reads
         self._batch: dict[str, np.ndarray] = {}
         try:
             with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-                tree = checkpointer.metadata(self._folder)
+                tree = checkpointer.metadata(self.folder)
             tree = getattr(tree, "item_metadata", tree)
             leaves = flatten(getattr(tree, "tree", tree))
             self.specs = {
@@ -263,12 +273,35 @@ class OrbaxReader:
         restore = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
         try:
             with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-                return flatten(checkpointer.restore(self._folder, args=restore))
+                return flatten(checkpointer.restore(self.folder, args=restore))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._folder}: damaged checkpoint: {first_line(error)}") from error
+            raise UserError(f"{self.folder}: damaged checkpoint: {first_line(error)}") from error
 
     def close(self) -> None:
         self._batch = {}
+
+
+def restore_onto(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Restore a checkpoint straight onto devices.
+
+    Args:
+      folder: of the Orbax checkpoint.
+      wanted: shape, dtype (cast to, if stored otherwise) and sharding by dotted path.
+
+    Raises:
+      UserError: an array is missing or damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    tree = nest(dict(wanted))
+    restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_RESTORE_GB)
+    try:
+        with _quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
+            args = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
+            return flatten(checkpointer.restore(folder.absolute(), args=args))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: damaged checkpoint: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

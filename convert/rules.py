@@ -61,7 +61,7 @@ class Rule:
 
     def __post_init__(self):
         # Both compiled forms are built now, so that a table with a mistake fails where it is made.
-        for built in (self._source_regex, self._target_regex, self._source_parts):
+        for built in (self._source_parts, self._source_regex, self._target_regex):
             del built
 
     @functools.cached_property
@@ -344,8 +344,6 @@ def backward_plan(table: Map, targets: Mapping[str, Shape]) -> Plan:
     assemblies: dict[str, Assembly] = {}
     for target, shape in targets.items():
         for piece in table.sources_of(target, shape):
-            if piece.source in assemblies:
-                raise ValueError(f"{table.name}: {piece.source!r} is named by two of our tensors")
             hit = table.target_of(piece.source)
             if hit is None or hit[0] != target:
                 raise ValueError(

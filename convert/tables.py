@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -61,8 +62,13 @@ def config_to_hf(component: str, config: Config) -> dict[str, Any]:
 
 def our_shapes(component: str, config: Config) -> dict[str, Shape]:
     """Shape of every parameter of a component by dotted path."""
+    return dict(_our_shapes(component, config))
+
+
+@functools.lru_cache(maxsize=16)
+def _our_shapes(component: str, config: Config) -> tuple[tuple[str, Shape], ...]:
     flat = to_flat(abstract_module(component, config))
-    return {name: tuple(value.shape) for name, value in flat.items()}
+    return tuple((name, tuple(value.shape)) for name, value in flat.items())
 
 
 def config_to_json(config: Any) -> dict[str, Any]:

@@ -1,1 +1,73 @@
-"""FLUX.1 in flax.nnx."""
+"""FLUX.1 in flax.nnx: the model, its pipeline, and the tools around it.
+
+The public names are listed here and loaded on first use: importing the package touches no GPU and
+no other framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from flux_jax.autoencoder import Autoencoder
+    from flux_jax.checkpoint import load_checkpoint, save_checkpoint
+    from flux_jax.clip import CLIPTextEncoder
+    from flux_jax.configs import (
+        AutoencoderConfig,
+        CLIPTextConfig,
+        FluxConfig,
+        SchedulerConfig,
+        T5Config,
+    )
+    from flux_jax.errors import UserError
+    from flux_jax.pipeline import FluxPipeline
+    from flux_jax.sharding import make_mesh
+    from flux_jax.t5 import T5Encoder
+    from flux_jax.transformer import FluxTransformer
+
+_HOME = {
+    "Autoencoder": "autoencoder",
+    "AutoencoderConfig": "configs",
+    "CLIPTextConfig": "configs",
+    "CLIPTextEncoder": "clip",
+    "FluxConfig": "configs",
+    "FluxPipeline": "pipeline",
+    "FluxTransformer": "transformer",
+    "SchedulerConfig": "configs",
+    "T5Config": "configs",
+    "T5Encoder": "t5",
+    "UserError": "errors",
+    "load_checkpoint": "checkpoint",
+    "make_mesh": "sharding",
+    "save_checkpoint": "checkpoint",
+}
+
+__all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
+    "CLIPTextConfig",
+    "CLIPTextEncoder",
+    "FluxConfig",
+    "FluxPipeline",
+    "FluxTransformer",
+    "SchedulerConfig",
+    "T5Config",
+    "T5Encoder",
+    "UserError",
+    "load_checkpoint",
+    "make_mesh",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"flux_jax.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'flux_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -118,9 +118,7 @@ class Upsample(nnx.Module):
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
 
 
-def _blocks(
-    in_channels: int, out_channels: int, count: int, **options: Any
-) -> list[ResnetBlock]:
+def _blocks(in_channels: int, out_channels: int, count: int, **options: Any) -> list[ResnetBlock]:
     """The blocks of one level; the first changes the number of channels."""
     widths = [in_channels] + [out_channels] * count
     return [ResnetBlock(a, b, **options) for a, b in zip(widths, widths[1:], strict=False)]

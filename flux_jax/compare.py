@@ -24,9 +24,10 @@ from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
 from flux_jax.images import decode, to_uint8
 from flux_jax.latents import PATCH, check_size, noise, unpack
+from flux_jax.loading import resolve
 from flux_jax.prompts import PromptEmbeds
 from flux_jax.rope import image_ids, text_ids
-from flux_jax.scheduler import make_schedule
+from flux_jax.scheduler import Schedule, make_schedule
 from flux_jax.tokenization import load_tokenizer, max_length, tokenize
 
 PROMPT = "a red circle above a blue square"
@@ -71,7 +72,7 @@ class Settings:
       dtype: "float32" or "bfloat16".
       grid: image tokens (rows, columns).
       side: pixels of an image token.
-      steps: of the image.
+      schedule: the noise levels of the image.
       seed: of its noise.
       prompt: of the image, and what the text encoders are compared on.
     """
@@ -79,7 +80,7 @@ class Settings:
     dtype: str
     grid: tuple[int, int]
     side: int
-    steps: int
+    schedule: Schedule
     seed: int
     prompt: str
 
@@ -133,29 +134,32 @@ def compare(
       UserError: torch or diffusers is missing, or the checkpoint is none that they can load.
     """
     check_installed()
+    path = resolve(path)
     # Late: torch is there only now.
     from flux_jax.reference import Reference
 
     checkpoint = load_checkpoint(path, components=["vae"], dtype=jnp.dtype(dtype))
-    if not (checkpoint.path / "model_index.json").exists():
+    is_diffusers = (checkpoint.path / "model_index.json").exists()
+    if not is_diffusers or checkpoint.scheduler is None:
         raise UserError(
-            f"{path} is not in diffusers' layout (model_index.json), which diffusers needs"
+            f"{path} is no pipeline in diffusers' layout, with model_index.json and scheduler"
         )
     vae = checkpoint.modules["vae"]
     side = PATCH * vae.config.downscale
     height, width = (min(512, vae.config.sample_size) if n is None else n for n in (height, width))
     check_size(height, width, side)
+    grid = (height // side, width // side)
     settings = Settings(
         dtype=dtype,
-        grid=(height // side, width // side),
+        grid=grid,
         side=side,
-        steps=num_inference_steps,
+        schedule=make_schedule(checkpoint.scheduler, num_inference_steps, grid[0] * grid[1]),
         seed=seed,
         prompt=prompt,
     )
     theirs = Reference(checkpoint.path, dtype)
     embeds = yield from _compare_text(path, checkpoint, theirs, settings)
-    yield from _compare_schedule(checkpoint, theirs, settings)
+    yield from _compare_schedule(theirs, settings)
     latents = yield from _compare_transformer(path, checkpoint, theirs, settings, embeds)
     yield from _compare_vae(vae, theirs, settings, *latents)
 
@@ -214,10 +218,10 @@ def _compare_text(path: str | Path, checkpoint: Checkpoint, theirs: Any, setting
     )
 
 
-def _compare_schedule(checkpoint: Checkpoint, theirs: Any, settings: Settings) -> Findings:
+def _compare_schedule(theirs: Any, settings: Settings) -> Findings:
     tokens = settings.grid[0] * settings.grid[1]
-    ours = make_schedule(checkpoint.scheduler, settings.steps, tokens).sigmas
-    error = float(np.abs(ours - theirs.sigmas(settings.steps, tokens)).max())
+    expected = theirs.sigmas(settings.schedule.num_steps, tokens)
+    error = float(np.abs(settings.schedule.sigmas - expected).max())
     yield Finding("scheduler", error, SIGMA_LIMIT, "absolute error")
 
 
@@ -239,7 +243,7 @@ def _compare_transformer(
         *(np.asarray(x, np.float32) for x in _arrays(embeds[1])),
         times=TIMES,
         guidance=GUIDANCE,
-        steps=settings.steps,
+        steps=settings.schedule.num_steps,
         side=settings.side,
     )
     loaded = load_checkpoint(path, components=["transformer"], dtype=jnp.dtype(settings.dtype))
@@ -253,9 +257,9 @@ def _compare_transformer(
         found = velocity(start, ids[0], txt, ids[1], np.full(1, time, np.float32), pooled, scale)
         name, limit = f"transformer, t = {time}", LIMITS[settings.dtype]
         yield Finding(name, relative_error(found, expected), limit)
-    schedule = make_schedule(checkpoint.scheduler, settings.steps, rows * columns)
-    loop = denoise(transformer, schedule, start, settings.grid, embeds[0], guidance_scale=guidance)
-    *_, (our_latents, _) = loop
+    *_, (our_latents, _) = denoise(
+        transformer, settings.schedule, start, settings.grid, embeds[0], guidance_scale=guidance
+    )
     yield Finding("latents of the image", relative_error(our_latents, their_latents), None)
     return our_latents, their_latents
 

@@ -1,8 +1,8 @@
 """The denoising loop: the transformer along a noise schedule, state on the device throughout.
 
 What depends on the time step but not on the image (the modulation vectors of all blocks) is
-computed for all steps at once before the loop; a step is then one call of one compiled program,
-and the host never waits for it.
+computed before the loop, several steps at a time. A step is then one call of a program that knows
+neither its number nor how many there are, and the host never waits for it.
 """
 
 from __future__ import annotations
@@ -15,29 +15,45 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from flux_jax.configs import FluxConfig
 from flux_jax.functional import ModuleFunction
 from flux_jax.prompts import PromptEmbeds
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.scheduler import Schedule, euler_step, predict_clean
 from flux_jax.transformer import FluxTransformer, Modulations
 
+# Steps whose modulation vectors are computed together: their weights, a quarter of the model, are
+# then read once for 8 steps, and one program serves any number of steps.
+CHUNK = 8
 
-def _schedule_modulations(
+
+def _modulations(
     transformer: FluxTransformer,
     timesteps: Float[Array, " S"],
     pooled: Float[Array, "B V"],
     guidance: Float[Array, ""] | None,
-) -> Modulations:
-    """The modulation vectors of S steps for B prompts: each array gains a leading axis S."""
+) -> Float[Array, "S B N C"]:
+    """The modulation vectors of S steps for B prompts, all N of a step in one array."""
     steps, batch = timesteps.shape[0], pooled.shape[0]
-    rows = steps * batch
     vec = transformer.conditioning(
         jnp.repeat(timesteps, batch),
         jnp.tile(pooled, (steps, 1)),
-        None if guidance is None else jnp.full((rows,), guidance),
+        None if guidance is None else jnp.full((steps * batch,), guidance),
     )
-    mods = transformer.modulations(vec)
-    return jax.tree.map(lambda m: m.reshape(steps, batch, *m.shape[1:]), mods)
+    joined = jnp.concatenate(jax.tree.leaves(transformer.modulations(vec)), axis=1)
+    return joined.reshape(steps, batch, *joined.shape[1:])
+
+
+def split_modulations(joined: Float[Array, "B N C"], config: FluxConfig) -> Modulations:
+    """One step's vectors, as the blocks take them."""
+    counts = [*[6, 6] * config.depth, *[3] * config.depth_single_blocks, 2]
+    parts = iter(jnp.split(joined, np.cumsum(counts)[:-1], axis=1))
+    # In the order of `jax.tree.leaves`, which joined them.
+    return Modulations(
+        double=tuple((next(parts), next(parts)) for _ in range(config.depth)),
+        single=tuple(next(parts) for _ in range(config.depth_single_blocks)),
+        final=next(parts),
+    )
 
 
 def _velocity(
@@ -46,12 +62,16 @@ def _velocity(
     img_ids: Int[Array, "I A"],
     txt: Float[Array, "B T C"],
     txt_ids: Int[Array, "T A"],
-    mods: Modulations,
-    step: Int[Array, ""],
+    modulations: Float[Array, "B N C2"],
 ) -> Float[Array, "B I P"]:
-    """The velocity at one step of the schedule that `mods` was made for, float32."""
-    current = jax.tree.map(lambda m: jax.lax.dynamic_index_in_dim(m, step, keepdims=False), mods)
-    return transformer.velocity(latents, img_ids, txt, txt_ids, current).astype(jnp.float32)
+    """The velocity at one step, float32."""
+    mods = split_modulations(modulations, transformer.config)
+    return transformer.velocity(latents, img_ids, txt, txt_ids, mods).astype(jnp.float32)
+
+
+@jax.jit
+def _at(chunk: Float[Array, "S B N C"], step: Int[Array, ""]) -> Float[Array, "B N C"]:
+    return jax.lax.dynamic_index_in_dim(chunk, step, keepdims=False)
 
 
 @jax.jit
@@ -76,7 +96,7 @@ def _guide(
     return negative + scale * (positive - negative)
 
 
-SCHEDULE_MODULATIONS = ModuleFunction(_schedule_modulations)
+MODULATIONS = ModuleFunction(_modulations)
 VELOCITY = ModuleFunction(_velocity)
 
 
@@ -109,22 +129,31 @@ def denoise(
       S times (latents after the step, predicted clean latents), each (B, I, P) float32.
     """
     velocity = VELOCITY.bind(transformer)
-    modulations = SCHEDULE_MODULATIONS.bind(transformer)
+    modulations = MODULATIONS.bind(transformer)
     guidance = None if guidance_scale is None else np.float32(guidance_scale)
     latents = velocity.place(latents)
 
-    def conditions(prompt: PromptEmbeds) -> tuple[Any, ...]:
+    def conditions(prompt: PromptEmbeds) -> tuple[tuple[Any, ...], list[Array]]:
         txt, pooled = velocity.place((prompt.prompt_embeds, prompt.pooled_prompt_embeds))
-        mods = modulations(schedule.timesteps, pooled, guidance)
         ids = velocity.place((image_ids(*grid), text_ids(txt.shape[1])))
-        return ids[0], txt, ids[1], mods
+        chunks = [modulations(times, pooled, guidance) for times in _chunks(schedule.timesteps)]
+        return (ids[0], txt, ids[1]), chunks
+
+    def predict(latents: Array, prompt: tuple[tuple[Any, ...], list[Array]], step: int) -> Array:
+        inputs, chunks = prompt
+        return velocity(latents, *inputs, _at(chunks[step // CHUNK], np.int32(step % CHUNK)))
 
     positive = conditions(embeds)
     opposite = None if negative is None else conditions(negative)
     for step in range(schedule.num_steps):
-        index = np.int32(step)
-        v = velocity(latents, *positive, index)
+        v = predict(latents, positive, step)
         if opposite is not None:
-            v = _guide(v, velocity(latents, *opposite, index), np.float32(true_cfg_scale))
+            v = _guide(v, predict(latents, opposite, step), np.float32(true_cfg_scale))
         latents, clean = _update(latents, v, schedule.sigmas[step], schedule.sigmas[step + 1])
         yield latents, clean
+
+
+def _chunks(timesteps: Float[np.ndarray, " S"]) -> list[Float[np.ndarray, " CHUNK"]]:
+    """`CHUNK` time steps at a time; the last chunk is filled up with its last step."""
+    filler = np.repeat(timesteps[-1:], -len(timesteps) % CHUNK)
+    return list(np.concatenate([timesteps, filler]).reshape(-1, CHUNK))

@@ -14,8 +14,8 @@ from flux_jax.latents import PATCH, unpack
 
 # Above this many pixels a whole decode would need more memory than the denoising loop.
 WHOLE_DECODE_PIXELS = 1024 * 1024
-# Side of a tile in latent pixels.
-TILE = 64
+# Side of a tile, and what neighbouring tiles share of it, in latent pixels.
+TILE, OVERLAP = 64, 16
 
 
 def _unpack_decode(
@@ -52,7 +52,8 @@ def decode(
     side = PATCH * vae.config.downscale
     pixels = rows * columns * side * side
     if is_tiled(pixels, tiled):
-        decoded = vae.decode_tiled(unpack(tokens, rows * PATCH, columns * PATCH), tile=TILE)
+        grid_latents = unpack(tokens, rows * PATCH, columns * PATCH)
+        decoded = vae.decode_tiled(grid_latents, tile=TILE, overlap=OVERLAP)
     else:
         function = UNPACK_DECODE.bind(vae, rows=rows, columns=columns)
         tokens = function.place(tokens)

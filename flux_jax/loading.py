@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,77 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flux_jax.checkpoint import load_checkpoint
+from flux_jax import arguments
+from flux_jax.assets import tiny_path
+from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint
 from flux_jax.errors import UserError
+from flux_jax.plan import ARGUMENTS, Plan, make_plan
 from flux_jax.prompts import TextEncoders
-from flux_jax.tokenization import load_tokenizer
+from flux_jax.tokenization import load_tokenizer, max_length
+
+TINY = "tiny"
 
 _TEXT = ("text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _IMAGE = ("transformer", "vae")
+
+
+def resolve(model: str | Path) -> str | Path:
+    """`model` as `load_checkpoint` takes it: "tiny" becomes the folder in the package."""
+    return tiny_path() if str(model) == TINY else model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A call that a checkpoint can answer.
+
+    Attributes:
+      path: the checkpoint's local folder.
+      configs: of its four components, by name.
+      plan: the call.
+    """
+
+    path: Path
+    configs: dict[str, Any]
+    plan: Plan
+
+
+def check_request(
+    model: str | Path,
+    settings: Mapping[str, Any],
+    *,
+    images: int,
+    num_images_per_prompt: int,
+) -> Request:
+    """Check a call's arguments against a checkpoint's configurations, before any weight is read.
+
+    Args:
+      model: as for `FluxPipeline.from_pretrained`.
+      settings: keyword arguments of the pipeline's call; those that a plan has no use for are
+        ignored.
+      images: number of prompts.
+      num_images_per_prompt: images of each.
+
+    Raises:
+      UserError: an argument out of its range, or a checkpoint that lacks a part of a pipeline.
+    """
+    found = inspect_checkpoint(resolve(model))
+    missing = [name for name in (*_TEXT, *_IMAGE) if name not in found.components]
+    missing += [name for name in _TOKENIZERS if name not in found.tokenizer_paths]
+    if missing or found.scheduler is None:
+        missing += ["scheduler"] if found.scheduler is None else []
+        raise UserError(f"{model} is no whole pipeline: it has no {', '.join(missing)}")
+    configs: dict[str, Any] = {name: part.config for name, part in found.components.items()}
+    plan = make_plan(
+        configs["transformer"],
+        configs["vae"],
+        found.scheduler,
+        token_limit=max_length(load_tokenizer(found.tokenizer_paths["tokenizer_2"])),
+        num_images_per_prompt=num_images_per_prompt,
+        **{name: settings[name] for name in ARGUMENTS if name in settings},
+    )
+    arguments.seeds_and_keys(settings.get("seed"), None, images * num_images_per_prompt)
+    return Request(path=found.path, configs=configs, plan=plan)
 
 
 def load_text_encoders(
@@ -28,7 +92,9 @@ def load_text_encoders(
     Raises:
       UserError: a checkpoint without an encoder or tokenizer.
     """
-    checkpoint = load_checkpoint(path, components=_TEXT, dtype=check_dtype(dtype), mesh=mesh)
+    checkpoint = load_checkpoint(
+        resolve(path), components=_TEXT, dtype=check_dtype(dtype), mesh=mesh
+    )
     missing = [name for name in _TOKENIZERS if name not in checkpoint.tokenizer_paths]
     if missing:
         raise UserError(f"{path} has no {' and no '.join(missing)}, which prompts need")
@@ -56,7 +122,9 @@ def load_image_parts(
       UserError: a checkpoint without one of them.
     """
     wanted = [name for name in _IMAGE if name not in given]
-    checkpoint = load_checkpoint(path, components=wanted, dtype=check_dtype(dtype), mesh=mesh)
+    checkpoint = load_checkpoint(
+        resolve(path), components=wanted, dtype=check_dtype(dtype), mesh=mesh
+    )
     if checkpoint.scheduler is None:
         raise UserError(f"{path} has no scheduler configuration (scheduler/scheduler_config.json)")
     return {"scheduler": checkpoint.scheduler, **checkpoint.modules, **given}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from flux_jax.components import abstract_module
-from flux_jax.denoise import SCHEDULE_MODULATIONS, VELOCITY
+from flux_jax.denoise import CHUNK, MODULATIONS, VELOCITY
 from flux_jax.functional import BoundFunction
 from flux_jax.images import TILE, UNPACK_DECODE, WHOLE_DECODE_PIXELS, is_tiled
 from flux_jax.latents import PATCH
@@ -62,22 +62,24 @@ def stage_memory(
         _outputs(encoder, ids) for encoder, ids in zip(encoders, (clip_ids, t5_ids), strict=True)
     )
     guidance = None if plan.guidance_scale is None else shape((), jnp.float32)
-    times = shape(plan.schedule.timesteps.shape, jnp.float32)
-    scheduled = SCHEDULE_MODULATIONS.bind(models["transformer"])
+    times = shape((CHUNK,), jnp.float32)
+    scheduled = MODULATIONS.bind(models["transformer"])
     mods = _outputs(scheduled, times, pooled, guidance)
     step = (
         shape((batch, *plan.token_shape), jnp.float32),
         shape((plan.token_shape[0], 3), jnp.int32),
         states,
         shape((plan.max_sequence_length, 3), jnp.int32),
-        mods,
-        shape((), jnp.int32),
+        shape(mods.shape[1:], mods.dtype),
     )
+    chunks = math.ceil(plan.schedule.num_steps / CHUNK)
+    denoise = _need(VELOCITY.bind(models["transformer"]), *step)
     return {
         "encode (CLIP)": _need(encoders[0], clip_ids),
         "encode (T5)": _need(encoders[1], t5_ids),
         "modulations": _need(scheduled, times, pooled, guidance),
-        "denoise": _need(VELOCITY.bind(models["transformer"]), *step),
+        # The modulation vectors of all steps lie there throughout.
+        "denoise": dataclasses.replace(denoise, work=denoise.work + chunks * _bytes(mods)),
         "decode": _decode_need(models["vae"], plan, tiled),
     }
 
@@ -101,6 +103,9 @@ def _outputs(function: BoundFunction, *args: Any) -> Any:
 
 def _need(function: BoundFunction, *args: Any) -> StageMemory:
     # All of the component is there, though the program may not use it all.
-    weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in function.leaves)
-    inputs = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(args))
-    return StageMemory(weights=weights, work=inputs + function.work_bytes(*args))
+    work = _bytes(args) + function.work_bytes(*args)
+    return StageMemory(weights=_bytes(function.leaves), work=work)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -19,6 +19,17 @@ from flux_jax.tokenization import DEV_TOKENS, SCHNELL_TOKENS
 
 DEV_STEPS, SCHNELL_STEPS = 28, 4
 
+# Of the pipeline's call, what `make_plan` takes, and all images share.
+ARGUMENTS = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "batch_size",
+)
+
 _noise = jax.jit(noise, static_argnums=(1, 2, 3))
 
 
@@ -75,20 +86,21 @@ def make_plan(
     scheduler: SchedulerConfig,
     *,
     token_limit: int,
-    height: int | None,
-    width: int | None,
-    num_inference_steps: int | None,
-    guidance_scale: float,
-    true_cfg_scale: float,
-    max_sequence_length: int | None,
-    batch_size: int,
-    num_images_per_prompt: int,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float = 3.5,
+    true_cfg_scale: float = 1.0,
+    max_sequence_length: int | None = None,
+    batch_size: int = 1,
+    num_images_per_prompt: int = 1,
 ) -> Plan:
     """The plan of a call; None stands for the model's own value.
 
     Args:
       transformer, vae, scheduler: the models' configurations.
       token_limit: the most tokens T5's tokenizer gives.
+      height, width, ...: as in the pipeline's call.
 
     Raises:
       UserError: an argument out of its range.

@@ -9,7 +9,8 @@ import jax
 from flax import nnx
 
 Module = TypeVar("Module", bound=nnx.Module)
-Flat = dict[str, jax.Array]
+# Arrays; of an abstract module, their shapes.
+Flat = dict[str, Any]
 
 
 def parameter_path(path: tuple[Any, ...]) -> str:
@@ -17,7 +18,7 @@ def parameter_path(path: tuple[Any, ...]) -> str:
     return ".".join(str(part) for part in path)
 
 
-def to_flat(module: nnx.Module) -> dict[str, Any]:
+def to_flat(module: nnx.Module) -> Flat:
     """Every parameter of a module by its dotted path.
 
     Of a module from `nnx.eval_shape`, the values are `jax.ShapeDtypeStruct`s.

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from flux_jax.autoencoder import Autoencoder
@@ -53,23 +55,29 @@ class AutoencoderTrainer:
     Args:
       settings: how to train.
       scenes: pictures to draw, as device arrays.
+      mesh: a mesh with a `data` axis; the batch is split over it, everything else is replicated.
       seed: of the weights and of every step's draws.
     """
 
-    def __init__(self, settings: AutoencoderTraining, scenes: SceneArrays, *, seed: int):
+    def __init__(
+        self, settings: AutoencoderTraining, scenes: SceneArrays, mesh: Mesh, *, seed: int
+    ):
         self.settings = settings
-        self.scenes = SceneArrays(*(jnp.asarray(field) for field in scenes))
+        self.rows = NamedSharding(mesh, PartitionSpec("data"))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self.scenes = jax.device_put(SceneArrays(*map(np.asarray, scenes)), replicated)
         model = Autoencoder(raw_config(), dtype=jnp.float32, rngs=nnx.Rngs(seed))
-        self.rebuild, self.params = split_flat(model)
+        self.rebuild, params = split_flat(model)
+        self.params: Flat = jax.device_put(params, replicated)
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, settings.learning_rate, min(200, settings.steps // 10), settings.steps
         )
         self.optimizer = optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4)
         )
-        self.state = self.optimizer.init(self.params)
+        self.state = jax.jit(self.optimizer.init, out_shardings=replicated)(self.params)
         self.key = jax.random.key(seed)
-        self._step = jax.jit(self._update, donate_argnums=(0, 1))
+        self._step = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=replicated)
 
     def loss(
         self, params: Flat, images: Float[Array, "B H W 3"], key: Array
@@ -93,6 +101,7 @@ class AutoencoderTrainer:
         row_key, noise_key = jax.random.split(jax.random.fold_in(self.key, index))
         total = scenes.background.shape[0]
         rows = jax.random.randint(row_key, (self.settings.batch_size,), 0, total)
+        rows = jax.lax.with_sharding_constraint(rows, self.rows)
         images = render(_pick(scenes, rows))
         (loss, squared), grads = jax.value_and_grad(self.loss, has_aux=True)(
             params, images, noise_key

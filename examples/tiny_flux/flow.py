@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -113,17 +114,17 @@ def draw_times(key: Array, count: int, shift: float) -> Float[Array, " count"]:
     return jnp.where(pick, uniform, jax.nn.sigmoid(logits))
 
 
-def trapezoid(peak: float, steps: int, warmup: int, decay: float) -> optax.Schedule:
-    """Linear warm-up, constant, linear decay to zero over the last `decay` of the steps."""
-    falling = max(int(steps * decay), 1)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, 0.0, falling),
-        ],
-        [warmup, steps - falling],
-    )
+def trapezoid(peak: float, step: int, steps: int, warmup: int, decay: float) -> float:
+    """The learning rate at a step (from 1): linear warm-up, constant, linear decay to zero.
+
+    Args:
+      peak: the constant.
+      step, steps: where we are, and of how many.
+      warmup: steps of the warm-up.
+      decay: share of all steps, at their end, over which the rate falls.
+    """
+    falling = max(decay * steps, 1.0)
+    return peak * min(1.0, step / max(warmup, 1), (steps - step) / falling)
 
 
 class FlowTrainer:
@@ -153,20 +154,13 @@ class FlowTrainer:
         self.params: Flat = jax.device_put(params, replicated)
         self.ema: Flat = jax.tree.map(jnp.copy, self.params)
         self.teacher: Flat | None = None
-        self._optimizers = (
-            self._optimizer(settings.learning_rate, settings.steps),
-            self._optimizer(settings.guidance_learning_rate, settings.guidance_steps),
-        )
+        self.optimizer = stacked_muon()
         # One placement for what goes round the loop, or the second step would compile again.
-        self._init = [jax.jit(o.init, out_shardings=replicated) for o in self._optimizers]
-        self.state = self._init[0](self.params)
+        self._init = jax.jit(self.optimizer.init, out_shardings=replicated)
+        self.state = self._init(self.params)
         options: dict[str, Any] = {"donate_argnums": (0, 1, 2), "out_shardings": replicated}
         self._flow_step = jax.jit(self._update_flow, **options)
         self._guidance_step = jax.jit(self._update_guidance, **options)
-
-    def _optimizer(self, peak: float, steps: int) -> optax.GradientTransformation:
-        s = self.settings
-        return stacked_muon(trapezoid(peak, steps, min(s.warmup, steps // 10 + 1), s.decay))
 
     def _model(self, params: Flat) -> TextAndFlow:
         return self.rebuild({name: value.astype(jnp.bfloat16) for name, value in params.items()})
@@ -191,22 +185,28 @@ class FlowTrainer:
 
     def _apply(
         self,
-        optimizer: optax.GradientTransformation,
         params: Flat,
         ema: Flat,
         state: optax.OptState,
         grads: Flat,
         index: Int[Array, ""],
+        rate: Float[Array, ""],
     ) -> tuple[Flat, Flat, optax.OptState]:
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        updates, state = self.optimizer.update(grads, state, params)
+        params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
         # The average forgets its start: early on it follows the weights closely.
         decay = jnp.minimum(self.settings.ema, (1.0 + index) / (10.0 + index))
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
         return params, ema, state
 
     def _update_flow(
-        self, params: Flat, ema: Flat, state: optax.OptState, data: Captioned, index: Array
+        self,
+        params: Flat,
+        ema: Flat,
+        state: optax.OptState,
+        data: Captioned,
+        index: Array,
+        rate: Array,
     ) -> tuple[Flat, Flat, optax.OptState, Array]:
         captions, noisy, target, times, _ = self._batch(data, index)
 
@@ -217,7 +217,7 @@ class FlowTrainer:
             return jnp.mean(jnp.square(out - target))
 
         loss, grads = jax.value_and_grad(loss_of)(params)
-        return *self._apply(self._optimizers[0], params, ema, state, grads, index), loss
+        return *self._apply(params, ema, state, grads, index, rate), loss
 
     def _update_guidance(
         self,
@@ -227,6 +227,7 @@ class FlowTrainer:
         teacher: Flat,
         data: Captioned,
         index: Array,
+        rate: Array,
     ) -> tuple[Flat, Flat, optax.OptState, Array]:
         (t5_ids, clip_ids), noisy, target, times, key = self._batch(data, index)
         choice_key, scale_key = jax.random.split(key)
@@ -250,10 +251,10 @@ class FlowTrainer:
             return jnp.mean(jnp.square(out - target))
 
         loss, grads = jax.value_and_grad(loss_of)(params)
-        return *self._apply(self._optimizers[1], params, ema, state, grads, index), loss
+        return *self._apply(params, ema, state, grads, index, rate), loss
 
     def compile(self, count: int) -> None:
-        """Compile the step of the first phase ahead, for a training set of `count` captions."""
+        """Compile both steps ahead, for a training set of `count` captions."""
         config = self.rebuild(self.params).transformer.config
         replicated = next(iter(self.params.values())).sharding
         describe = functools.partial(jax.ShapeDtypeStruct, sharding=replicated)
@@ -264,13 +265,25 @@ class FlowTrainer:
             empty_t5_ids=describe((T5_LENGTH,), jnp.int16),
             empty_clip_ids=describe((CLIP_LENGTH,), jnp.int16),
         )
-        arguments = (self.params, self.ema, self.state, data, jnp.int32(0))
-        self._flow_step = self._flow_step.lower(*arguments).compile()
+        trained = (self.params, self.ema, self.state)
+        last = (data, jnp.int32(0), jnp.float32(0))
+        with ThreadPoolExecutor(2) as pool:
+            flow = pool.submit(lambda: self._flow_step.lower(*trained, *last).compile())
+            guidance = pool.submit(
+                lambda: self._guidance_step.lower(*trained, self.ema, *last).compile()
+            )
+            self._flow_step, self._guidance_step = flow.result(), guidance.result()
 
-    def step(self, data: Captioned, index: int) -> Array:
-        """One update of the first phase; returns the loss, still on the device."""
+    def step(self, data: Captioned, index: int, rate: float) -> Array:
+        """One update of the first phase; returns the loss, still on the device.
+
+        Args:
+          data: the training set.
+          index: of the step: it selects what is drawn.
+          rate: the learning rate.
+        """
         self.params, self.ema, self.state, loss = self._flow_step(
-            self.params, self.ema, self.state, data, jnp.int32(index)
+            self.params, self.ema, self.state, data, jnp.int32(index), jnp.float32(rate)
         )
         return loss
 
@@ -278,13 +291,14 @@ class FlowTrainer:
         """Freeze the averaged weights as the teacher and go on from them."""
         self.teacher = jax.tree.map(jnp.copy, self.ema)
         self.params = jax.tree.map(jnp.copy, self.ema)
-        self.state = self._init[1](self.params)
+        self.state = self._init(self.params)
 
-    def guidance_step(self, data: Captioned, index: int) -> Array:
-        """One update of the second phase; returns the loss, still on the device."""
+    def guidance_step(self, data: Captioned, index: int, rate: float) -> Array:
+        """One update of the second phase, like `step`."""
         if self.teacher is None:
             raise ValueError("call start_guidance() before guidance_step()")
+        trained = (self.params, self.ema, self.state, self.teacher)
         self.params, self.ema, self.state, loss = self._guidance_step(
-            self.params, self.ema, self.state, self.teacher, data, jnp.int32(index)
+            *trained, data, jnp.int32(index), jnp.float32(rate)
         )
         return loss

@@ -46,17 +46,19 @@ def _flatten(lists: Iterable[list[str]]) -> list[str]:
 
 
 def stacked_muon(
-    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.01, max_norm: float = 1.0
+    *, weight_decay: float = 0.01, max_norm: float = 1.0
 ) -> optax.GradientTransformation:
     """Muon with AdamW's step size (`consistent_rms`), and AdamW for what is not a matrix.
 
+    The updates are those of a learning rate of 1; the caller scales them. So a schedule can be
+    set, or changed, without compiling the step again.
+
     Args:
-      learning_rate: of both.
       weight_decay: of the matrices.
       max_norm: bound on the global gradient norm.
     """
     muon = optax.contrib.muon(
-        learning_rate,
+        1.0,
         weight_decay=weight_decay,
         consistent_rms=0.2,
         adam_b2=0.99,

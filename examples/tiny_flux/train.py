@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from examples.tiny_flux.autoencoder import AutoencoderTrainer, AutoencoderTraining, psnr
-from examples.tiny_flux.flow import Captioned, FlowTrainer, FlowTraining
+from examples.tiny_flux.flow import Captioned, FlowTrainer, FlowTraining, trapezoid
 from examples.tiny_flux.sample import Sampler
 from examples.tiny_flux.scenes import CHUNK, TrainingData, encode_captions, make_training_data
 from examples.tiny_flux.tokenizers import rust_tokenizers
@@ -104,12 +104,16 @@ def component_configs() -> tuple[T5Config, CLIPTextConfig, FluxConfig]:
     )
 
 
-def train_autoencoder(run: Run, log: Log, out: Path) -> AutoencoderTrainer:
-    """The autoencoder, in float32."""
+def train_autoencoder(
+    run: Run, mesh: Mesh, log: Log, out: Path, init: Path | None
+) -> AutoencoderTrainer:
+    """The autoencoder, in float32; from `init` as it is, where given."""
     scenes = make_training_data(run.autoencoder_scenes, run.seed + 1, run.workers).scenes
-    trainer = AutoencoderTrainer(run.autoencoder, scenes, seed=run.seed)
-    loss = squared = jnp.float32(0)
-    for step in range(1, run.autoencoder.steps + 1):
+    trainer = AutoencoderTrainer(run.autoencoder, scenes, mesh, seed=run.seed)
+    if init is not None:
+        weights = load_file(init / "autoencoder.safetensors")
+        trainer.params = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
+    for step in range(1, 0 if init is not None else run.autoencoder.steps + 1):
         loss, squared = trainer.step(step)
         if step % (5 * run.log_every) == 0 or step == run.autoencoder.steps:
             log("autoencoder", step, float(loss), f"{psnr(float(squared)):.2f} dB")
@@ -186,87 +190,127 @@ def save_grid(path: Path, pictures: np.ndarray, columns: int = 8) -> None:
     Image.fromarray(grid).save(path)
 
 
-def save_bf16(path: Path, params: Flat) -> None:
-    """Parameters as safetensors in bf16."""
-    save_file({k: np.asarray(v.astype(jnp.bfloat16)) for k, v in params.items()}, path)
+def save_parts(folder: Path, name: str, params: Flat, limit: int = 15 << 20) -> None:
+    """Parameters in bf16, as safetensors of at most `limit` bytes: NAME.0.safetensors and so on."""
+    parts: list[dict[str, np.ndarray]] = [{}]
+    for key, value in params.items():
+        array = np.asarray(value.astype(jnp.bfloat16))
+        if sum(v.nbytes for v in parts[-1].values()) + array.nbytes > limit:
+            parts.append({})
+        parts[-1][key] = array
+    for index, part in enumerate(parts):
+        save_file(part, folder / f"{name}.{index}.safetensors")
 
 
-def train(run: Run, out: Path, init: Path | None = None) -> dict[str, Any]:
+def load_parts(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """What `save_parts` wrote."""
+    merged: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob(f"{name}.*.safetensors")):
+        merged.update(load_file(path))
+    if not merged:
+        raise FileNotFoundError(f"no {name}.*.safetensors in {folder}")
+    return merged
+
+
+def prepare(
+    run: Run, mesh: Mesh, log: Log, out: Path, init: Path | None
+) -> tuple[FlowTrainer, AutoencoderTrainer, AutoencoderConfig, Captioned]:
+    """Everything before the flow: its compiled steps, the autoencoder and the encoded scenes."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    trainer = FlowTrainer(run.flow, component_configs(), mesh, seed=run.seed)
+    count = -(-run.scenes // CHUNK) * CHUNK
+    # While the autoencoder trains, captions are drawn and the flow's steps are compiled.
+    with ThreadPoolExecutor(2) as pool:
+        drawing = pool.submit(make_training_data, count, run.seed, run.workers)
+        compiling = pool.submit(trainer.compile, count)
+        autoencoder = train_autoencoder(run, mesh, log, out, init)
+        data: TrainingData = drawing.result()
+        log("data", len(data), 0.0, "captioned scenes drawn")
+        compiling.result()
+    log("compiled", 0, 0.0)
+    latents, config = encode_scenes(autoencoder, data.scenes, mesh, min(1024, len(data)))
+    (out / "autoencoder.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    log("latents", len(latents), 0.0, f"shift {config.shift_factor} scale {config.scaling_factor}")
+    empty_t5, empty_clip = encode_captions([""])
+    captions = (data.t5_ids, data.clip_ids, empty_t5[0], empty_clip[0])
+    captioned = Captioned(latents, *(jax.device_put(ids, replicated) for ids in captions))
+    if init is not None:
+        start = {k: jnp.asarray(v, jnp.float32) for k, v in load_parts(init, "flow").items()}
+        trainer.params = jax.device_put(start, replicated)
+        trainer.ema = jax.tree.map(jnp.copy, trainer.params)
+    return trainer, autoencoder, config, captioned
+
+
+def steps_that_fit(run: Run, log: Log, minutes: float, step_seconds: float, done: int) -> int:
+    """Steps of the first phase for a run of `minutes`, leaving time for the second and the scores.
+
+    A step of the second phase has two more forward passes: 1.6 times as long, as measured.
+    """
+    rest = 60 * minutes - (time.time() - log.start) - 1.6 * step_seconds * run.flow.guidance_steps
+    return done + max(0, int((rest - 40.0) / step_seconds))
+
+
+def train(
+    run: Run, out: Path, init: Path | None = None, minutes: float | None = None
+) -> dict[str, Any]:
     """All phases; writes weights, log, sample grids and scores into `out`.
 
     Args:
       run: the settings.
       out: folder; made if absent.
-      init: an earlier run's folder, whose flow weights are the start.
+      init: an earlier run's folder, whose weights are the start.
+      minutes: end after about this time: the steps of the first phase are what fits.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "run.json").write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n")
     log = Log(out / "log.csv")
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    configs = component_configs()
-    trainer = FlowTrainer(run.flow, configs, mesh, seed=run.seed)
-    count = -(-run.scenes // CHUNK) * CHUNK
-    # While the autoencoder trains, captions are drawn and the flow's step is compiled.
-    with ThreadPoolExecutor(2) as pool:
-        drawing = pool.submit(make_training_data, count, run.seed, run.workers)
-        compiling = pool.submit(trainer.compile, count)
-        autoencoder = train_autoencoder(run, log, out)
-        data: TrainingData = drawing.result()
-        log("data", len(data), 0.0, "captioned scenes drawn")
-        compiling.result()
-    batch = min(1024, len(data))
-    latents, vae_config = encode_scenes(autoencoder, data.scenes, mesh, batch)
-    (out / "autoencoder.json").write_text(json.dumps(dataclasses.asdict(vae_config), indent=2))
-    empty_t5, empty_clip = encode_captions([""])
-    captioned = Captioned(
-        latents=latents,
-        t5_ids=jax.device_put(data.t5_ids, replicated),
-        clip_ids=jax.device_put(data.clip_ids, replicated),
-        empty_t5_ids=jax.device_put(empty_t5[0], replicated),
-        empty_clip_ids=jax.device_put(empty_clip[0], replicated),
-    )
-    log("latents", len(latents), 0.0, f"shift {vae_config.shift_factor} scale "
-        f"{vae_config.scaling_factor}")  # fmt: skip
-
-    if init is not None:
-        weights = load_file(init / "flow.safetensors")
-        start = {k: jax.device_put(v.astype(np.float32), replicated) for k, v in weights.items()}
-        trainer.params, trainer.ema = start, jax.tree.map(jnp.copy, start)
-    # The pipeline decodes with the normalised latents, the trainer's autoencoder with raw ones.
-    sampler = Sampler(trainer, _normalised(autoencoder, vae_config), vae_config)
-    vae_params = jax.device_put(autoencoder.params, replicated)
-
-    loss = jnp.float32(0)
+    trainer, autoencoder, config, data = prepare(run, mesh, log, out, init)
+    sampler = Sampler(trainer, _normalised(autoencoder, config), config)
+    settings, loss = run.flow, jnp.float32(0)
 
     def report(phase: str, step: int, guidance: float, limit: int | None = 96) -> dict[str, Any]:
         scores, pictures = evaluate(
-            sampler, trainer.ema, vae_params, limit=limit, guidance=guidance
+            sampler, trainer.ema, autoencoder.params, limit=limit, guidance=guidance
         )
-        save_grid(out / f"samples_{phase}_{step}.png", pictures[:: max(1, len(pictures) // 64)])
+        name = f"samples_{phase}_{step}_{guidance}.png"
+        save_grid(out / name, pictures[:: max(1, len(pictures) // 64)])
         shares = {name: round(s["passed"], 3) for name, s in scores["categories"].items()}
         overall = scores["overall"]["passed"]
         log(phase, step, float(loss), f"score {overall:.3f} at guidance {guidance}: {shares}")
         return scores
 
-    for step in range(1, run.flow.steps + 1):
-        loss = trainer.step(captioned, step)
+    step, total, started = 0, settings.steps, time.time()
+    while step < total:
+        step += 1
+        rate = trapezoid(settings.learning_rate, step, total, settings.warmup, settings.decay)
+        loss = trainer.step(data, step, rate)
         if step % run.log_every == 0:
-            log("flow", step, float(loss))
+            log("flow", step, float(loss), f"rate {rate:.2e}")
+        if step == run.log_every:
+            started = time.time()
+        if minutes is not None and step == 3 * run.log_every:
+            each = (time.time() - started) / (2 * run.log_every)
+            total = steps_that_fit(run, log, minutes, each, step)
+            log("flow", step, float(loss), f"{1e3 * each:.1f} ms a step, {total} steps fit")
         if run.score_every and step % run.score_every == 0:
+            save_parts(out, "flow", trainer.ema)
             report("flow", step, 1.0)
-            save_bf16(out / "flow.safetensors", trainer.ema)
-    save_bf16(out / "flow.safetensors", trainer.ema)
+    save_parts(out, "flow", trainer.ema)
+
     trainer.start_guidance()
-    for step in range(run.flow.steps + 1, run.flow.steps + run.flow.guidance_steps + 1):
-        loss = trainer.guidance_step(captioned, step)
+    for step in range(1, settings.guidance_steps + 1):
+        peak, decay = settings.guidance_learning_rate, settings.decay
+        rate = trapezoid(peak, step, settings.guidance_steps, settings.warmup // 3, decay)
+        loss = trainer.guidance_step(data, total + step, rate)
         if step % run.log_every == 0:
             log("guidance", step, float(loss))
-    save_bf16(out / "flow.safetensors", trainer.ema)
+    save_parts(out, "flow", trainer.ema)
     limit = 16 if run.score_every == 0 else None
-    result = {f"guidance_{g}": report("final", 0, g, limit) for g in (1.0, 2.0, 3.5, 5.0)}
-    (out / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
+    result: dict[str, Any] = {"steps": total}
+    for guidance in (3.5, 1.0, 2.0, 5.0):
+        result[f"guidance_{guidance}"] = report("final", total, guidance, limit)
+        (out / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -295,6 +339,9 @@ def main(
     ] = AutoencoderTraining.steps,
     scenes: Annotated[int, typer.Option(help="Captioned scenes to draw.")] = Run.scenes,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    minutes: Annotated[
+        float | None, typer.Option(help="Fit the steps of the first phase into this time.")
+    ] = None,
     smoke: Annotated[bool, typer.Option(help="A few steps of each phase.")] = False,
 ) -> None:
     """Train the tiny FLUX on drawn scenes."""
@@ -309,7 +356,7 @@ def main(
             learning_rate=learning_rate,
         ),
     )
-    train(Run.smoke() if smoke else run, out, init)
+    train(Run.smoke() if smoke else run, out, init, minutes)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flux_jax.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from flux_jax.pipeline import FluxPipeline
+    from flux_jax.prompts import PromptEmbeds
 
 DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 
@@ -76,49 +81,73 @@ class Stopwatch:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 3)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A pipeline and the prompts it is to draw.
+
+    Attributes:
+      pipe: the pipeline, its text encoders used and freed.
+      prompts, negative: encoded; `negative` is None without a negative prompt.
+      fingerprint: of all weights; None if not wanted.
+    """
+
+    pipe: FluxPipeline
+    prompts: PromptEmbeds
+    negative: PromptEmbeds | None
+    fingerprint: str | None
+
+
 def load_and_encode(
     model: str,
-    prompts: str | Sequence[str],
-    negative: str | None,
+    settings: Mapping[str, Any],
     *,
     dtype: str,
-    max_sequence_length: int | None,
-    with_fingerprint: bool,
-    batch_size: int = 1,
-) -> tuple[Any, Any, Any]:
-    """A pipeline and the prompts it is to draw, never with all of the model on the device.
+    num_images: int = 1,
+    with_fingerprint: bool = True,
+) -> Loaded:
+    """Check what is asked for, then load the model in stages, so that it never is there as a whole.
 
     The text encoders are loaded, used and freed before the transformer is loaded: the peak is the
-    larger of the two, not their sum.
+    larger of the two, not their sum. Nothing is loaded if an argument is wrong.
 
     Args:
       model: as in `Model`.
-      prompts, negative: to encode; `negative` may be None.
+      settings: keyword arguments of the pipeline's call, prompts included.
       dtype: "bfloat16" or "float32".
-      max_sequence_length: T5 tokens; None for the model's own.
-      with_fingerprint: whether the pipeline will be asked for it.
-      batch_size: prompts encoded at a time.
-
-    Returns:
-      (pipeline, encoded prompts, encoded negative prompt or None).
+      num_images: of each prompt.
+      with_fingerprint: whether it is wanted.
     """
-    from flux_jax import arguments
+    from flux_jax import arguments, loading
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.prompts import TextEncoders
 
-    encoders = TextEncoders.from_pretrained(model, dtype=dtype)
-    wanted = arguments.texts("prompt", prompts), negative and [negative]
-    embeds, negative_embeds = (
-        encoders.encode(each, max_sequence_length=max_sequence_length, batch_size=batch_size)
-        if each
-        else None
-        for each in wanted
+    prompts = arguments.texts("prompt", settings["prompt"])
+    request = loading.check_request(
+        model, settings, images=len(prompts), num_images_per_prompt=num_images
     )
+    path, length = request.path, request.plan.max_sequence_length
+    negative = settings.get("negative_prompt")
+    if settings.get("true_cfg_scale", 1.0) <= 1:
+        negative = None
+    encoders = TextEncoders.from_pretrained(path, dtype=dtype)
+
+    def encode(texts: list[str]) -> PromptEmbeds:
+        batch_size = settings.get("batch_size", 1)
+        return encoders.encode(texts, max_sequence_length=length, batch_size=batch_size)
+
+    embeds = encode(prompts)
+    negative_embeds = None if negative is None else encode([negative])
     if with_fingerprint:
         encoders.digests()
     encoders.free()
-    pipe = FluxPipeline.from_pretrained(model, dtype=dtype, text_encoders=encoders)
-    return pipe, embeds, negative_embeds
+    pipe = FluxPipeline.from_pretrained(path, dtype=dtype, text_encoders=encoders)
+    pipe.name = model
+    return Loaded(
+        pipe=pipe,
+        prompts=embeds,
+        negative=negative_embeds,
+        fingerprint=pipe.fingerprint() if with_fingerprint else None,
+    )
 
 
 def peak_device_bytes() -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,25 +46,21 @@ def evaluate(
 
         prompts = scoring.select_prompts(limit)
         name = "tiny" if model is None else model
-        pipe, embeds, _ = common.load_and_encode(
-            name,
-            [prompt.prompt for prompt in prompts],
-            None,
-            dtype=common.dtype_name(dtype),
-            max_sequence_length=None,
-            batch_size=batch_size,
-            with_fingerprint=True,
-        )
+        settings: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "batch_size": batch_size,
+        }
+        request = {"prompt": [prompt.prompt for prompt in prompts], "seed": seed, **settings}
+        loaded = common.load_and_encode(name, request, dtype=common.dtype_name(dtype))
         result = scoring.evaluate(
-            pipe,
+            loaded.pipe,
             out,
             prompts=prompts,
-            embeds=embeds,
+            embeds=loaded.prompts,
             seed=seed,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            batch_size=batch_size,
             progress=not quiet,
+            **settings,
         )
         if json:
             common.print_json({"model": name, **result.to_dict()})

@@ -131,44 +131,38 @@ def _generate(
         raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist")
     settings, expected = _settings(explicit, replay)
     model, dtype = settings.pop("model"), settings.pop("dtype")
-    prompt, negative = settings.pop("prompt"), settings.pop("negative_prompt", None)
 
     watch = common.Stopwatch()
     with watch.stage("load and encode"):
-        pipe, embeds, negative_embeds = common.load_and_encode(
-            model,
-            prompt,
-            negative if settings.get("true_cfg_scale", 1.0) > 1 else None,
-            dtype=dtype,
-            max_sequence_length=settings.pop("max_sequence_length", None),
-            with_fingerprint=metadata,
+        loaded = common.load_and_encode(
+            model, settings, dtype=dtype, num_images=num_images, with_fingerprint=metadata
         )
-    fingerprint = pipe.fingerprint() if metadata else None
-    if expected is not None and fingerprint is not None and expected != fingerprint:
+    if None not in (expected, loaded.fingerprint) and expected != loaded.fingerprint:
         logger.warning(
             "%s was drawn with other weights (fingerprint %s, here %s): the image will differ",
             replay,
             expected,
-            fingerprint,
+            loaded.fingerprint,
         )
+    encoded = ("prompt", "negative_prompt", "max_sequence_length")
     with watch.stage("draw"):
-        output = pipe(
-            embeds,
-            negative_prompt=negative_embeds,
+        output = loaded.pipe(
+            loaded.prompts,
+            negative_prompt=loaded.negative,
             num_images_per_prompt=num_images,
             progress=not quiet,
-            **settings,
+            **{name: value for name, value in settings.items() if name not in encoded},
         )
     paths = common.numbered(out, len(output.images))
     for image, path, record in zip(output.images, paths, output.records, strict=True):
-        record = dataclasses.replace(record, fingerprint=fingerprint)
+        record = dataclasses.replace(record, fingerprint=loaded.fingerprint)
         save_png(image, path, record if metadata else None)
     if as_json:
         images = [
             {"file": str(path), "prompt": record.prompt, "seed": record.seed}
             for path, record in zip(paths, output.records, strict=True)
         ]
-        report = {"images": images, "model": model, "fingerprint": fingerprint}
+        report = {"images": images, "model": model, "fingerprint": loaded.fingerprint}
         memory = {"peak_device_bytes": common.peak_device_bytes()}
         common.print_json({**report, "seconds": watch.seconds, **memory})
     elif not quiet:

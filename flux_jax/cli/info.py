@@ -17,6 +17,21 @@ def info(
             metavar="MODEL", help="tiny, a folder, a .safetensors file or a repository id."
         ),
     ] = "tiny",
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Also compile each stage for this device and tell what memory it will need.",
+        ),
+    ] = False,
+    height: Annotated[
+        int | None, typer.Option(help="For --memory, pixels.", show_default="the model's own")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="For --memory, pixels.", show_default="the model's own")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="For --memory, images drawn together.")] = 1,
+    dtype: Annotated[str, typer.Option(help="For --memory, bf16 or fp32.")] = "bf16",
     json: common.Json = False,
 ) -> None:
     """Show what a checkpoint holds.
@@ -27,9 +42,16 @@ def info(
     Examples:
       python -m flux_jax info
       python -m flux_jax info FOLDER --json
+      python -m flux_jax info black-forest-labs/FLUX.1-dev --memory --height 768
     """
     with common.command(quiet=False):
         content = describe(model)
+        if memory:
+            content["memory"] = _memory(
+                model,
+                {"height": height, "width": width, "batch_size": batch_size},
+                dtype=common.dtype_name(dtype),
+            )
         if json:
             common.print_json(content)
         else:
@@ -43,8 +65,9 @@ def describe(model: str) -> dict[str, Any]:
       UserError: no checkpoint that can be read.
     """
     from flux_jax.checkpoint import inspect_checkpoint
+    from flux_jax.loading import resolve
 
-    found = inspect_checkpoint(model)
+    found = inspect_checkpoint(resolve(model))
     components = {
         name: {
             "parameters": part.parameters,
@@ -65,6 +88,36 @@ def describe(model: str) -> dict[str, Any]:
     }
 
 
+def _memory(model: str, settings: dict[str, Any], *, dtype: str) -> dict[str, Any]:
+    """Bytes of each stage with only its own component on the device."""
+    import jax
+
+    from flux_jax.loading import check_request
+    from flux_jax.memory import stage_memory
+
+    request = check_request(model, settings, images=1, num_images_per_prompt=1)
+    stages = stage_memory(request.configs, request.plan, dtype=dtype)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "height": request.plan.height,
+        "width": request.plan.width,
+        "stages": {
+            name: {"weights": need.weights, "work": need.work, "peak": need.peak}
+            for name, need in stages.items()
+        },
+    }
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    size = f"{memory['width']} x {memory['height']}"
+    lines = ["", f"memory on {memory['device']} for {size} pixels, in MB"]
+    lines.append(f"{'stage':16}{'weights':>12}{'work':>12}{'peak':>12}")
+    for name, need in memory["stages"].items():
+        cells = (f"{need[key] / 1e6:,.1f}" for key in ("weights", "work", "peak"))
+        lines.append(f"{name:16}" + "".join(f"{cell:>12}" for cell in cells))
+    return lines
+
+
 def _lines(content: dict[str, Any]) -> list[str]:
     """The same as text: a table, then each configuration on a line."""
     lines = [f"{content['path']} ({content['layout']} layout)", ""]
@@ -79,4 +132,4 @@ def _lines(content: dict[str, Any]) -> list[str]:
     for name, config in {**configs, "scheduler": content["scheduler"] or {}}.items():
         lines.append(f"{name}: {', '.join(f'{k}={v}' for k, v in config.items()) or 'none'}")
     lines.append(f"tokenizers: {', '.join(content['tokenizers']) or 'none'}")
-    return lines
+    return lines + (_memory_lines(content["memory"]) if "memory" in content else [])

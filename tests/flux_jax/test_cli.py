@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from convert.engine import convert
 from flux_jax.cli import app
 from flux_jax.metadata import read_png, save_png
 from tests.small_pipeline import small_folder
@@ -83,6 +84,16 @@ def test_replay_of_one_image_of_several(folder, tmp_path):
     assert [read_png(tmp_path / name).seed for name in names] == [0, 1, 2, 3]
     run("generate", "--replay", tmp_path / "all-3.png", "--out", tmp_path / "again.png")
     np.testing.assert_array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / "all-3.png"))
+
+
+def test_a_converted_checkpoint_draws_the_same_image(folder, tmp_path):
+    convert(folder, tmp_path / "flax")
+    records = []
+    for model, name in ((folder, "one.png"), (tmp_path / "flax", "two.png")):
+        draw(model, tmp_path / name, "a red circle", "--seed", 5)
+        records.append(read_png(tmp_path / name))
+    np.testing.assert_array_equal(pixels(tmp_path / "one.png"), pixels(tmp_path / "two.png"))
+    assert records[0].fingerprint == records[1].fingerprint
 
 
 def test_replay_says_when_the_weights_are_others(folder, tmp_path, caplog):
@@ -163,6 +174,16 @@ def test_info(folder):
     assert f"{report['parameters']:,}" in text
     assert "transformer: in_channels=16" in text
     assert "tokenizers: tokenizer, tokenizer_2" in text
+
+
+def test_info_tells_the_memory(folder):
+    arguments = ("info", folder, "--memory", "--width", 64)
+    memory = json.loads(run(*arguments, "--json").stdout)["memory"]
+    assert (memory["height"], memory["width"]) == (32, 64)
+    for need in memory["stages"].values():
+        assert need["peak"] == need["weights"] + need["work"]
+    text = run(*arguments).stdout
+    assert f"{memory['stages']['denoise']['peak'] / 1e6:,.1f}" in text
 
 
 # -- the program ---------------------------------------------------------------------------------

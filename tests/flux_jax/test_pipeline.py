@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from flux_jax import denoise, fingerprint, images
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
@@ -18,6 +19,7 @@ from flux_jax.latents import pack, unpack
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
 from flux_jax.scheduler import make_schedule
+from flux_jax.sharding import make_mesh, shardings
 from tests.small_pipeline import small_pipeline
 
 RED, BLUE = "a red circle", "a blue square above the star"
@@ -63,30 +65,66 @@ def test_prompt_seed_and_guidance_matter(pipe):
     np.testing.assert_array_equal(draw(), reference)
 
 
-def test_one_step_is_the_transformers_velocity(pipe):
-    """One step from pure noise: latents minus the velocity, from the modules called by hand."""
-    out = pipe(RED, seed=5, num_inference_steps=1, output_type="latent", progress=False)
-    embeds = pipe.encode_prompt(RED)
-    noise = pack(jax.random.normal(jax.random.key(5, impl="threefry2x32"), (1, 4, 4, 4)))
-    ids = jnp.asarray([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
-    velocity = ModuleFunction(lambda transformer, *args: transformer(*args)).bind(pipe.transformer)(
-        noise,
-        ids,
-        embeds.prompt_embeds,
-        jnp.zeros((12, 3), jnp.int32),
-        jnp.ones(1),
-        embeds.pooled_prompt_embeds,
-        jnp.full(1, 3.5),
-    )
-    np.testing.assert_allclose(out.images, noise - velocity, atol=1e-5)
-
-
 def test_schnell_takes_no_guidance():
     schnell = small_pipeline(guidance_embed=False)
     outputs = [schnell(RED, seed=0, guidance_scale=g, progress=False) for g in (0.0, 3.5)]
     np.testing.assert_array_equal(*(pixels(out.images[0]) for out in outputs))
     assert outputs[0].records[0].guidance_scale is None
     assert outputs[0].records[0].num_inference_steps == 4
+
+
+@pytest.mark.parametrize("steps", [1, denoise.CHUNK, denoise.CHUNK + 1])
+def test_the_loop_is_the_euler_method(pipe, steps):
+    """Whatever is computed ahead: the same as the whole transformer at every step."""
+    out = pipe(RED, seed=5, num_inference_steps=steps, output_type="latent", progress=False)
+    embeds = pipe.encode_prompt(RED)
+    transformer = ModuleFunction(lambda module, *args: module(*args)).bind(pipe.transformer)
+    schedule = make_schedule(pipe.scheduler, steps, 4)
+    latents = pack(jax.random.normal(jax.random.key(5, impl="threefry2x32"), (1, 4, 4, 4)))
+    for step in range(steps):
+        velocity = transformer(
+            latents,
+            jnp.asarray([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]),
+            embeds.prompt_embeds,
+            jnp.zeros((12, 3), jnp.int32),
+            schedule.timesteps[step : step + 1],
+            embeds.pooled_prompt_embeds,
+            jnp.full(1, 3.5),
+        )
+        latents = latents + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * velocity
+    np.testing.assert_allclose(out.images, latents, atol=2e-5)
+
+
+def test_programs_do_not_depend_on_the_number_of_steps(pipe):
+    pipe(RED, seed=0, num_inference_steps=3, progress=False)
+    count = sum(program._cache_size() for program in denoise.VELOCITY._programs.values())
+    pipe(RED, seed=0, num_inference_steps=11, progress=False)
+    assert count == sum(program._cache_size() for program in denoise.VELOCITY._programs.values())
+
+
+def test_large_images_are_decoded_in_tiles(pipe, monkeypatch):
+    tokens = pipe(RED, seed=0, height=64, width=96, output_type="latent", **STEPS).images
+    whole = images.decode(pipe.vae, jnp.asarray(tokens), (4, 6))
+    monkeypatch.setattr(images, "TILE", 6)
+    monkeypatch.setattr(images, "OVERLAP", 2)
+    forced = images.decode(pipe.vae, jnp.asarray(tokens), (4, 6), tiled=True)
+    assert forced.shape == whole.shape == (1, 64, 96, 3)
+    assert not np.array_equal(forced, whole)
+    # Random weights: tiles agree in the large, as each has statistics of its own.
+    assert np.corrcoef(forced.ravel(), whole.ravel())[0, 1] > 0.8
+    monkeypatch.setattr(images, "WHOLE_DECODE_PIXELS", 64 * 96 - 1)
+    automatic = images.decode(pipe.vae, jnp.asarray(tokens), (4, 6))
+    np.testing.assert_array_equal(automatic, forced)
+    never = images.decode(pipe.vae, jnp.asarray(tokens), (4, 6), tiled=False)
+    np.testing.assert_array_equal(never, whole)
+
+
+def test_many_images_are_decoded_a_few_at_a_time(pipe, monkeypatch):
+    options = {"seed": 0, "batch_size": 3, "output_type": "np", **STEPS}
+    together = pipe([RED, BLUE, RED], **options).images
+    monkeypatch.setattr(images, "WHOLE_DECODE_PIXELS", 2 * 32 * 32)
+    apart = pipe([RED, BLUE, RED], **options).images
+    np.testing.assert_allclose(apart, together, atol=1e-5)
 
 
 # -- seeds ---------------------------------------------------------------------------------------
@@ -301,6 +339,18 @@ def test_fingerprint_does_not_depend_on_the_dtype(pipe):
     assert small_pipeline(dtype=jnp.bfloat16).fingerprint() == pipe.fingerprint()
 
 
+def test_checksums_on_the_host_and_on_the_device_agree():
+    random = np.random.default_rng(0)
+    for array in (
+        random.standard_normal((7, 5, 3)).astype(np.float32),
+        jnp.asarray(random.standard_normal(33), jnp.bfloat16),
+        random.integers(0, 255, (4, 9), dtype=np.uint8),
+        np.float32(2.5),
+    ):
+        on_host = fingerprint._checksum_on_host(np.asarray(array))
+        assert on_host == int(fingerprint._checksum(jnp.asarray(array)))
+
+
 def test_widths_must_fit(pipe):
     config = dataclasses.replace(pipe.vae.config, latent_channels=8)
     vae = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
@@ -314,6 +364,28 @@ def test_nan_is_reported_not_drawn():
     weight.set_value(weight.get_value() * jnp.nan)
     with pytest.raises(UserError, match="NaN or infinity.*float32"):
         pipe(RED, seed=0, **STEPS)
+
+
+def test_on_a_mesh(pipe):
+    """Weights spread over four devices: the same image to rounding, and one program a stage."""
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    spread = small_pipeline()
+    mesh = make_mesh(fsdp=2, tensor=2)
+    models = [spread.transformer, spread.vae, *spread.text_encoders.modules().values()]
+    for model in models:
+        state = nnx.state(model)
+        nnx.update(model, jax.device_put(state, shardings(state, mesh)))
+    weight = spread.transformer.double_blocks[0].img_attn.qkv.weight.get_value()
+    assert len(weight.sharding.device_set) == 4
+    assert weight.addressable_shards[0].data.shape == (48, 16)
+    found = spread([RED, BLUE], seed=0, return_latents=True, **STEPS)
+    expected = pipe([RED, BLUE], seed=0, return_latents=True, **STEPS)
+    np.testing.assert_allclose(found.latents, expected.latents, atol=1e-4)
+    programs = [p for p in denoise.VELOCITY._programs.values() if p._cache_size()]
+    sizes = [program._cache_size() for program in programs[-1:]]
+    assert sizes == [1]
+    assert spread.fingerprint() == pipe.fingerprint()
 
 
 # -- arguments -----------------------------------------------------------------------------------

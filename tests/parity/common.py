@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from convert.source import open_source, parameters
-from convert.tensors import read_whole
-from flux_jax.components import abstract_module
+from flux_jax.checkpoint import load_checkpoint
 from flux_jax.functional import ModuleFunction
 
 # The targets of the project: relative error of the output's norm.
@@ -51,14 +49,7 @@ def round_to_bfloat16(model: torch.nn.Module) -> None:
 
 def load(folder: Path, component: str, dtype: str) -> Any:
     """Our module with the weights of a component's folder, through the production loader."""
-    with open_source(folder) as source:
-        part = parameters(component, source.components[component], np.dtype(jnp.dtype(dtype)))
-        graphdef, state = nnx.split(abstract_module(component, part.config, jnp.dtype(dtype)))
-        pairs = [
-            (path, v.replace(jnp.asarray(read_whole(part.reader, ".".join(map(str, path))))))
-            for path, v in nnx.to_flat_state(state)
-        ]
-        return nnx.merge(graphdef, nnx.from_flat_state(pairs))
+    return load_checkpoint(folder, dtype=jnp.dtype(dtype)).modules[component]
 
 
 def run(function: Callable[..., Any], module: nnx.Module, *args: Any) -> Any:

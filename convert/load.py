@@ -1,0 +1,125 @@
+"""Weights of any source straight onto devices, without writing a checkpoint first."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from convert.orbax_io import OrbaxReader, restore_onto
+from convert.source import Component, open_source, parameters
+from convert.tensors import Reader, read_whole
+from flux_jax.components import Config, abstract_module
+from flux_jax.configs import SchedulerConfig
+from flux_jax.sharding import DEFAULT_RULES, Rules, shardings
+from flux_jax.tree import parameter_path, split_flat
+
+# Host copies that may be waiting for their transfer to a device.
+_HOST_BYTES = 512 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a source held.
+
+    Attributes:
+      modules: the components asked for, by diffusers' names.
+      tokenizers: folders by name.
+    """
+
+    configs: dict[str, Config]
+    modules: dict[str, nnx.Module]
+    scheduler: SchedulerConfig | None
+    tokenizers: dict[str, Path]
+
+
+def load(
+    path: Path,
+    *,
+    components: Sequence[str] | None = None,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> Loaded:
+    """Load components, tensor by tensor.
+
+    Args:
+      path: anything that `convert.source.open_source` opens.
+      components: which; None for all that are there.
+      dtype: of the parameters.
+      mesh: devices to spread over by `rules`; None for the first device.
+      rules: see `flux_jax.sharding`.
+
+    Raises:
+      UserError: see `open_source` and `parameters`.
+    """
+    with open_source(path, components) as source:
+        modules = {
+            name: load_component(name, component, dtype=dtype, mesh=mesh, rules=rules)
+            for name, component in source.components.items()
+        }
+        configs = {name: component.config for name, component in source.components.items()}
+        return Loaded(configs, modules, source.scheduler, source.tokenizers)
+
+
+def load_component(
+    name: str,
+    source: Component,
+    *,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> Any:
+    """One component on its devices; arguments as for `load`.
+
+    On the host there is one tensor at a time, and those whose transfer is not done: at most 0.5 GB.
+    """
+    dtype = np.dtype(dtype)
+    ours = parameters(name, source, dtype)
+    rebuild, flat = split_flat(abstract_module(name, source.config, dtype))
+    places = _shardings(name, source.config, mesh, rules)
+    if isinstance(source.stored, OrbaxReader):
+        wanted = {
+            path: jax.ShapeDtypeStruct(value.shape, dtype, sharding=places[path])
+            for path, value in flat.items()
+        }
+        return rebuild(restore_onto(source.stored.folder, wanted))
+    return rebuild(_transfer(ours.reader, places))
+
+
+def _shardings(
+    name: str, config: Config, mesh: Mesh | None, rules: Rules | None
+) -> dict[str, jax.sharding.Sharding]:
+    """Where each parameter goes, by dotted path."""
+    state = nnx.state(abstract_module(name, config), nnx.Param)
+    if mesh is None:
+        one = SingleDeviceSharding(jax.devices()[0])
+        return {parameter_path(path): one for path, _ in nnx.to_flat_state(state)}
+    tree = shardings(state, mesh, DEFAULT_RULES if rules is None else rules)
+    return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(tree)}
+
+
+def _transfer(reader: Reader, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """Read every tensor and put it where it belongs, a bounded number at a time."""
+    arrays: dict[str, jax.Array] = {}
+    waiting: collections.deque[jax.Array] = collections.deque()
+    for path, spec in reader.specs.items():
+        host = read_whole(reader, path)
+        arrays[path] = _put(host, places[path])
+        waiting.append(arrays[path])
+        while sum(array.nbytes for array in waiting) > _HOST_BYTES:
+            waiting.popleft().block_until_ready()
+        del spec, host
+    return arrays
+
+
+def _put(host: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
+    # Each process gives its own devices their part.
+    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])

@@ -1,0 +1,61 @@
+"""A Flax checkpoint from modules in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from convert import atomic, tables
+from convert.engine import explain_full, is_checkpoint
+from convert.orbax_io import write_checkpoint
+from convert.targets import copy_tokenizers, write_config
+from convert.tensors import Spec
+from flux_jax.configs import SchedulerConfig
+from flux_jax.errors import UserError
+from flux_jax.tree import to_flat
+
+
+class _Arrays:
+    """A reader of arrays on devices; one is on the host at a time."""
+
+    def __init__(self, arrays: Mapping[str, jax.Array]):
+        self._arrays = arrays
+        self._host: tuple[str, np.ndarray] | None = None
+        self.specs = {name: Spec(a.shape, np.dtype(a.dtype)) for name, a in arrays.items()}
+
+    def read_into(self, name: str, row: int, out: np.ndarray) -> None:
+        if self._host is None or self._host[0] != name:
+            spec = self.specs[name]
+            whole = np.asarray(self._arrays[name]).reshape(spec.rows, *spec.row_shape)
+            self._host = (name, whole)
+        out[...] = self._host[1][row : row + out.shape[0]]
+
+
+def save(
+    path: Path,
+    modules: Mapping[str, nnx.Module],
+    scheduler: SchedulerConfig | None,
+    tokenizers: Mapping[str, Path],
+    *,
+    force: bool,
+) -> None:
+    """See `flux_jax.checkpoint.save_checkpoint`."""
+    tables.check_components(list(modules))
+    configs: dict[str, Any] = {name: getattr(m, "config", None) for name, m in modules.items()}
+    without = [name for name, config in configs.items() if config is None]
+    if without:
+        raise UserError(f"{', '.join(without)}: a module without `config` cannot be saved")
+    with atomic.staged(path, force=force, replaceable=is_checkpoint) as stage:
+        stage.mkdir()
+        try:
+            for name, module in modules.items():
+                write_checkpoint(stage / name, _Arrays(to_flat(module)))
+        except (ValueError, RuntimeError) as error:
+            raise explain_full(error, path) from error
+        copy_tokenizers(tokenizers, stage)
+        write_config(stage, configs, scheduler)

@@ -1,0 +1,166 @@
+"""Loading and saving the components of a FLUX.1 pipeline.
+
+This module is the one place where `flux_jax` reaches for `convert`, which knows every layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from flux_jax.components import Config
+from flux_jax.configs import SchedulerConfig
+from flux_jax.layers import DType
+from flux_jax.sharding import Rules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Components of a pipeline, loaded.
+
+    Attributes:
+      path: the local folder or file.
+      configs: hyper-parameters by component.
+      modules: components by diffusers' names: "transformer", "text_encoder" (CLIP),
+        "text_encoder_2" (T5), "vae".
+      scheduler: the noise schedule; None where the source has none.
+      tokenizer_paths: folders of "tokenizer" and "tokenizer_2", as far as there are.
+    """
+
+    path: Path
+    configs: dict[str, Config]
+    modules: dict[str, Any]
+    scheduler: SchedulerConfig | None
+    tokenizer_paths: dict[str, Path]
+
+
+def load_checkpoint(
+    path_or_repo_id: str | Path,
+    *,
+    components: Sequence[str] | None = None,
+    dtype: DType = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> Checkpoint:
+    """Load components from any layout, straight onto their devices.
+
+    Args:
+      path_or_repo_id: a Flax checkpoint that `python -m convert` or `save_checkpoint` wrote, a
+        diffusers folder or hub id, or a Black Forest Labs single file.
+      components: which; None for all that are there. An empty sequence gives the configs of the
+        scheduler and the tokenizers alone.
+      dtype: of the parameters.
+      mesh: devices to spread over; None puts everything on the first device.
+      rules: logical axis to mesh axis; None for `flux_jax.sharding.DEFAULT_RULES`.
+
+    Raises:
+      UserError: no such path or repository, another architecture, or damaged or missing weights.
+    """
+    from convert import hub, load
+
+    path = hub.resolve(path_or_repo_id, components)
+    loaded = load.load(path, components=components, dtype=dtype, mesh=mesh, rules=rules)
+    return Checkpoint(
+        path=path,
+        configs=loaded.configs,
+        modules=loaded.modules,
+        scheduler=loaded.scheduler,
+        tokenizer_paths=loaded.tokenizers,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComponentContents:
+    """What one stored component holds, read from its headers.
+
+    Attributes:
+      config: hyper-parameters.
+      parameters: their number.
+      nbytes: of the stored tensors.
+      dtypes: of the stored tensors, by NumPy's names.
+    """
+
+    config: Config
+    parameters: int
+    nbytes: int
+    dtypes: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a stored pipeline holds.
+
+    Attributes:
+      path: the local folder or file.
+      kind: its layout, "diffusers", "bfl" or "flax".
+      components: by diffusers' names.
+      scheduler, tokenizer_paths: as in `Checkpoint`.
+    """
+
+    path: Path
+    kind: str
+    components: dict[str, ComponentContents]
+    scheduler: SchedulerConfig | None
+    tokenizer_paths: dict[str, Path]
+
+
+def inspect_checkpoint(path_or_repo_id: str | Path) -> Contents:
+    """What is in a checkpoint, without reading a weight (a hub id is downloaded whole).
+
+    Raises:
+      UserError: as for `load_checkpoint`.
+    """
+    from convert import hub, source
+
+    path = hub.resolve(path_or_repo_id)
+    with source.open_source(path) as opened:
+        components = {}
+        for name, component in opened.components.items():
+            specs = component.stored.specs.values()
+            components[name] = ComponentContents(
+                config=component.config,
+                parameters=sum(math.prod(spec.shape) for spec in specs),
+                nbytes=sum(spec.nbytes for spec in specs),
+                dtypes=frozenset(spec.dtype.name for spec in specs),
+            )
+        return Contents(
+            path=path,
+            kind=opened.kind,
+            components=components,
+            scheduler=opened.scheduler,
+            tokenizer_paths=opened.tokenizers,
+        )
+
+
+def save_checkpoint(
+    path: str | Path,
+    modules: Mapping[str, nnx.Module],
+    *,
+    scheduler: SchedulerConfig | None = None,
+    tokenizers: Mapping[str, Path] | None = None,
+    force: bool = False,
+) -> None:
+    """Write a Flax checkpoint, in the layout of `python -m convert`, from modules in memory.
+
+    The folder appears complete or not at all. Arrays must be addressable by this process.
+
+    Args:
+      path: folder to be made.
+      modules: components by diffusers' names; each has its `config`.
+      scheduler: the noise schedule.
+      tokenizers: folders to be copied, "tokenizer" and "tokenizer_2".
+      force: replace an existing checkpoint, once the new one is whole.
+
+    Raises:
+      UserError: the path exists, or cannot be written to.
+    """
+    from convert import save
+
+    save.save(Path(path), modules, scheduler, tokenizers or {}, force=force)
