@@ -9,7 +9,7 @@ from pathlib import Path
 from convert.tables import COMPONENTS, check_components
 from flux_jax.errors import UserError
 
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 

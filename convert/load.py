@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from convert.orbax_io import OrbaxReader, restore_onto
+from convert.orbax_read import OrbaxReader, restore_onto
 from convert.source import Component, open_source, parameters
 from convert.tensors import Reader, read_whole
 from flux_jax.components import Config, abstract_module
@@ -83,22 +83,24 @@ def load_component(
     """
     dtype = np.dtype(dtype)
     ours = parameters(name, source, dtype)
-    rebuild, flat = split_flat(abstract_module(name, source.config, dtype))
-    places = _shardings(name, source.config, mesh, rules)
+    abstract = abstract_module(name, source.config, dtype)
+    rebuild, flat = split_flat(abstract)
+    places = _shardings(abstract, mesh, rules)
     if isinstance(source.stored, OrbaxReader):
         wanted = {
             path: jax.ShapeDtypeStruct(value.shape, dtype, sharding=places[path])
             for path, value in flat.items()
         }
+        source.stored.check_chunks()
         return rebuild(restore_onto(source.stored.folder, wanted))
     return rebuild(_transfer(ours.reader, places))
 
 
 def _shardings(
-    name: str, config: Config, mesh: Mesh | None, rules: Rules | None
+    module: nnx.Module, mesh: Mesh | None, rules: Rules | None
 ) -> dict[str, jax.sharding.Sharding]:
     """Where each parameter goes, by dotted path."""
-    state = nnx.state(abstract_module(name, config), nnx.Param)
+    state = nnx.state(module, nnx.Param)
     if mesh is None:
         one = SingleDeviceSharding(jax.devices()[0])
         return {parameter_path(path): one for path, _ in nnx.to_flat_state(state)}

@@ -12,7 +12,7 @@ from flax import nnx
 
 from convert import atomic, tables
 from convert.engine import explain_full, is_checkpoint
-from convert.orbax_io import write_checkpoint
+from convert.orbax_write import write_checkpoint
 from convert.targets import copy_tokenizers, write_config
 from convert.tensors import Spec
 from flux_jax.configs import SchedulerConfig

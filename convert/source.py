@@ -238,7 +238,7 @@ def _open_single_files(
 
 
 def _open_flax(path: Path, raw: dict[str, Any], components: Sequence[str] | None) -> Source:
-    from convert.orbax_io import OrbaxReader
+    from convert.orbax_read import OrbaxReader
 
     configs, schedule = read_config(path, raw)
     found = {}

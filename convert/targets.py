@@ -17,7 +17,7 @@ import numpy as np
 from convert import tables
 from convert.maps import scheduler
 from convert.rules import Map, backward_plan
-from convert.safetensors_io import read_json, write_component, write_file
+from convert.safetensors_io import write_component, write_file
 from convert.single_file import CONFIG_KEY
 from convert.source import FORMAT, FORMAT_VERSION, Parameters, Source
 from convert.tensors import Assembled
@@ -43,7 +43,7 @@ def write_flax(
     Raises:
       OSError, ValueError: writing failed.
     """
-    from convert.orbax_io import write_checkpoint
+    from convert.orbax_write import write_checkpoint
 
     for name, part in parts.items():
         write_checkpoint(
@@ -113,7 +113,7 @@ def write_diffusers(
     copy_tokenizers(source.tokenizers, stage)
     for name, usual in _TOKENIZER_CLASSES.items():
         present = name in source.tokenizers
-        index[name] = ["transformers", _tokenizer_class(stage / name, usual)] if present else _NONE
+        index[name] = ["transformers", usual] if present else _NONE
     if source.scheduler is not None:
         (stage / "scheduler").mkdir()
         config = scheduler.config_to_hf(source.scheduler)
@@ -125,12 +125,6 @@ def write_diffusers(
 
 
 _NONE = [None, None]
-
-
-def _tokenizer_class(folder: Path, usual: str) -> str:
-    file = folder / "tokenizer_config.json"
-    stated = read_json(file).get("tokenizer_class") if file.is_file() else None
-    return stated if isinstance(stated, str) and stated.isidentifier() else usual
 
 
 def write_bfl(stage: Path, parts: Mapping[str, Parameters], on_block: OnBlock) -> None:

@@ -1,6 +1,7 @@
 """The same computations by PyTorch: diffusers and transformers, one component at a time.
 
-Used by `compare` alone, and imported by nothing else: torch is no dependency of this package.
+Used by `compare` alone. torch is no dependency of this package and is imported by name, once a
+`Reference` is made.
 Everything goes in and comes out as NumPy, and a model is gone when its function returns.
 """
 
@@ -16,17 +17,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-# By name, for a type checker that runs where they are not installed.
-torch: Any = import_module("torch")
-diffusers: Any = import_module("diffusers")
-transformers: Any = import_module("transformers")
-
-VERSIONS = {
-    "torch": torch.__version__,
-    "diffusers": diffusers.__version__,
-    "transformers": transformers.__version__,
-}
-
 
 class Reference:
     """The torch side of a comparison.
@@ -38,13 +28,16 @@ class Reference:
     """
 
     def __init__(self, path: Path, dtype: str):
+        self.torch: Any = import_module("torch")
+        self.diffusers: Any = import_module("diffusers")
+        self.transformers: Any = import_module("transformers")
         self.path = path
-        self.dtype = getattr(torch, dtype)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = getattr(self.torch, dtype)
+        self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
         # Their advice to the users of torch is none to ours.
-        diffusers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        self.diffusers.utils.logging.set_verbosity_error()
+        self.transformers.utils.logging.set_verbosity_error()
+        self.transformers.utils.logging.disable_progress_bar()
 
     @contextmanager
     def _model(self, model_class: Any, component: str) -> Iterator[Any]:
@@ -52,23 +45,23 @@ class Reference:
         model = model_class.from_pretrained(
             self.path / component, local_files_only=True, **{name: self.dtype}
         )
-        with torch.no_grad():
+        with self.torch.no_grad():
             yield model.to(self.device).eval()
         del model
         gc.collect()
 
     def _tensor(self, array: np.ndarray) -> Any:
-        tensor = torch.from_numpy(np.array(array)).to(self.device)
+        tensor = self.torch.from_numpy(np.array(array)).to(self.device)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def clip(self, ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B V"]:
         """CLIP's pooled embedding."""
-        with self._model(transformers.CLIPTextModel, "text_encoder") as model:
+        with self._model(self.transformers.CLIPTextModel, "text_encoder") as model:
             return _numpy(model(self._tensor(ids.astype(np.int64))).pooler_output)
 
     def t5(self, ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T C"]:
         """T5's last hidden states."""
-        with self._model(transformers.T5EncoderModel, "text_encoder_2") as model:
+        with self._model(self.transformers.T5EncoderModel, "text_encoder_2") as model:
             return _numpy(model(self._tensor(ids.astype(np.int64))).last_hidden_state)
 
     def sigmas(self, steps: int, image_tokens: int) -> Float[np.ndarray, " S"]:
@@ -111,15 +104,15 @@ class Reference:
         txt_ids = np.zeros((prompt_embeds.shape[1], 3), np.float32)
         prompt = self._tensor(prompt_embeds)
         pooled = self._tensor(pooled_prompt_embeds)
-        with self._model(diffusers.FluxTransformer2DModel, "transformer") as model:
+        with self._model(self.diffusers.FluxTransformer2DModel, "transformer") as model:
             guided = model.config.guidance_embeds
             velocities = [
                 model(
                     hidden_states=self._tensor(noise),
                     encoder_hidden_states=prompt,
                     pooled_projections=pooled,
-                    timestep=torch.full((len(noise),), time, device=self.device),
-                    guidance=torch.full((len(noise),), guidance, device=self.device)
+                    timestep=self.torch.full((len(noise),), time, device=self.device),
+                    guidance=self.torch.full((len(noise),), guidance, device=self.device)
                     if guided
                     else None,
                     img_ids=self._tensor(ids.reshape(-1, 3)),
@@ -128,7 +121,7 @@ class Reference:
                 )[0]
                 for time in times
             ]
-            pipe = diffusers.FluxPipeline(
+            pipe = self.diffusers.FluxPipeline(
                 scheduler=self._scheduler(),
                 transformer=model,
                 vae=None,
@@ -158,7 +151,7 @@ class Reference:
 
         Images are in [-1, 1].
         """
-        with self._model(diffusers.AutoencoderKL, "vae") as model:
+        with self._model(self.diffusers.AutoencoderKL, "vae") as model:
             pixels = self._tensor(image.transpose(0, 3, 1, 2))
             mean = model.encode(pixels).latent_dist.mode()
             raw = self._tensor(latents.transpose(0, 3, 1, 2)) / model.config.scaling_factor
@@ -167,7 +160,7 @@ class Reference:
 
     def _scheduler(self) -> Any:
         folder = self.path / "scheduler"
-        return diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
+        return self.diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
 
 
 def _numpy(tensor: Any) -> np.ndarray:

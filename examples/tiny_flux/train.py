@@ -56,7 +56,7 @@ class Run:
     autoencoder_scenes: int = 65_536
     workers: int = max(1, (os.cpu_count() or 2) - 2)
     log_every: int = 100
-    score_every: int = 4000
+    score_every: int = 6000
     autoencoder: AutoencoderTraining = AutoencoderTraining()
     flow: FlowTraining = FlowTraining()
 

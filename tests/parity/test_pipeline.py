@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import diffusers
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 from convert.maps import autoencoder, clip, t5
 from flux_jax import compare as our_compare
 from flux_jax.cli import app
-from flux_jax.compare import compare, psnr
+from flux_jax.compare import Finding, compare, psnr
 from flux_jax.functional import ModuleFunction
 from flux_jax.latents import pack, unpack
 from flux_jax.pipeline import FluxPipeline
@@ -153,6 +155,15 @@ def test_compare_finds_a_difference(folder, monkeypatch):
     failed = [line for line in result.stdout.splitlines() if "FAILED" in line]
     assert [line.split("  ")[0] for line in failed] == ["vae, decode"]
     assert result.exit_code == 1
+
+
+def test_compare_report_is_json():
+    findings = [Finding("image", float("inf"), 45.0, "dB"), Finding("vae", 2e-3, 1e-5)]
+    report = json.loads(
+        json.dumps(our_compare.report("tiny", "float32", findings), allow_nan=False)
+    )
+    assert [(f["value"], f["passed"]) for f in report["findings"]] == [(None, True), (2e-3, False)]
+    assert report["passed"] is False
 
 
 def test_compare_refuses_another_layout(tmp_path):

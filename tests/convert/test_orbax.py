@@ -8,15 +8,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convert import orbax_io
-from convert.orbax_io import (
-    OrbaxReader,
-    chunk_rows,
-    flatten,
-    nest,
-    restore_onto,
-    write_checkpoint,
-)
+from convert import orbax_write
+from convert.orbax_common import flatten, nest
+from convert.orbax_read import OrbaxReader, restore_onto
+from convert.orbax_write import chunk_rows, write_checkpoint
 from convert.tensors import Spec, read_whole
 from flux_jax.errors import UserError
 from tests.convert.models import Arrays
@@ -38,7 +33,7 @@ def arrays() -> dict[str, np.ndarray]:
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """A checkpoint whose larger arrays have several chunks."""
-    monkeypatch.setattr(orbax_io, "_CHUNK_BYTES", 64)
+    monkeypatch.setattr(orbax_write, "_CHUNK_BYTES", 64)
     write_checkpoint(tmp_path / "ckpt", Arrays(arrays()))
     return tmp_path / "ckpt"
 
@@ -97,14 +92,14 @@ def test_we_read_it_back(written):
         assert read_whole(reader, name).tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("ocdbt", [True, False])
-def test_we_read_what_a_training_loop_wrote(tmp_path, ocdbt, monkeypatch):
-    monkeypatch.setattr(orbax_io, "_RESTORE_BATCH_BYTES", 600)
+@pytest.mark.parametrize(("ocdbt", "zarr3"), [(True, False), (False, False), (True, True)])
+def test_we_read_what_a_training_loop_wrote(tmp_path, ocdbt, zarr3):
     tree = nest({name: jnp.asarray(array) for name, array in arrays().items()})
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(tmp_path / "ckpt", args=ocp.args.PyTreeSave(tree))
     reader = OrbaxReader(tmp_path / "ckpt")
+    reader.check_chunks()
     for name, array in arrays().items():
         assert read_whole(reader, name).tobytes() == array.tobytes()
 
@@ -112,12 +107,23 @@ def test_we_read_what_a_training_loop_wrote(tmp_path, ocdbt, monkeypatch):
 def test_a_missing_chunk_is_damage_and_not_zeros(written):
     (written / "zeros" / "0.0").unlink()
     reader = OrbaxReader(written)
-    with pytest.raises(UserError, match="ckpt: damaged checkpoint"):
+    with pytest.raises(UserError, match="ckpt: damaged checkpoint: array `zeros`: "):
         read_whole(reader, "zeros")
+    with pytest.raises(UserError, match="array `zeros`: chunk 0.0 is missing"):
+        reader.check_chunks()
+
+
+def test_a_missing_array_is_named(written):
+    (written / "scale" / ".zarray").unlink()
+    with pytest.raises(UserError, match="ckpt: damaged checkpoint: array `scale`: "):
+        OrbaxReader(written)
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(UserError, match="no readable Orbax checkpoint"):
+    with pytest.raises(UserError, match="no Orbax checkpoint"):
+        OrbaxReader(tmp_path)
+    (tmp_path / "_METADATA").write_text('{"tree_metadata": [1]}')
+    with pytest.raises(UserError, match="_METADATA: not the metadata of an Orbax checkpoint"):
         OrbaxReader(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Orbax checkpoints, written and read in blocks of rows.
+"""Orbax checkpoints, written in blocks of rows.
 
 Writing goes through Orbax with a `TypeHandler` of our own: its leaves are names, TensorStore makes
 each array, and the handler fills its chunks block by block. The result is an ordinary Orbax PyTree
@@ -13,25 +13,18 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import io
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from convert.orbax_common import nest, quiet_orbax
 from convert.safetensors_io import finish, write_all
 from convert.tensors import Reader, Spec, as_bytes, blocks
-from flux_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import jax
 
 _CHUNK_BYTES = 32 << 20
-_RESTORE_BATCH_BYTES = 256 << 20
-_RESTORE_GB = 2  # on the host at a time, on their way to the devices
 
 
 # Told the name of a tensor and each of its blocks, in row order.
@@ -76,7 +69,7 @@ def write_checkpoint(
         (_Leaf, _leaf_handler(reader, on_block))
     )
     leaves = {name: _Leaf(name, spec) for name, spec in reader.specs.items()}
-    with _quiet_orbax():
+    with quiet_orbax():
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
         checkpointer = ocp.Checkpointer(handler)
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nest(leaves)))
@@ -208,141 +201,3 @@ def _write_chunks(
 def _zarr_dtype(dtype: np.dtype) -> str:
     """zarr's name of a dtype: numpy's with its byte order, but for bfloat16."""
     return "bfloat16" if dtype.name == "bfloat16" else dtype.newbyteorder("<").str
-
-
-class OrbaxReader:
-    """Reader of the arrays of an Orbax checkpoint, by dotted path.
-
-    Whatever wrote it (this module, or a training loop): arrays are restored by Orbax, a batch of
-    at most 256 MB of neighbours at a time.
-
-    Attributes:
-      folder: of the checkpoint.
-      specs: shapes and dtypes by dotted path.
-    """
-
-    def __init__(self, folder: Path):
-        """Reads the metadata.
-
-        Raises:
-          UserError: the folder holds no Orbax checkpoint of arrays.
-        """
-        import orbax.checkpoint as ocp
-
-        self.folder = folder.absolute()
-        self.read_once = False  # no effect: Orbax reads
-        self._batch: dict[str, np.ndarray] = {}
-        try:
-            with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-                tree = checkpointer.metadata(self.folder)
-            tree = getattr(tree, "item_metadata", tree)
-            leaves = flatten(getattr(tree, "tree", tree))
-            self.specs = {
-                name: Spec(tuple(leaf.shape), np.dtype(leaf.dtype))
-                for name, leaf in sorted(leaves.items())
-            }
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"{folder}: no readable Orbax checkpoint: {reason[0] if reason else repr(error)}"
-            ) from error
-
-    def read_into(self, name: str, row: int, out: np.ndarray) -> None:
-        if name not in self._batch:
-            self._batch = self._restore(self._neighbours(name))
-        array = self._batch[name].reshape(self.specs[name].rows, *self.specs[name].row_shape)
-        out[...] = array[row : row + out.shape[0]]
-
-    def _neighbours(self, name: str) -> list[str]:
-        names = list(self.specs)
-        chosen, size = [], 0
-        for other in names[names.index(name) :]:
-            size += self.specs[other].nbytes
-            if chosen and size > _RESTORE_BATCH_BYTES:
-                break
-            chosen.append(other)
-        return chosen
-
-    def _restore(self, names: list[str]) -> dict[str, np.ndarray]:
-        import jax
-        import orbax.checkpoint as ocp
-
-        specs = {name: self.specs[name] for name in names}
-        item = nest({n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()})
-        as_numpy = nest({n: ocp.RestoreArgs(restore_type=np.ndarray) for n in names})
-        restore = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
-        try:
-            with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-                return flatten(checkpointer.restore(self.folder, args=restore))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder}: damaged checkpoint: {first_line(error)}") from error
-
-    def close(self) -> None:
-        self._batch = {}
-
-
-def restore_onto(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Restore a checkpoint straight onto devices.
-
-    Args:
-      folder: of the Orbax checkpoint.
-      wanted: shape, dtype (cast to, if stored otherwise) and sharding by dotted path.
-
-    Raises:
-      UserError: an array is missing or damaged.
-    """
-    import orbax.checkpoint as ocp
-
-    tree = nest(dict(wanted))
-    restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_RESTORE_GB)
-    try:
-        with _quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-            args = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
-            return flatten(checkpointer.restore(folder.absolute(), args=args))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: damaged checkpoint: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """`{"a.b": x}` to `{"a": {"b": x}}`: the tree of an Orbax checkpoint."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        level = tree
-        for part in path:
-            level = level.setdefault(part, {})
-        level[last] = value
-    return tree
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The inverse of `nest`; lists and tuples count as levels named by index."""
-    if isinstance(tree, dict):
-        items = list(tree.items())
-    elif isinstance(tree, (list, tuple)):
-        items = list(enumerate(tree))
-    else:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """No warnings about options (OCDBT, sharding files) that are off on purpose."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,0 +1,294 @@
+"""`python -m convert`, as users run it: exit codes, one line on stderr, nothing left behind."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from convert import atomic, engine, safetensors_io, targets
+from convert.cli import app
+from tests.convert.models import CONFIGS, diffusers_folder, files, write_tensors
+
+TEXT = ("text_encoder", "text_encoder_2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "m"
+    diffusers_folder(path, TEXT, shard_bytes=4_000)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the folder, to be broken."""
+    shutil.copytree(folder, tmp_path / "in" / "m")
+    return tmp_path / "in" / "m"
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "flax"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def assert_refused(result, out, *texts):
+    """Exit code 2, one line on stderr that says `texts`, and nothing beside the target."""
+    assert result.exit_code == 2, result.output
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    for text in texts:
+        assert text in error
+    assert "Traceback" not in result.output
+    assert list(out.parent.iterdir()) == []
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "convert", *map(str, arguments)]
+
+
+def test_help_reads_well():
+    result = run("--help")
+    assert result.exit_code == 0
+    for text in ("--components", "--dtype", "--to", "--verify", "--force", "--revision", "keep"):
+        assert text in result.output
+
+
+def test_the_command_converts_and_says_what(folder, out):
+    done = subprocess.run(command(folder, out, "--verify"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "text_encoder, text_encoder_2, 0.00 GB, 57 tensors verified" in done.stderr
+    assert "WARNING" not in done.stderr
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json",
+        *sorted(TEXT),
+        "tokenizer",
+        "tokenizer_2",
+    ]
+    assert [p.name for p in out.parent.iterdir()] == ["flax"]
+
+
+def test_quiet_says_nothing(folder, out):
+    result = run(folder, out, "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+
+
+def test_importing_the_command_line_is_light():
+    program = (
+        "import sys, convert.cli; print([m for m in ('jax', 'torch', 'orbax') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_existing_target_needs_force(folder, out):
+    assert run(folder, out, "--quiet").exit_code == 0
+    before = (out / "config.json").stat().st_ino
+    result = run(folder, out, "--quiet")
+    assert result.exit_code == 2
+    assert "exists already; --force replaces it" in result.stderr
+    assert (out / "config.json").stat().st_ino == before
+    assert run(folder, out, "--quiet", "--force").exit_code == 0
+    assert (out / "config.json").stat().st_ino != before
+    assert [p.name for p in out.parent.iterdir()] == ["flax"]
+
+
+def test_force_does_not_replace_a_folder_of_another_kind(folder, out):
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    result = run(folder, out, "--force")
+    assert result.exit_code == 2
+    assert "no checkpoint that --force would replace" in result.stderr
+    assert (out / "thesis.tex").exists()
+
+
+def test_a_truncated_shard(copy, out):
+    shard = files(copy / "text_encoder")[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert_refused(run(copy, out), out, str(shard), "download it again")
+
+
+def test_a_forged_header(copy, out):
+    shard = files(copy / "text_encoder")[0]
+    data = shard.read_bytes()
+    shard.write_bytes(b"\xff" * 8 + data[8:])
+    assert_refused(run(copy, out), out, str(shard), "header would be 18446744073709551615 bytes")
+
+
+def test_a_missing_shard(copy, out):
+    files(copy / "text_encoder")[1].unlink()
+    assert_refused(
+        run(copy, out), out, "model.safetensors.index.json", "shards missing: model-00002"
+    )
+
+
+def test_an_index_that_leads_outside(copy, out):
+    index = copy / "text_encoder" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][next(iter(content["weight_map"]))] = "../../secret.safetensors"
+    index.write_text(json.dumps(content))
+    assert_refused(run(copy, out), out, str(index), "lies outside the folder")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "said"),
+    [("StableDiffusion3Pipeline", "Stable Diffusion 3"), ("Flux2Pipeline", "FLUX.2")],
+)
+def test_a_wrong_architecture(copy, out, pipeline, said):
+    index = copy / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": pipeline}))
+    assert_refused(run(copy, out), out, said)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt", "ckpt"])
+def test_a_pickle(tmp_path, out, suffix):
+    (tmp_path / f"flux.{suffix}").write_bytes(b"\x80\x04.")
+    result = run(tmp_path / f"flux.{suffix}", out)
+    assert_refused(result, out, "a pickle can run any code", ".safetensors")
+
+
+def test_a_missing_tensor_and_a_stray_one(copy, out):
+    write_tensors(copy / "text_encoder_2" / "model.safetensors", {"x": np.zeros(2, np.float32)})
+    for file in copy.glob("text_encoder_2/*-of-*"):
+        file.unlink()
+    (copy / "text_encoder_2" / "model.safetensors.index.json").unlink()
+    assert_refused(run(copy, out), out, "22 problems", "is missing")
+
+
+def test_an_absent_source(out):
+    assert_refused(run("no/such/path", out), out, "no/such/path: no such file or folder")
+
+
+def test_a_hub_id_without_network(out):
+    """The tests run with HF_HUB_OFFLINE set."""
+    assert_refused(run("nobody/nothing", out), out, "nobody/nothing: ", "cannot be reached")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--components", "unet", "unknown component unet; there are transformer, text_encoder"),
+        ("--components", ",", "--components names none"),
+        ("--dtype", "int4", "dtype must be one of bf16, fp16, fp32, keep"),
+        ("--to", "onnx", "to must be one of flax, diffusers, bfl"),
+    ],
+)
+def test_an_option_that_is_not_there(folder, out, option, value, said):
+    assert_refused(run(folder, out, option, value), out, said)
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(folder, out, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    monkeypatch.setattr(atomic, "staged", None)
+    result = run(folder, out)
+    assert_refused(result, out, "the disk has 0.0 GB free, the checkpoint needs")
+
+
+@pytest.mark.parametrize("to", ["flax", "diffusers", "bfl"])
+def test_a_disk_that_fills_up_while_writing(folder, out, monkeypatch, to):
+    """The write that fails is played: the third one of the checkpoint."""
+    count = []
+    write = os.write
+
+    def full(fd, data):
+        count.append(fd)
+        if len(count) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data)
+
+    monkeypatch.setattr(safetensors_io.os, "write", full)
+    assert_refused(run(folder, out, "--to", to), out, "disk full while writing (No space left")
+
+
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from convert.__main__ import app
+app()
+"""
+
+
+@pytest.mark.parametrize("to", ["flax", "bfl"])
+def test_a_limit_on_the_size_of_files_is_met(folder, tmp_path, out, to):
+    """Not played: the system itself refuses to let a file grow."""
+    big = {"text_encoder": dataclasses.replace(CONFIGS["text_encoder"], vocab_size=400)}
+    diffusers_folder(tmp_path / "big", ["text_encoder"], configs=big)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "big"), str(out), "--to", to, "--quiet"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "disk full while writing (File too large); nothing was kept" in done.stderr
+    assert list(out.parent.iterdir()) == []
+
+
+def test_tensorstore_says_it_in_its_own_way(folder, out, monkeypatch):
+    def full(*arguments):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [path=x]")
+
+    monkeypatch.setattr(engine, "write_flax", full)
+    assert_refused(run(folder, out), out, "disk full while writing (No space left on device)")
+
+
+SLOW = """
+import time
+from convert import safetensors_io
+write = safetensors_io.write_all
+def slow(fd, data):
+    time.sleep(0.05)
+    return write(fd, data)
+safetensors_io.write_all = slow
+from convert.__main__ import app
+app()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_leaves_no_half_checkpoint(folder, out, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(folder), str(out), "--to", "diffusers", "--quiet"],
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.parent.glob("flax.partial-*/flax/text_encoder/*.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert not out.exists()
+    left = [path.name for path in out.parent.iterdir()]
+    assert len(left) == (1 if number == signal.SIGKILL else 0)
+    assert run(folder, out, "--to", "diffusers", "--quiet").exit_code == 0
+    assert [path.name for path in out.parent.iterdir()] == ["flax"]
+
+
+def test_an_unexpected_error_is_not_dressed_up(folder, out, monkeypatch):
+    """A bug of ours shows as one, and still leaves nothing behind."""
+
+    def broken(*arguments):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(targets, "copy_tokenizers", broken)
+    result = run(folder, out, "--quiet")
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert list(out.parent.iterdir()) == []

@@ -1,0 +1,79 @@
+"""The hub: what is downloaded, and what a failure says. The network is played by a function."""
+
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from convert import hub
+from flux_jax.errors import UserError
+
+
+def refuse(error):
+    def snapshot_download(repo, **options):
+        raise error
+
+    return snapshot_download
+
+
+def http(kind, text="403 Client Error"):
+    request = SimpleNamespace(method="GET", url="https://huggingface.co/x")
+    response = SimpleNamespace(status_code=403, headers={}, request=request, url=request.url)
+    return kind(text, response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (http(errors.GatedRepoError), "a/b: gated: accept its licence at .*hf auth login"),
+        (http(errors.RepositoryNotFoundError), "a/b: no such path, and no such repository"),
+        (http(errors.RevisionNotFoundError), "a/b: has no revision 'v9'"),
+        (errors.LocalEntryNotFoundError("x"), "hub cannot be reached"),
+        (errors.HFValidationError("x"), "no valid hub id"),
+        (errors.OfflineModeIsEnabled("offline\nmore"), "a/b: download failed: offline$"),
+        (http(errors.HfHubHTTPError, "500 Server Error"), "a/b: download failed: 500 Server Error"),
+        (OSError(28, "No space left on device"), "download failed: .*No space left"),
+    ],
+)
+def test_a_failure_is_one_line(monkeypatch, error, message):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse(error))
+    with pytest.raises(UserError, match=message):
+        hub.resolve("a/b", revision="v9")
+
+
+def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
+    asked = {}
+
+    def snapshot_download(repo, *, revision, allow_patterns):
+        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
+        (tmp_path / "model_index.json").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.resolve("a/b", ["vae"], revision="main") == tmp_path
+    assert (asked["repo"], asked["revision"]) == ("a/b", "main")
+    assert "vae/*.safetensors" in asked["patterns"]
+    assert not any(p.startswith("transformer/") or p.endswith(".bin") for p in asked["patterns"])
+    assert not any(p == "*.safetensors" for p in asked["patterns"])  # the 24 GB beside the folders
+    assert "transformer/*.safetensors" in hub.patterns(None)
+
+
+def test_a_repository_without_a_pipeline_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **o: str(tmp_path))
+    with pytest.raises(UserError, match="a/b: has no model_index.json"):
+        hub.resolve("a/b")
+
+
+def test_a_path_goes_before_the_hub(tmp_path):
+    assert hub.resolve(str(tmp_path)) == tmp_path
+    with pytest.raises(UserError, match="a local path has no revision 'main'"):
+        hub.resolve(str(tmp_path), revision="main")
+    for absent in ("./a", "/a/b/c", "a", "a b/c"):
+        with pytest.raises(UserError, match="no such file or folder, and no hub id"):
+            hub.resolve(absent)
+
+
+def test_an_unknown_component_is_not_downloaded():
+    with pytest.raises(UserError, match="unknown component unet"):
+        hub.resolve("a/b", ["unet"])
