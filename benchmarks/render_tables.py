@@ -50,6 +50,20 @@ LAYOUTS = {
             ("first_step_s", "first step, compilation included"),
         ),
     ),
+    "composition": Layout(
+        title="composition score, 720 held-out prompts, guidance 3.5, 28 steps",
+        rows=(
+            ("overall", "overall, mean of the six"),
+            ("single_object", "single object"),
+            ("two_object", "two objects"),
+            ("counting", "counting"),
+            ("colors", "colors"),
+            ("position", "position"),
+            ("color_attribution", "color attribution"),
+            ("held_out/pair", "prompts with a colour-shape pair never seen in training"),
+            ("held_out/arrangement", "prompts with an arrangement never seen in training"),
+        ),
+    ),
     "convert_fullsize": Layout(
         title="FLUX.1-dev transformer, diffusers folder to Flax checkpoint",
         rows=(
@@ -103,7 +117,7 @@ def render(text: str, directory: Path = RESULTS) -> str:
 def _cell(value: float, unit: str) -> str:
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     number = f"{value:,.{digits}f}"
-    return number if unit in ("count", "") else f"{number} {unit}"
+    return number if unit in ("count", "share", "") else f"{number} {unit}"
 
 
 def _source(result: Result) -> str:
@@ -113,7 +127,8 @@ def _source(result: Result) -> str:
         where += f" (driver {hardware['driver']})"
     versions = [f"JAX {result.versions['jax']}"] if "jax" in result.versions else []
     for peer in result.peers.values():
-        versions += [f"{name} {v}" for name, v in peer.versions.items() if name != "python"]
+        theirs = {n: v for n, v in peer.versions.items() if result.versions.get(n) != v}
+        versions += [f"{name} {v}" for name, v in theirs.items() if name != "python"]
     parts = [where, *dict.fromkeys(versions), result.date, f"`{result.command}`"]
     return "Measured on " + ", ".join(parts) + "."
 

@@ -170,8 +170,8 @@ def _check_space(dst: Path, nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise UserError(
-            f"{dst}: the disk has {free / 1e9:.1f} GB free, the checkpoint needs "
-            f"{nbytes / 1e9:.1f} GB"
+            f"{dst}: the checkpoint needs {nbytes / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB "
+            "free"
         )
 
 

@@ -27,6 +27,7 @@ from flux_jax.errors import UserError
 OnBlock = Callable[[str, str, np.ndarray], None]
 
 _TOKENIZER_CLASSES = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"}
+_NONE = [None, None]  # a component that is not there, in model_index.json
 _SINGLE_FILES = {
     "transformer": "flux1.safetensors",
     "vae": "ae.safetensors",
@@ -93,7 +94,7 @@ def write_diffusers(
     """
     index: dict[str, Any] = {"_class_name": "FluxPipeline"}
     for name, class_ in tables.CLASSES.items():
-        index[name] = list(class_) if name in parts else [None, None]
+        index[name] = list(class_) if name in parts else _NONE
     for name, part in parts.items():
         folder = stage / name
         folder.mkdir()
@@ -122,9 +123,6 @@ def write_diffusers(
         ["diffusers", "FlowMatchEulerDiscreteScheduler"] if source.scheduler else _NONE
     )
     _write_json(stage / "model_index.json", index)
-
-
-_NONE = [None, None]
 
 
 def write_bfl(stage: Path, parts: Mapping[str, Parameters], on_block: OnBlock) -> None:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         T5Config,
     )
     from flux_jax.errors import UserError
+    from flux_jax.metadata import save_png
     from flux_jax.pipeline import FluxPipeline
+    from flux_jax.prompts import PromptEmbeds, TextEncoders
     from flux_jax.sharding import make_mesh
     from flux_jax.t5 import T5Encoder
     from flux_jax.transformer import FluxTransformer
@@ -36,13 +38,16 @@ _HOME = {
     "FluxConfig": "configs",
     "FluxPipeline": "pipeline",
     "FluxTransformer": "transformer",
+    "PromptEmbeds": "prompts",
     "SchedulerConfig": "configs",
     "T5Config": "configs",
     "T5Encoder": "t5",
+    "TextEncoders": "prompts",
     "UserError": "errors",
     "load_checkpoint": "checkpoint",
     "make_mesh": "sharding",
     "save_checkpoint": "checkpoint",
+    "save_png": "metadata",
 }
 
 __all__ = [
@@ -53,13 +58,16 @@ __all__ = [
     "FluxConfig",
     "FluxPipeline",
     "FluxTransformer",
+    "PromptEmbeds",
     "SchedulerConfig",
     "T5Config",
     "T5Encoder",
+    "TextEncoders",
     "UserError",
     "load_checkpoint",
     "make_mesh",
     "save_checkpoint",
+    "save_png",
 ]
 
 

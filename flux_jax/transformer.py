@@ -10,6 +10,7 @@ before its loop.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -57,8 +58,14 @@ def add_gated(
 
 
 def gelu(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    """The tanh form of GELU, in float32; returns x's dtype."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+    """The tanh form of GELU, in float32; returns x's dtype.
+
+    Written with a sigmoid, `(1 + tanh(u)) / 2 = sigmoid(2 u)`: half the instructions of XLA's tanh,
+    which weighs where a pass over the MLP's activations should only be bound by memory.
+    """
+    x32 = x.astype(jnp.float32)
+    inner = 2.0 * math.sqrt(2.0 / math.pi) * (x32 + 0.044715 * x32 * x32 * x32)
+    return (x32 * jax.nn.sigmoid(inner)).astype(x.dtype)
 
 
 class MLPEmbedder(nnx.Module):

@@ -1,5 +1,7 @@
 """Turn a training run into the folder that ships: diffusers' layout, bf16, files under 16 MB.
 
+Once the training has ended:
+
     python -m examples.tiny_flux.export runs/tiny flux_jax/assets/tiny
 """
 

@@ -197,7 +197,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(folder, out
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
     monkeypatch.setattr(atomic, "staged", None)
     result = run(folder, out)
-    assert_refused(result, out, "the disk has 0.0 GB free, the checkpoint needs")
+    assert_refused(result, out, "the checkpoint needs 0 MB, the disk has 0 MB free")
 
 
 @pytest.mark.parametrize("to", ["flax", "diffusers", "bfl"])

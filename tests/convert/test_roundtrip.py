@@ -73,7 +73,7 @@ def test_diffusers_to_flax_and_back(diffusers, flax, tmp_path):
     index = json.loads((tmp_path / "back" / "model_index.json").read_text())
     assert index["_class_name"] == "FluxPipeline"
     assert index["text_encoder_2"] == ["transformers", "T5EncoderModel"]
-    assert index["tokenizer"] == ["transformers", "T5Tokenizer"]  # as its own config says
+    assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 
 

@@ -91,7 +91,7 @@ def diffusers_arguments(inputs):
 
 
 def streams(transformer: FluxTransformer, img, img_ids, txt, txt_ids, timesteps, y, *guidance):
-    """What each block returns: (text, image) of the double ones, the sequence of the single ones."""
+    """Each block's output: (text, image) of the double ones, the sequence of the single ones."""
     import jax.numpy as jnp
 
     from flux_jax.rope import rotary_angles

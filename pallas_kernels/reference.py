@@ -1,0 +1,112 @@
+"""The ternary product in plain JAX: what every kernel is compared with, and the way without one.
+
+    y[m, n] = a[m] * sum over groups g of  s[n, g] * (sum over k in g of  x[m, k] * t[n, k])  + b[n]
+
+t is -1, 0 or +1, s the weight's scale, a the activation's scale (1 for 16-bit activations). With
+int8 activations the inner sums are exact integers, the same on every backend and in any order. What
+follows is float32 in the order above, groups from first to last.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8, UInt8
+
+from pallas_kernels.packing import GROUP, unpack_codes
+
+Signed = Float[Array, "N K"] | Int8[Array, "N K"]
+Activations = Float[Array, "*B K"] | Int8[Array, "*B K"]
+Scale = Float[Array, ""] | Float[Array, " N"] | Float[Array, "N G"]
+
+
+def quantize_activations(x: Float[Array, "*B K"]) -> tuple[Int8[Array, "*B K"], Float[Array, "*B"]]:
+    """Each token to int8 with its own scale: `q * scale` is about `x`.
+
+    The largest magnitude of a token becomes 127; halves go to even. A token of zeros has scale 0, a
+    token that is not finite a scale that is not finite.
+
+    Args:
+      x: (..., K).
+
+    Returns:
+      (q, scale): int8 (..., K) in [-127, 127], and float32 (...).
+    """
+    x32 = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
+    inverse = jnp.where(largest > 0, 127.0 / jnp.where(largest > 0, largest, 1.0), 0.0)
+    # Below 127 * 2^-128 the inverse overflows; such a token is zero for any purpose.
+    inverse = jnp.where(jnp.isinf(inverse), 0.0, inverse)
+    q = jnp.clip(jnp.round(x32 * inverse), -127, 127).astype(jnp.int8)
+    return q, largest[..., 0] * jnp.float32(1 / 127)
+
+
+def signed_product(
+    x: Activations,
+    signs: Signed,
+    scale: Scale,
+    bias: Float[Array, " N"] | None = None,
+    token_scale: Float[Array, "*B"] | None = None,
+) -> Float[Array, "*B N"]:
+    """The formula of this module's text, from unpacked weights.
+
+    Args:
+      x: (..., K); int8, or floating.
+      signs: (N, K), each -1, 0 or +1, of x's dtype.
+      scale: of the weight: per tensor (), per output (N,), or per group of 128 inputs (N, G).
+      bias: (N,).
+      token_scale: (...), of int8 activations.
+
+    Returns:
+      (..., N) float32.
+    """
+    leading, columns = x.shape[:-1], x.shape[-1]
+    x2, scale = x.reshape(-1, columns), scale.astype(jnp.float32)
+    if scale.ndim < 2:
+        y = _product(x2, signs) * scale.reshape((1, -1))
+    else:
+        y = _grouped(x2, signs, scale)
+    if token_scale is not None:
+        y = y * token_scale.astype(jnp.float32).reshape((-1, 1))
+    if bias is not None:
+        y = y + bias.astype(jnp.float32).reshape((1, -1))
+    return y.reshape(*leading, signs.shape[0])
+
+
+def _product(x: Array, signs: Array) -> Array:
+    """`x @ signs.T`, in int32 or float32."""
+    kind = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    contract_last = (((1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(x, signs, contract_last, preferred_element_type=kind)
+    return y.astype(jnp.float32)
+
+
+def _grouped(x: Array, signs: Array, scale: Array) -> Array:
+    """Group by group, so that no (M, N, G) array is ever there."""
+    groups = scale.shape[1]
+    fill = ((0, 0), (0, groups * GROUP - x.shape[1]))
+    parts = tuple(
+        jnp.pad(a, fill).reshape(a.shape[0], groups, GROUP).swapaxes(0, 1) for a in (x, signs)
+    )
+
+    def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        x_part, signs_part, scale_part = part
+        return total + _product(x_part, signs_part) * scale_part.reshape((1, -1)), None
+
+    start = jnp.zeros((x.shape[0], signs.shape[0]), jnp.float32)
+    return jax.lax.scan(add, start, (*parts, scale.T))[0]
+
+
+def ternary_matmul(
+    x: Float[Array, "*B K"],
+    packed: UInt8[Array, "N Kp"],
+    scale: Scale,
+    bias: Float[Array, " N"] | None,
+    activation_bits: int,
+) -> Float[Array, "*B N"]:
+    """`pallas_kernels.ternary_matmul` before its last rounding, from checked arguments: float32."""
+    codes = unpack_codes(packed, x.shape[-1])
+    if activation_bits == 16:
+        return signed_product(x, codes.astype(x.dtype) - 1, scale, bias)
+    q, token_scale = quantize_activations(x)
+    return signed_product(q, codes.astype(jnp.int8) - 1, scale, bias, token_scale)
