@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,9 @@ def convert(
         if value not in known:
             raise UserError(f"{option} must be one of {', '.join(known)}, got {value!r}")
     atomic.check_target(dst, force=force, replaceable=is_checkpoint)
+    here, there = src.resolve(), dst.resolve()
+    if there == here or there in here.parents:
+        raise UserError(f"{dst}: the target would replace the source {src}; choose another place")
     with open_source(src, components, read_once=True) as source:
         if not source.components:
             raise UserError(f"{src}: none of the wanted components in it")
@@ -121,10 +125,8 @@ def convert(
             on_bytes(block.nbytes)
 
         with atomic.staged(dst, force=force, replaceable=is_checkpoint) as stage:
-            try:
+            with full_disk_explained(dst):
                 _write(stage, source, parts, to, shard_bytes, handed_on)
-            except (ValueError, RuntimeError) as error:
-                raise explain_full(error, dst) from error
             verified = _verify(stage, checksums, list(parts), on_bytes) if verify else 0
     dropped = tuple((name, *entry) for name, part in parts.items() for entry in part.dropped)
     return Summary(dst, tuple(parts), nbytes, dropped, verified)
@@ -170,24 +172,29 @@ def _check_space(dst: Path, nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise UserError(
-            f"{dst}: the checkpoint needs {nbytes / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB "
-            "free"
+            f"{dst}: the checkpoint needs {nbytes / 1e6:,.0f} MB, the disk has "
+            f"{free / 1e6:,.0f} MB free"
         )
 
 
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
-def explain_full(error: Exception, dst: Path) -> Exception:
-    """The same error, or a line for a user if it is TensorStore's way to report a full disk.
+@contextlib.contextmanager
+def full_disk_explained(dst: Path) -> Iterator[None]:
+    """TensorStore's report of a full disk as a line for users.
 
-    That is a ValueError or a RuntimeError with the system's text in it.
+    It is a ValueError or a RuntimeError with the system's text in it.
     """
-    text = str(error)
-    if not isinstance(error, UserError) and any(full in text for full in _FULL_TEXTS):
-        reason = next(full for full in _FULL_TEXTS if full in text)
-        return UserError(f"{dst}: disk full while writing ({reason}); nothing was kept")
-    return error
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        reason = next((full for full in _FULL_TEXTS if full in str(error)), None)
+        if reason is None:
+            raise
+        raise UserError(f"{dst}: disk full while writing ({reason}); nothing was kept") from error
 
 
 def _verify(

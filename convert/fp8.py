@@ -21,7 +21,16 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from convert.tensors import BFLOAT16, FLOAT32, FLOATS, Reader, Spec, cast_into, read_whole
+from convert.tensors import (
+    BFLOAT16,
+    FLOAT32,
+    FLOATS,
+    Reader,
+    Spec,
+    cast_into,
+    check_range,
+    read_whole,
+)
 from flux_jax.errors import UserError
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
@@ -61,7 +70,7 @@ class Dequantized:
           UserError: a scale without its weight, of a wrong shape, not finite, or with a weight that
             is not float8.
         """
-        self._source = source
+        self._source, self._what = source, what
         self.dropped: list[tuple[str, str]] = []
         scales: dict[str, np.ndarray] = {}
         rest: dict[str, Spec] = {}
@@ -103,17 +112,18 @@ class Dequantized:
         scale = weight.scale
         if scale is None or scale.size == 1:
             # A code has only 256 values: round the table, then look up.
-            table = np.empty(256, out.dtype)
             values = np.arange(256, dtype=np.uint8).view(raw.dtype).astype(FLOAT32)
-            with np.errstate(invalid="ignore"):
-                cast_into(values if scale is None else values * scale.reshape(()), table)
+            with np.errstate(invalid="ignore", over="ignore"):
+                table = (values if scale is None else values * scale.reshape(())).astype(out.dtype)
             # As 16- or 32-bit integers: indexing ml_dtypes arrays is slow.
             bits = np.dtype(f"u{out.dtype.itemsize}")
             np.take(table.view(bits), raw.view(np.uint8), out=out.view(bits), mode="clip")
+            if scale is not None:
+                check_range(out, what=f"{self._what}: tensor `{name}`")
         else:
             part = scale.reshape(-1)[row : row + out.shape[0]]
             part = part.reshape(-1, *[1] * (out.ndim - 1))
-            cast_into(raw.astype(FLOAT32) * part, out)
+            cast_into(raw.astype(FLOAT32) * part, out, what=f"{self._what}: tensor `{name}`")
 
 
 def is_quantized(reader: Reader) -> bool:

@@ -82,6 +82,10 @@ def load_component(
     On the host there is one tensor at a time, and those whose transfer is not done: at most 0.5 GB.
     """
     dtype = np.dtype(dtype)
+    # A quantised component makes its module itself; its dense weights are never there.
+    load_module = getattr(source.stored, "load_module", None)
+    if load_module is not None:
+        return load_module(dtype, lambda module: _shardings(module, mesh, rules))
     ours = parameters(name, source, dtype)
     abstract = abstract_module(name, source.config, dtype)
     rebuild, flat = split_flat(abstract)

@@ -105,8 +105,11 @@ def _leaf_handler(reader: Reader, on_block: OnBlock) -> Any:
                 await info.await_path_creation()
                 folders.append(Path(info.parent_dir / info.name))
             pairs = list(zip(values, folders, strict=True))
-            for created in [_create_array(f, reader.specs[leaf.name]) for leaf, f in pairs]:
-                created.result()
+            created = [_create_array(f, reader.specs[leaf.name]) for leaf, f in pairs]
+            for future in created:
+                future.exception()  # wait for all: none may write to a folder that is removed
+            for future in created:
+                future.result()
             with _Finisher() as finisher:
                 for leaf, folder in pairs:
                     _write_chunks(folder, reader, leaf.name, finisher, on_block)

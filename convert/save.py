@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from convert import atomic, tables
-from convert.engine import explain_full, is_checkpoint
+from convert.engine import full_disk_explained, is_checkpoint
 from convert.orbax_write import write_checkpoint
 from convert.targets import copy_tokenizers, write_config
 from convert.tensors import Spec
@@ -52,10 +52,8 @@ def save(
         raise UserError(f"{', '.join(without)}: a module without `config` cannot be saved")
     with atomic.staged(path, force=force, replaceable=is_checkpoint) as stage:
         stage.mkdir()
-        try:
+        with full_disk_explained(path):
             for name, module in modules.items():
                 write_checkpoint(stage / name, _Arrays(to_flat(module)))
-        except (ValueError, RuntimeError) as error:
-            raise explain_full(error, path) from error
         copy_tokenizers(tokenizers, stage)
         write_config(stage, configs, scheduler)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import single_file, tables
+from convert import quantized, single_file, tables
 from convert.fp8 import Dequantized, is_quantized
 from convert.maps import scheduler
 from convert.rules import Map, forward_plan
@@ -188,6 +188,9 @@ def _tokenizers(path: Path) -> dict[str, Path]:
 
 def _diffusers_component(name: str, folder: Path) -> Component:
     raw = read_json(folder / "config.json")
+    if raw.get(quantized.KEY) is not None:
+        opened = quantized.open_quantized(name, folder, raw)
+        return Component(opened.config, opened, None, f"{name} of {folder}")
     try:
         config = tables.config_from_hf(name, raw)
     except UserError as error:

@@ -135,7 +135,7 @@ class Assembled:
         Raises:
           UserError: a piece is not a float16, bfloat16 or float32 tensor.
         """
-        self._source = source
+        self._source, self._what = source, what
         self._assemblies = {assembly.name: assembly for assembly in assemblies}
         self.specs: dict[str, Spec] = {}
         for assembly in assemblies:
@@ -165,13 +165,32 @@ class Assembled:
                 else:
                     raw = np.empty(part.shape, source.dtype)
                     self._source.read_into(piece.source, source_row, raw)
-                    cast_into(raw, part)
+                    cast_into(raw, part, what=f"{self._what}: tensor `{piece.source}`")
 
 
-def cast_into(values: np.ndarray, out: np.ndarray) -> None:
+def cast_into(values: np.ndarray, out: np.ndarray, *, what: str) -> None:
     """Round `values` to `out.dtype`, to nearest, ties to even, over float32 (which is exact).
 
-    Values beyond the range of the target become infinities, as in torch's `.to`.
+    Args:
+      values: floats of at most 32 bits.
+      out: of the same shape.
+      what: the tensor, for the message.
+
+    Raises:
+      UserError: a value is beyond the range of float16.
     """
     with np.errstate(over="ignore"):
         out[...] = values.astype(FLOAT32, copy=False).astype(out.dtype, copy=False)
+    check_range(out, what=what)
+
+
+def check_range(out: np.ndarray, *, what: str) -> None:
+    """Refuse infinities that rounding to float16 made.
+
+    Raises:
+      UserError: there is one.
+    """
+    if out.dtype == FLOAT16 and np.isinf(out).any():
+        raise UserError(
+            f"{what} has values beyond the range of float16 (65504); choose bfloat16 or float32"
+        )

@@ -36,6 +36,7 @@ class Reference:
         self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
         # Their advice to the users of torch is none to ours.
         self.diffusers.utils.logging.set_verbosity_error()
+        self.diffusers.utils.logging.disable_progress_bar()
         self.transformers.utils.logging.set_verbosity_error()
         self.transformers.utils.logging.disable_progress_bar()
 

@@ -11,6 +11,7 @@ before its loop.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -318,6 +319,7 @@ class FluxTransformer(nnx.Module):
         mods: Modulations,
         *,
         remat: bool = False,
+        on_block: Callable[[Float[Array, "B L C"]], None] | None = None,
     ) -> Float[Array, "B I in"]:
         """The velocity, from modulations computed beforehand.
 
@@ -327,6 +329,8 @@ class FluxTransformer(nnx.Module):
           txt: T5 embeddings.
           mods: from `modulations`.
           remat: recompute each block in the gradient instead of keeping its activations.
+          on_block: called, while tracing, with each block's output, text first: what a
+            distillation compares.
         """
         rotation = rotary_angles(
             jnp.concatenate((txt_ids, img_ids), axis=0), self.config.axes_dim, self.config.theta
@@ -335,9 +339,13 @@ class FluxTransformer(nnx.Module):
         img, txt = self.img_in(img), self.txt_in(txt)
         for block, block_mods in zip(self.double_blocks, mods.double, strict=True):
             img, txt = wrap(block)(img, txt, block_mods, rotation)
+            if on_block is not None:
+                on_block(jnp.concatenate((txt, img), axis=1))
         x = jnp.concatenate((txt, img), axis=1)
         for block, block_mods in zip(self.single_blocks, mods.single, strict=True):
             x = wrap(block)(x, block_mods, rotation)
+            if on_block is not None:
+                on_block(x)
         return self.final_layer(x[:, txt.shape[1] :], mods.final)
 
     def __call__(

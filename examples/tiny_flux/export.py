@@ -44,7 +44,10 @@ def _filled(kind: Any, config: Any, weights: dict[str, Any]) -> nnx.Module:
 def load_run(run: Path) -> dict[str, nnx.Module]:
     """The four networks of a training run, by their names in a pipeline."""
     t5, clip, flux = component_configs()
-    vae = AutoencoderConfig(**json.loads((run / "autoencoder.json").read_text()))
+    fields = json.loads((run / "autoencoder.json").read_text())
+    # JSON knows no tuples.
+    fields["block_out_channels"] = tuple(fields["block_out_channels"])
+    vae = AutoencoderConfig(**fields)
     flow = load_parts(run, "flow")
     kinds: dict[str, tuple[Any, Any]] = {
         "transformer": (FluxTransformer, flux),

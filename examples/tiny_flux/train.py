@@ -195,7 +195,7 @@ def save_parts(folder: Path, name: str, params: Flat, limit: int = 15 << 20) -> 
     parts: list[dict[str, np.ndarray]] = [{}]
     for key, value in params.items():
         array = np.asarray(value.astype(jnp.bfloat16))
-        if sum(v.nbytes for v in parts[-1].values()) + array.nbytes > limit:
+        if parts[-1] and sum(v.nbytes for v in parts[-1].values()) + array.nbytes > limit:
             parts.append({})
         parts[-1][key] = array
     for index, part in enumerate(parts):

@@ -56,6 +56,17 @@ def test_a_scale_for_each_row(shape):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("shape", [(), (32,)])
+def test_a_scale_that_overflows_float16_is_named(shape):
+    codes = CODES.view(E4M3).reshape(32, 8)
+    arrays = {"w.weight": codes, "w.weight_scale": np.full(shape, 200, np.float32)}
+    with pytest.raises(UserError, match="file: tensor `w.weight` has values beyond the range of"):
+        dequantized(arrays, np.dtype(np.float16))
+    # A code that overflows but does not occur is no reason.
+    arrays["w.weight"] = np.full((32, 8), 1.0, np.float32).astype(E4M3)
+    assert (dequantized(arrays, np.dtype(np.float16)) == 200).all()
+
+
 def test_rows_of_a_dequantised_weight_are_those_of_the_whole():
     codes = CODES.view(E4M3).reshape(32, 8)
     scale = np.linspace(0.5, 2, 32, dtype=np.float32)

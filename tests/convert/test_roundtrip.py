@@ -131,6 +131,16 @@ def test_a_dtype_is_rounded_to_once(diffusers, tmp_path, dtype, numpy_dtype):
     assert_same_tensors(found, expected)
 
 
+def test_a_value_that_float16_cannot_hold_is_named(tmp_path):
+    tensors = stored_tensors("vae", random_parameters("vae"), "bfl")
+    tensors["decoder.conv_in.bias"][3] = 1e6
+    write_tensors(tmp_path / "ae.safetensors", tensors)
+    with pytest.raises(
+        UserError, match="`decoder.conv_in.bias` has values beyond .* choose bfloat"
+    ):
+        convert(tmp_path / "ae.safetensors", tmp_path / "flax", dtype="fp16")
+
+
 def test_only_the_components_asked_for(diffusers, tmp_path):
     summary = convert(diffusers, tmp_path / "flax", components=["vae", "text_encoder"])
     assert set(summary.components) == {"vae", "text_encoder"}
@@ -236,6 +246,16 @@ def test_one_file_holds_one_component(flax, tmp_path):
     with pytest.raises(UserError, match="one file holds one component, there are transformer, te"):
         convert(flax, tmp_path / "out.safetensors", to="bfl")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_is_never_replaced(flax, tmp_path):
+    inner = tmp_path / "all" / "vae.safetensors"
+    inner.parent.mkdir()
+    write_tensors(inner, stored_tensors("vae", random_parameters("vae"), "bfl"))
+    for src, dst in ((inner, inner), (inner, inner.parent), (flax, flax / ".")):
+        with pytest.raises(UserError, match="the target would replace the source"):
+            convert(src, dst, force=True, dtype="fp32")
+    assert inner.exists()
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,15 +50,11 @@ def captioned() -> Captioned:
     )
 
 
-def make_trainer(settings: FlowTraining = SETTINGS) -> FlowTrainer:
-    """On two of the test run's devices, so that the batch really is split."""
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    return FlowTrainer(settings, (T5, CLIP, FLUX), mesh, seed=0)
-
-
 @pytest.fixture(scope="module")
 def trainer() -> FlowTrainer:
-    return make_trainer()
+    """On two of the test run's devices, so that the batch really is split."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    return FlowTrainer(SETTINGS, (T5, CLIP, FLUX), mesh, seed=0)
 
 
 def test_times_have_the_stated_distribution():
@@ -109,31 +103,24 @@ def test_a_batch_mixes_noise_into_scenes_with_their_captions(trainer):
 
 
 @pytest.mark.slow
-def test_both_phases_learn():
-    trainer, data = make_trainer(), captioned()
+def test_both_phases_learn(trainer):
+    data = captioned()
     with pytest.raises(ValueError, match="call start_guidance"):
         trainer.guidance_step(data, 0, 0.1)
     start = jax.tree.map(np.asarray, trainer.params)
-    losses = [float(trainer.step(data, step, 3e-3)) for step in range(150)]
+    losses = [float(trainer.step(data, 0, 3e-3))]
+    # The average after the first update: a tenth of what it was.
+    for name, value in trainer.params.items():
+        expected = 0.1 * start[name] + 0.9 * np.asarray(value)
+        np.testing.assert_allclose(trainer.ema[name], expected, rtol=1e-5, atol=1e-6)
+    losses += [float(trainer.step(data, step, 3e-3)) for step in range(1, 100)]
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
     unmoved = [k for k, v in trainer.params.items() if np.array_equal(v, start[k])]
-    # A bias in front of a softmax over keys has no gradient; nothing else stands still.
-    assert all("k_proj.bias" in name for name in unmoved), unmoved
+    assert unmoved == []
 
     trainer.start_guidance()
     teacher = jax.tree.map(np.asarray, trainer.teacher)
-    losses = [float(trainer.guidance_step(data, 150 + step, 1e-3)) for step in range(60)]
+    losses = [float(trainer.guidance_step(data, 100 + step, 1e-3)) for step in range(60)]
     assert np.isfinite(losses).all()
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
     jax.tree.map(np.testing.assert_array_equal, teacher, trainer.teacher)
-
-
-@pytest.mark.slow
-def test_the_average_follows_the_weights():
-    """The first update: a tenth of the old average, or the stated decay if that is less."""
-    trainer = make_trainer(dataclasses.replace(SETTINGS, ema=0.05))
-    start = jax.tree.map(np.asarray, trainer.params)
-    trainer.step(captioned(), 0, 1e-2)
-    for name, value in trainer.params.items():
-        expected = 0.05 * start[name] + 0.95 * np.asarray(value)
-        np.testing.assert_allclose(trainer.ema[name], expected, rtol=1e-5, atol=1e-6)

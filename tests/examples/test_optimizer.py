@@ -68,12 +68,18 @@ def test_matrices_are_orthogonalised():
 
 
 def test_gradients_are_clipped_together():
-    """One huge gradient shrinks all others: seen in Adam's moments, which its update hides."""
-    optimizer = stacked_muon(max_norm=1.0)
-    gradient = {name: 1e3 * value for name, value in draw(1).items()}
-    _, state = optimizer.update(gradient, optimizer.init(draw(0)), draw(0))
-    norm = optax.global_norm([leaf for leaf in jax.tree.leaves(state) if leaf.ndim])
-    assert norm < 1.0
+    """A huge gradient counts, in all that follows, as one of norm `max_norm`."""
+    huge = {name: 1e3 * value for name, value in draw(1).items()}
+    norm = optax.tree.norm(huge)
+    clipped = {name: 2.0 * value / norm for name, value in huge.items()}
+    small = {name: 1e-3 * value for name, value in draw(2).items()}
+    (_, found), (_, expected), (_, unbounded) = (
+        updates(stacked_muon(max_norm=bound), draw(0), [first, small])
+        for bound, first in ((2.0, huge), (1e9, clipped), (1e9, huge))
+    )
+    for name in SHAPES:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
+        assert not np.allclose(found[name], unbounded[name], rtol=1e-2), name
 
 
 def test_parameters_are_needed():

@@ -50,7 +50,7 @@ def test_export_is_a_diffusers_pipeline(run, tmp_path):
     result = command(run, out)
     assert result.exit_code == 0, result.output
     assert max(path.stat().st_size for path in out.rglob("*")) < 16e6
-    pipe = diffusers.FluxPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipe = diffusers.FluxPipeline.from_pretrained(out).to(torch.float32)
     assert pipe.vae.config.shift_factor == 0.25
     assert pipe.vae.config.scaling_factor == 1.5
     assert pipe.scheduler.config.base_image_seq_len == 64
