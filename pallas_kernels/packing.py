@@ -23,7 +23,7 @@ Every function here takes NumPy and JAX arrays and returns the same kind.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,10 @@ BLOCK_CODES = 4 * BLOCK_BYTES
 # Inputs that share a scale, where the scale is per group.
 GROUP = 128
 
-Codes = UInt8[Array, "N K"] | UInt8[np.ndarray, "N K"]
-Packed = UInt8[Array, "N Kp"] | UInt8[np.ndarray, "N Kp"]
+Codes = UInt8[Array, "N K"]
+Packed = UInt8[Array, "N Kp"]
+HostCodes = UInt8[np.ndarray, "N K"]
+HostPacked = UInt8[np.ndarray, "N Kp"]
 
 
 def packed_width(in_features: int) -> int:
@@ -49,7 +51,11 @@ def group_count(in_features: int) -> int:
     return -(-in_features // GROUP)
 
 
-def pack_codes(codes: Codes) -> Packed:
+@overload
+def pack_codes(codes: Codes) -> Packed: ...
+@overload
+def pack_codes(codes: HostCodes) -> HostPacked: ...
+def pack_codes(codes: Codes | HostCodes) -> Packed | HostPacked:
     """Codes to packed bytes.
 
     Args:
@@ -67,7 +73,11 @@ def pack_codes(codes: Codes) -> Packed:
     return packed.reshape(rows, width)
 
 
-def unpack_codes(packed: Packed, in_features: int) -> Codes:
+@overload
+def unpack_codes(packed: Packed, in_features: int) -> Codes: ...
+@overload
+def unpack_codes(packed: HostPacked, in_features: int) -> HostCodes: ...
+def unpack_codes(packed: Packed | HostPacked, in_features: int) -> Codes | HostCodes:
     """Packed bytes to codes, the inverse of `pack_codes`.
 
     Args:
@@ -87,6 +97,6 @@ def unpack_codes(packed: Packed, in_features: int) -> Codes:
             f"packed rows have {width} bytes, expected {packed_width(in_features)} for "
             f"{in_features} inputs"
         )
-    blocks = packed.reshape(rows, -1, BLOCK_BYTES)
+    blocks = packed.reshape(rows, width // BLOCK_BYTES, BLOCK_BYTES)
     planes = xp.stack([(blocks >> shift) & 3 for shift in (0, 2, 4, 6)], axis=2)
     return planes.reshape(rows, 4 * width)[:, :in_features]

@@ -85,7 +85,7 @@ def _grouped(x: Array, signs: Array, scale: Array) -> Array:
     """Group by group, so that no (M, N, G) array is ever there."""
     groups = scale.shape[1]
     fill = ((0, 0), (0, groups * GROUP - x.shape[1]))
-    parts = tuple(
+    x_parts, signs_parts = (
         jnp.pad(a, fill).reshape(a.shape[0], groups, GROUP).swapaxes(0, 1) for a in (x, signs)
     )
 
@@ -94,7 +94,7 @@ def _grouped(x: Array, signs: Array, scale: Array) -> Array:
         return total + _product(x_part, signs_part) * scale_part.reshape((1, -1)), None
 
     start = jnp.zeros((x.shape[0], signs.shape[0]), jnp.float32)
-    return jax.lax.scan(add, start, (*parts, scale.T))[0]
+    return jax.lax.scan(add, start, (x_parts, signs_parts, scale.T))[0]
 
 
 def ternary_matmul(

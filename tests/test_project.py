@@ -186,7 +186,7 @@ def attribute_reads(node: ast.AST) -> set[str]:
     }
 
 
-@pytest.mark.parametrize(("path", "config"), config_classes(), ids=lambda value: str(value)[-40:])
+@pytest.mark.parametrize(("path", "config"), config_classes(), ids=lambda value: value.name)
 def test_config_fields_are_read(path, config):
     """Every field is read, by a property of the class or where the class is used."""
     fields = {

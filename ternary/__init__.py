@@ -1,0 +1,1 @@
+"""Ternary weights: quantiser, layers, formats, checkpoints, `python -m ternary`."""

@@ -1,0 +1,266 @@
+"""Linears with ternary weights, which take the place of `flux_jax.layers.Linear` in a block.
+
+Both compute `y = x @ (scale * signs).T [+ (x @ a.T) @ b.T] + bias`; the part in brackets is the
+optional 16-bit branch of rank R.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from flux_jax.layers import Axes, DType, Linear
+from pallas_kernels import pack_codes, packed_width, ternary_matmul, unpack_codes
+from pallas_kernels.reference import signed_product
+from ternary.config import QuantConfig, scale_shape
+from ternary.quantize import (
+    Scale,
+    dequantize,
+    fit_scale,
+    low_rank,
+    round_scale,
+    straight_through_signs,
+    straight_through_tokens,
+    ternary_signs,
+)
+
+
+class PackedParam(nnx.Param):
+    """Packed codes: stored and placed as a parameter, but nothing that a gradient could reach."""
+
+
+class TernaryLinear(nnx.Module):
+    """A linear whose weight is packed at two bits; for inference.
+
+    Attributes:
+      packed: (N, Kp) uint8, the layout of `pallas_kernels.packing`.
+      scale: float16 (), (N,) or (N, G).
+      bias: (N,) or None.
+      low_rank_a, low_rank_b: (R, K) and (N, R), or None.
+      in_features: K.
+      activation_bits: 16 or 8.
+      dtype: of the computation and of the result.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: QuantConfig,
+        *,
+        bias: bool = True,
+        axes: Axes = (None, None),
+        dtype: DType = jnp.bfloat16,
+    ):
+        """All weights zero; the shapes are what matters (`nnx.eval_shape`), values come later."""
+        self.in_features = in_features
+        self.activation_bits = config.activation_bits
+        self.dtype = jnp.dtype(dtype)
+        shape = scale_shape(config.granularity, out_features, in_features)
+        width = packed_width(in_features)
+        # Every code 1: weight 0.
+        self.packed = PackedParam(jnp.full((out_features, width), 0b01010101, jnp.uint8), axes=axes)
+        scale_axes = (axes[0], None)[: len(shape)]
+        self.scale = nnx.Param(jnp.zeros(shape, jnp.float16), axes=scale_axes)
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype), axes=axes[:1]) if bias else None
+        self.low_rank_a, self.low_rank_b = _branch(in_features, out_features, config, axes, dtype)
+
+    @classmethod
+    def from_linear(cls, linear: Linear, config: QuantConfig) -> TernaryLinear:
+        """Round a linear's weight, without training."""
+        return FakeTernaryLinear.from_linear(linear, config).freeze()
+
+    def dense_weight(self) -> Float[Array, "N K"]:
+        """The weight that this layer stands for, low-rank branch included, float32."""
+        signs = unpack_codes(self.packed[...], self.in_features).astype(jnp.int8) - 1
+        weight = dequantize(signs, self.scale[...])
+        if self.low_rank_a is None or self.low_rank_b is None:
+            return weight
+        return weight + self.low_rank_b[...].astype(jnp.float32) @ self.low_rank_a[...].astype(
+            jnp.float32
+        )
+
+    def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
+        """Computes in `dtype`, accumulating in float32 (int32 for int8 activations).
+
+        Args:
+          x: (..., in_features).
+
+        Returns:
+          (..., out_features) in `dtype`.
+        """
+        x = x.astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        branch = self.low_rank_a is not None and self.low_rank_b is not None
+        y = ternary_matmul(
+            x,
+            self.packed[...],
+            self.scale[...],
+            bias,
+            activation_bits=self.activation_bits,
+            # Rounded once, at the end.
+            out_dtype=jnp.float32 if branch else self.dtype,
+        )
+        if self.low_rank_a is None or self.low_rank_b is None:
+            return y
+        return (y + _through(x, self.low_rank_a[...], self.low_rank_b[...])).astype(self.dtype)
+
+
+class FakeTernaryLinear(nnx.Module):
+    """A linear that is ternary in the forward pass and keeps latent weights; for training.
+
+    Its result is that of the `TernaryLinear` from `freeze`: the same integers are multiplied, as
+    floats, and the scales are rounded as they will be stored. Gradients go straight through both
+    roundings.
+
+    Attributes:
+      weight: (N, K) latent weights, of any floating dtype.
+      log_scale: float32, the logarithm of the scale, (), (N,) or (N, G), where it is learned: the
+        scale stays positive, and a step changes it by a fraction. None where the latent weights
+        determine it.
+      bias, low_rank_a, low_rank_b, in_features: as in `TernaryLinear`.
+      config: how it is quantised.
+      dtype: of the computation and of the result.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: QuantConfig,
+        *,
+        bias: bool = True,
+        axes: Axes = (None, None),
+        dtype: DType = jnp.bfloat16,
+        master_dtype: DType = jnp.float32,
+    ):
+        """All weights zero; `from_linear` gives them values.
+
+        Args:
+          master_dtype: of everything that is trained, but for the learned scale (float32).
+        """
+        self.in_features = in_features
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        shape = scale_shape(config.granularity, out_features, in_features)
+        self.weight = nnx.Param(jnp.zeros((out_features, in_features), master_dtype), axes=axes)
+        scale_axes = (axes[0], None)[: len(shape)]
+        learned = config.learned_scale
+        self.log_scale = (
+            nnx.Param(jnp.zeros(shape, jnp.float32), axes=scale_axes) if learned else None
+        )
+        self.bias = (
+            nnx.Param(jnp.zeros(out_features, master_dtype), axes=axes[:1]) if bias else None
+        )
+        branch = _branch(in_features, out_features, config, axes, master_dtype)
+        self.low_rank_a, self.low_rank_b = branch
+
+    @classmethod
+    def from_linear(
+        cls, linear: Linear, config: QuantConfig, *, master_dtype: DType = jnp.float32
+    ) -> FakeTernaryLinear:
+        """Start from a linear's weight.
+
+        The scale is the fit of `config`; the low-rank branch starts at the singular value
+        decomposition of what the ternary weight leaves.
+        """
+        weight = linear.weight[...]
+        rows, columns = weight.shape
+        new = cls(
+            columns,
+            rows,
+            config,
+            bias=linear.bias is not None,
+            axes=linear.weight.get_metadata().get("axes", (None, None)),
+            dtype=weight.dtype,
+            master_dtype=master_dtype,
+        )
+        new.weight[...] = weight.astype(master_dtype)
+        if new.bias is not None and linear.bias is not None:
+            new.bias[...] = linear.bias[...].astype(master_dtype)
+        scale = fit_scale(weight, config.granularity, config.refit_steps)
+        if new.log_scale is not None:
+            new.log_scale[...] = jnp.log(jnp.maximum(scale, _SMALLEST))
+        if new.low_rank_a is not None and new.low_rank_b is not None:
+            left = weight.astype(jnp.float32) - dequantize(ternary_signs(weight, scale), scale)
+            a, b = low_rank(left, config.rank)
+            new.low_rank_a[...] = a.astype(master_dtype)
+            new.low_rank_b[...] = b.astype(master_dtype)
+        return new
+
+    def quantization_scale(self) -> Float[Array, "*scale"]:
+        """The scale in use, float32, rounded as it is stored; differentiable where learned."""
+        if self.log_scale is not None:
+            return round_scale(jnp.exp(self.log_scale[...]))
+        latent = jax.lax.stop_gradient(self.weight[...])
+        return fit_scale(latent, self.config.granularity, self.config.refit_steps)
+
+    def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
+        """As `TernaryLinear`, differentiable in all its floating parameters and in x."""
+        x = x.astype(self.dtype)
+        scale = self.quantization_scale()
+        # Integers of at most 127 are exact in bf16, and so is everything that is summed.
+        signs = straight_through_signs(self.weight[...], scale).astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...].astype(self.dtype)
+        if self.config.activation_bits == 16:
+            y = signed_product(x, signs, scale, bias)
+        else:
+            q, token_scale = straight_through_tokens(x)
+            token_scale = jax.lax.stop_gradient(token_scale)
+            y = signed_product(q.astype(self.dtype), signs, scale, bias, token_scale)
+        if self.low_rank_a is not None and self.low_rank_b is not None:
+            a, b = (part[...].astype(self.dtype) for part in (self.low_rank_a, self.low_rank_b))
+            y = y + _through(x, a, b)
+        return y.astype(self.dtype)
+
+    def freeze(self) -> TernaryLinear:
+        """The packed layer with the same result."""
+        rows, columns = self.weight.shape
+        axes = self.weight.get_metadata().get("axes", (None, None))
+        new = TernaryLinear(
+            columns, rows, self.config, bias=self.bias is not None, axes=axes, dtype=self.dtype
+        )
+        scale = self.quantization_scale()
+        new.packed[...] = _pack(self.weight[...], scale)
+        new.scale[...] = scale.astype(jnp.float16)
+        for name in ("bias", "low_rank_a", "low_rank_b"):
+            value = getattr(self, name)
+            if value is not None:
+                getattr(new, name)[...] = value[...].astype(self.dtype)
+        return new
+
+
+# float16's smallest positive number.
+_SMALLEST = 2.0**-24
+
+
+@jax.jit
+def _pack(weight: Float[Array, "N K"], scale: Scale) -> UInt8[Array, "N Kp"]:
+    return pack_codes((ternary_signs(weight, scale) + 1).astype(jnp.uint8))
+
+
+def _branch(
+    in_features: int, out_features: int, config: QuantConfig, axes: Axes, dtype: DType
+) -> tuple[Any, Any]:
+    """Parameters of the low-rank branch, zero; (None, None) for rank 0."""
+    if not config.rank:
+        return None, None
+    a = jnp.zeros((config.rank, in_features), dtype)
+    b = jnp.zeros((out_features, config.rank), dtype)
+    return nnx.Param(a, axes=(None, axes[1])), nnx.Param(b, axes=(axes[0], None))
+
+
+def _through(
+    x: Float[Array, "*B K"], a: Float[Array, "R K"], b: Float[Array, "N R"]
+) -> Float[Array, "*B N"]:
+    """`(x @ a.T) @ b.T`, the middle rounded to x's dtype, the result float32."""
+
+    def product(x: Array, weight: Array) -> Array:
+        contract_last = (((x.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(x, weight, contract_last, preferred_element_type=jnp.float32)
+
+    return product(product(x, a).astype(x.dtype), b)

@@ -1,0 +1,108 @@
+"""`python -m ternary`, as users run it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ternary.checkpoint import open_checkpoint
+from ternary.cli import app
+from tests.small_pipeline import small_folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return small_folder(tmp_path_factory.mktemp("teacher") / "m")
+
+
+@pytest.fixture(scope="module")
+def made(teacher, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    result = run("quantize", teacher, out, "--granularity", "group128", "--refit", "2")
+    return out, result
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_quantize_tells_what_it_made(made):
+    out, result = made
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    said = re.search(r"([\d.]+)% of the transformer's ([\d,]+) parameters", result.stderr)
+    with open_checkpoint(out) as checkpoint:
+        total = sum(int(np.prod(shape)) for shape in checkpoint.shapes.values())
+        assert checkpoint.description.quant.granularity == "group128"
+    assert int(said[2].replace(",", "")) == total
+
+
+def test_inspect(made):
+    result = run("inspect", made[0], "--quiet")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["layer", "shape", "zeros", "scale", "error", "bits"]
+    assert lines[1].startswith("double_blocks.0.img_attn.proj")
+    assert "a scale per group128" in lines[-3]
+    assert "times smaller than bf16" in lines[-1]
+
+
+def test_inspect_json_counts_right(made, teacher):
+    result = run("inspect", made[0], "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    with open_checkpoint(made[0]) as checkpoint:
+        for layer in report["layers"]:
+            codes = checkpoint.codes(layer["name"])
+            scale = checkpoint.read(f"{layer['name']}.scale").astype(np.float64)
+            assert layer["shape"] == list(codes.shape)
+            assert layer["zeros"] == pytest.approx(np.mean(codes == 1))
+            assert layer["scale"] == pytest.approx(scale.mean(), rel=1e-5)
+            rows, columns = codes.shape
+            stored = rows * -(-columns // 5) + 2 * rows * -(-columns // 128)
+            assert layer["bits"] == pytest.approx(8 * stored / codes.size)
+            assert 0.3 < layer["relative_error"] < 0.6
+        ternary = sum(np.prod(layer["shape"]) for layer in report["layers"])
+        total = sum(int(np.prod(shape)) for shape in checkpoint.shapes.values())
+    assert report["parameters"] == total
+    assert report["ternary_fraction"] == pytest.approx(ternary / total)
+
+
+def test_patterns(teacher, tmp_path):
+    arguments = ("--include", "single_blocks.*", "--exclude", "*.modulation.lin", "--quiet")
+    result = run("quantize", teacher, tmp_path / "m", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        assert checkpoint.layers == ["single_blocks.0.linear1", "single_blocks.0.linear2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--granularity", "row"), "granularity must be one of tensor, channel, group128"),
+        (("--activation-bits", "4"), "activation_bits must be 8 or 16, got 4"),
+        (("--include", "nothing.*"), "include pattern 'nothing.*' matches none"),
+    ],
+)
+def test_quantize_refuses(teacher, tmp_path, arguments, message):
+    result = run("quantize", teacher, tmp_path / "m", "--quiet", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_refuses_a_dense_checkpoint(teacher):
+    result = run("inspect", teacher)
+    assert result.exit_code == 2
+    assert "quantised by None, expected quant_method 'flux_ternary'" in result.stderr
+
+
+def test_no_such_folder(tmp_path):
+    result = run("inspect", tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert "cannot be read" in result.stderr

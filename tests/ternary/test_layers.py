@@ -1,0 +1,175 @@
+"""The ternary linears: the trained one and the packed one agree, and both fit into a block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flux_jax.configs import FluxConfig
+from flux_jax.layers import Linear
+from flux_jax.tree import split_flat, to_flat
+from ternary import layers
+from ternary.config import GRANULARITIES, QuantConfig
+from ternary.layers import FakeTernaryLinear, PackedParam, TernaryLinear
+from ternary.policy import Policy, linears, replace_linears, select
+from tests.random_module import random_module
+
+SMALL = FluxConfig(
+    in_channels=16,
+    vec_in_dim=24,
+    context_in_dim=24,
+    hidden_size=32,
+    num_heads=2,
+    depth=1,
+    depth_single_blocks=1,
+    axes_dim=(4, 6, 6),
+)
+
+
+def linear(columns=300, rows=24, dtype=jnp.float32, bias=True):
+    made = Linear(columns, rows, bias=bias, axes=("mlp", "embed"), dtype=dtype, rngs=nnx.Rngs(0))
+    if made.bias is not None:
+        made.bias[...] = jnp.arange(rows, dtype=dtype) / rows
+    return made
+
+
+def activations(columns=300, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, columns)), dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_frozen_equals_trained(granularity, bits, dtype):
+    config = QuantConfig(granularity=granularity, activation_bits=bits, refit_steps=1)
+    fake = FakeTernaryLinear.from_linear(linear(dtype=dtype), config)
+    frozen = fake.freeze()
+    x = activations(dtype=dtype)
+    trained, packed = np.asarray(fake(x), np.float32), np.asarray(frozen(x), np.float32)
+    assert fake(x).dtype == frozen(x).dtype == dtype
+    if bits == 8:
+        np.testing.assert_array_equal(trained, packed)
+    else:
+        # Equal operands; a compiler may sum them in another order.
+        np.testing.assert_allclose(trained, packed, rtol=2**-7, atol=1e-5)
+    dense = x.astype(jnp.float32) @ frozen.dense_weight().T + fake.bias[...][None, None]
+    # 8-bit activations are off by 0.5 / 127 of the largest, bf16 by 2^-9.
+    np.testing.assert_allclose(packed, np.asarray(dense), atol=0.03)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_low_rank_branch(learned):
+    dense = linear()
+    config = QuantConfig(rank=8, learned_scale=learned)
+    fake = FakeTernaryLinear.from_linear(dense, config)
+    frozen = fake.freeze()
+    x = activations()
+    np.testing.assert_allclose(np.asarray(fake(x)), np.asarray(frozen(x)), atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(frozen(x)),
+        np.asarray(x @ frozen.dense_weight().T + dense.bias[...][None, None]),
+        atol=1e-4,
+    )
+    plain = TernaryLinear.from_linear(dense, QuantConfig())
+    errors = [
+        float(jnp.linalg.norm(layer.dense_weight() - dense.weight[...]))
+        for layer in (plain, frozen)
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_every_parameter_learns():
+    fake = FakeTernaryLinear.from_linear(
+        linear(), QuantConfig(rank=2, learned_scale=True, activation_bits=8)
+    )
+    rebuild, flat = split_flat(fake)
+    assert set(flat) == {"weight", "log_scale", "bias", "low_rank_a", "low_rank_b"}
+
+    @jax.jit
+    def gradients(flat, x):
+        return jax.grad(lambda flat: jnp.sum(jnp.square(rebuild(flat)(x))))(flat)
+
+    for name, grad in gradients(flat, activations()).items():
+        assert np.isfinite(np.asarray(grad)).all(), name
+        assert np.asarray(grad).any(), name
+
+
+def test_latent_gradient_is_that_of_a_dense_weight():
+    """Straight through: `dw = dy.T @ x`, also for weights beyond the scale."""
+    fake = FakeTernaryLinear.from_linear(linear(), QuantConfig())
+    rebuild, flat = split_flat(fake)
+    x = activations()
+    g = jnp.asarray(np.random.default_rng(3).standard_normal((2, 5, 24)), jnp.float32)
+    dw = jax.grad(lambda flat: jnp.sum(rebuild(flat)(x) * g))(flat)["weight"]
+    expected = jnp.einsum("bln,blk->nk", g, x)
+    np.testing.assert_allclose(np.asarray(dw), np.asarray(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_without_bias():
+    plain = linear(bias=False)
+    frozen = TernaryLinear.from_linear(plain, QuantConfig())
+    assert frozen.bias is None
+    assert set(to_flat(frozen)) == {"packed", "scale"}
+
+
+def test_axes_follow_the_weight():
+    frozen = TernaryLinear.from_linear(linear(), QuantConfig(granularity="group128", rank=1))
+    axes = {name: getattr(frozen, name).get_metadata()["axes"] for name in to_flat(frozen)}
+    assert axes == {
+        "packed": ("mlp", "embed"),
+        "scale": ("mlp", None),
+        "bias": ("mlp",),
+        "low_rank_a": (None, "embed"),
+        "low_rank_b": ("mlp", None),
+    }
+
+
+def test_packed_codes_are_their_own_kind_of_parameter():
+    state = nnx.state(TernaryLinear.from_linear(linear(), QuantConfig()))
+    _, rest = nnx.split_state(state, PackedParam, ...)
+    assert set(rest) == {"scale", "bias"}
+
+
+@pytest.mark.parametrize("kind", [TernaryLinear, FakeTernaryLinear])
+def test_takes_the_place_of_a_linear_in_the_transformer(kind):
+    model = random_module("transformer", SMALL, jnp.bfloat16)
+    names = select(list(linears(model)), Policy())
+    replace_linears(model, names, lambda name, dense: kind.from_linear(dense, QuantConfig()))
+    assert sorted(linears(model, kind)) == sorted(names)
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    inputs = (
+        draw(2, 4, 16),
+        jnp.zeros((4, 3), jnp.int32),
+        draw(2, 3, 24),
+        jnp.zeros((3, 3), jnp.int32),
+        jnp.asarray([0.5, 0.7]),
+        draw(2, 24),
+        jnp.asarray([3.5, 3.5]),
+    )
+    graphdef, state = nnx.split(model)
+    velocity = jax.jit(lambda state: nnx.merge(graphdef, state)(*inputs))(state)
+    assert velocity.shape == (2, 4, 16)
+    assert velocity.dtype == jnp.bfloat16
+    assert np.isfinite(np.asarray(velocity, np.float32)).all()
+
+
+def test_shapes_without_weights():
+    abstract = nnx.eval_shape(lambda: TernaryLinear(3072, 9216, QuantConfig(rank=4)))
+    shapes = {name: (value.shape, value.dtype.name) for name, value in to_flat(abstract).items()}
+    assert shapes == {
+        "packed": ((9216, 768), "uint8"),
+        "scale": ((9216,), "float16"),
+        "bias": ((9216,), "bfloat16"),
+        "low_rank_a": ((4, 3072), "bfloat16"),
+        "low_rank_b": ((9216, 4), "bfloat16"),
+    }
+
+
+def test_smallest_scale_is_float16s():
+    assert np.float16(layers._SMALLEST) > 0
+    assert np.float16(layers._SMALLEST / 2.01) == 0
