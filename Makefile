@@ -40,7 +40,7 @@ demo: $(VENV)/.installed ## install, then draw an image from text with the shipp
 	@echo "The image is in $(abspath $(OUT))"
 
 test: $(VENV)/.installed-test ## install what the tests need, then run them (two at a time)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test ## ruff (format and rules) and pyright
 	$(BIN)/ruff format --check .

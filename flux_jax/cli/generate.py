@@ -131,6 +131,8 @@ def _generate(
         raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist")
     settings, expected = _settings(explicit, replay)
     model, dtype = settings.pop("model"), settings.pop("dtype")
+    if "negative_prompt" in settings and settings.get("true_cfg_scale", 1.0) <= 1:
+        logger.warning("--negative has no effect without --true-cfg above 1")
 
     watch = common.Stopwatch()
     with watch.stage("load and encode"):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -31,8 +32,10 @@ def test_tiny_run_writes_a_result(tmp_path, monkeypatch):
     assert "matmul" in (tmp_path / "p" / "table.txt").read_text()
 
 
-def test_variants_compute_the_same(monkeypatch):
+def test_variants_compute_the_same():
     config, step = step_worker.SIZES["tiny"]
+    # Two of each kind of block, in turn, are as good as all of them.
+    config = dataclasses.replace(config, depth=2, depth_single_blocks=2)
     graphdef, state = step_worker.random_weights(config)
     sets = step_worker.random_inputs(config, step)
     outputs = {}

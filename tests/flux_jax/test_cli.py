@@ -105,6 +105,13 @@ def test_replay_says_when_the_weights_are_others(folder, tmp_path, caplog):
     assert f"other weights (fingerprint {'0' * 16}, here {record.fingerprint})" in caplog.text
 
 
+def test_a_negative_prompt_without_effect_is_told(folder, tmp_path, caplog):
+    caplog.clear()
+    draw(folder, tmp_path / "image.png", "a cube", "--seed", 1, "--negative", "a star")
+    assert "--negative has no effect without --true-cfg above 1" in caplog.text
+    assert read_png(tmp_path / "image.png").negative_prompt is None
+
+
 def test_json_quiet_and_no_metadata(folder, tmp_path):
     out = tmp_path / "image.png"
     result = draw(folder, out, "a cube", "--seed", 1, "--json", "--quiet", "--no-metadata")

@@ -26,6 +26,8 @@ from ternary.layers import FakeTernaryLinear
 from ternary.policy import Policy, linears, replace_linears, select
 from ternary.trajectory import Trajectories
 
+pytestmark = pytest.mark.slow
+
 FLUX = FluxConfig(
     in_channels=8,
     vec_in_dim=12,
