@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -119,6 +120,4 @@ class AutoencoderTrainer:
 
 def psnr(mean_squared_error: float) -> float:
     """Decibels for images in [-1, 1]."""
-    import math
-
     return 10.0 * math.log10(4.0 / max(mean_squared_error, 1e-12))

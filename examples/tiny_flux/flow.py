@@ -162,7 +162,8 @@ class FlowTrainer:
         self._flow_step = jax.jit(self._update_flow, **options)
         self._guidance_step = jax.jit(self._update_guidance, **options)
 
-    def _model(self, params: Flat) -> TextAndFlow:
+    def model(self, params: Flat) -> TextAndFlow:
+        """The three networks in bf16 with these parameters."""
         return self.rebuild({name: value.astype(jnp.bfloat16) for name, value in params.items()})
 
     def _batch(
@@ -211,7 +212,7 @@ class FlowTrainer:
         captions, noisy, target, times, _ = self._batch(data, index)
 
         def loss_of(values: Flat) -> Float[Array, ""]:
-            model = self._model(values)
+            model = self.model(values)
             guidance = jnp.ones_like(times)
             out = model.velocity(noisy, model.encode(*captions), times, guidance)
             return jnp.mean(jnp.square(out - target))
@@ -236,7 +237,7 @@ class FlowTrainer:
         )
         scale = jnp.where(jax.random.bernoulli(choice_key, 0.8, times.shape), drawn, 1.0)
 
-        guide = self._model(teacher)
+        guide = self.model(teacher)
         ones = jnp.ones_like(times)
         empty = jnp.broadcast_to(data.empty_t5_ids[None].astype(jnp.int32), t5_ids.shape)
         empty_clip = jnp.broadcast_to(data.empty_clip_ids[None].astype(jnp.int32), clip_ids.shape)
@@ -246,7 +247,7 @@ class FlowTrainer:
         target = jnp.where((scale > 1.0)[:, None, None], guided, target)
 
         def loss_of(values: Flat) -> Float[Array, ""]:
-            model = self._model(values)
+            model = self.model(values)
             out = model.velocity(noisy, model.encode(t5_ids, clip_ids), times, scale)
             return jnp.mean(jnp.square(out - target))
 

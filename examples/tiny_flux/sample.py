@@ -53,7 +53,7 @@ class Sampler:
             guidance: Float[Array, ""],
             key: Array,
         ) -> Float[Array, "B H W 3"]:
-            model = trainer._model(params)
+            model = trainer.model(params)
             text = model.encode(t5_ids, clip_ids)
             count = t5_ids.shape[0]
             tokens = jax.random.normal(key, (count, (side // 2) ** 2, config.latent_channels * 4))

@@ -126,7 +126,9 @@ def train_autoencoder(
 def encode_scenes(
     trainer: AutoencoderTrainer, scenes: SceneArrays, mesh: Mesh, batch: int
 ) -> tuple[jax.Array, AutoencoderConfig]:
-    """All scenes as bf16 image tokens with zero mean and unit variance over the data set.
+    """All scenes as bf16 image tokens, of about zero mean and unit variance.
+
+    Shift and scale are measured on the first `batch` scenes and serve for all.
 
     Returns:
       tokens (N, I, P), and the autoencoder's config with the shift and scale that did it.
