@@ -40,8 +40,10 @@ LAYOUTS = {
     "transformer_step": Layout(
         title="FLUX.1-dev transformer, one step, 1024 x 1024, batch 1, bf16, random weights",
         rows=(
-            ("step_ms", "time per step"),
+            ("step_ms", "time per step, steps queued"),
             ("step_ms/hoisted", "as the pipeline runs it: modulation computed before the loop"),
+            ("waited_ms", "time per step, each waited for"),
+            ("waited_ms/hoisted", "as the pipeline runs it"),
             ("floor_ms", "its products and attention, each timed alone"),
             ("peak_gib", "peak memory"),
             ("paper_total_gib", "weights and activations, computed"),

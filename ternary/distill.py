@@ -226,15 +226,20 @@ class StepFunction:
         )
         return TrainState(params, ema, optimizer, pool, state.step + 1), metrics
 
-    def start(self, params: Flat) -> TrainState:
-        """The state before the first step, from the student's parameters."""
+    def start(self, params: Flat, seed: int | Int[Array, ""] = 0) -> TrainState:
+        """The state before the first step, from the student's parameters, which are copied.
+
+        Args:
+          params: of the student.
+          seed: of the trajectories.
+        """
         master = jnp.dtype(self.config.master_dtype)
-        params = {name: value.astype(master) for name, value in params.items()}
+        params = {name: jnp.array(value, master) for name, value in params.items()}
         return TrainState(
             params=params,
             ema=jax.tree.map(jnp.copy, params) if self.config.ema else {},
             optimizer=self.optimizer.init(params),
-            pool=self.trajectories.start(),
+            pool=self.trajectories.start(seed),
             step=jnp.int32(0),
         )
 

@@ -31,7 +31,9 @@ class Pool(NamedTuple):
       prompt: (G, B) row of the prompt set.
       guidance: (G, B) scale.
       on_policy: (G, B) whether the student leads.
-      started: (G, B) trajectories begun in this place: with the place, it selects the random draws.
+      started: (G, B) trajectories begun in this place.
+      seed: (G, B) of the random draws, the same everywhere; with it, the place and `started` they
+        are determined.
     """
 
     x: Float[Array, "G B I P"]
@@ -41,6 +43,7 @@ class Pool(NamedTuple):
     guidance: Float[Array, "G B"]
     on_policy: Bool[Array, "G B"]
     started: Int[Array, "G B"]
+    seed: Int[Array, "G B"]
 
 
 class States(NamedTuple):
@@ -62,7 +65,6 @@ class Trajectories:
       tokens: (image tokens, channels of a token).
       batch_size: trajectories of a group.
       prompts: size of the prompt set.
-      seed: of every draw.
     """
 
     def __init__(
@@ -73,13 +75,11 @@ class Trajectories:
         tokens: tuple[int, int],
         batch_size: int,
         prompts: int,
-        seed: int,
     ):
         self.config = config
         self.tokens = tokens
         self.batch_size = batch_size
         self.prompts = prompts
-        self.key = jax.random.key(seed)
         longest = max(config.sampling_steps)
         table = np.zeros((len(config.sampling_steps), longest + 1), np.float32)
         for row, steps in enumerate(config.sampling_steps):
@@ -87,9 +87,11 @@ class Trajectories:
         self.sigmas = jnp.asarray(table)
         self.lengths = jnp.asarray(config.sampling_steps, jnp.int32)
 
-    def _begin(self, place: Int[Array, ""], started: Int[Array, ""]) -> tuple[Array, ...]:
+    def _begin(
+        self, seed: Int[Array, ""], place: Int[Array, ""], started: Int[Array, ""]
+    ) -> tuple[Array, ...]:
         """A new trajectory for one place: x, schedule, prompt, guidance, on_policy."""
-        key = jax.random.fold_in(jax.random.fold_in(self.key, place), started)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), place), started)
         keys = jax.random.split(key, 5)
         low, high = self.config.guidance
         return (
@@ -100,14 +102,20 @@ class Trajectories:
             jax.random.bernoulli(keys[4], self.config.on_policy),
         )
 
-    def start(self) -> Pool:
-        """A pool of fresh noise."""
+    def start(self, seed: int | Int[Array, ""]) -> Pool:
+        """A pool of fresh noise.
+
+        Args:
+          seed: of every draw, now and later.
+        """
         shape = (self.config.groups, self.batch_size)
         places = jnp.arange(shape[0] * shape[1]).reshape(shape)
-        zeros = jnp.zeros(shape, jnp.int32)
+        seeds = jnp.full(shape, seed, jnp.int32)
+        # Arrays of their own: a step that is given its state to overwrite takes none twice.
+        position, started = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
         begin = jax.vmap(jax.vmap(self._begin))
-        x, schedule, prompt, guidance, on_policy = begin(places, zeros)
-        return Pool(x, zeros, schedule, prompt, guidance, on_policy, zeros)
+        x, schedule, prompt, guidance, on_policy = begin(seeds, places, started)
+        return Pool(x, position, schedule, prompt, guidance, on_policy, started, seeds)
 
     def stagger(self) -> Int[Array, "G B"]:
         """How far to lead each trajectory before training, so that all times are met at once."""
@@ -150,7 +158,8 @@ class Trajectories:
         done = position >= self.lengths[pool.schedule[group]]
         started = pool.started[group] + done
         places = group * self.batch_size + jnp.arange(self.batch_size)
-        fresh = jax.vmap(self._begin)(places, started)
+        seed = pool.seed[group]
+        fresh = jax.vmap(self._begin)(seed, places, started)
 
         def choose(new: Array, old: Array) -> Array:
             return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new, old)
@@ -163,6 +172,7 @@ class Trajectories:
             guidance=choose(fresh[3], pool.guidance[group]),
             on_policy=choose(fresh[4], pool.on_policy[group]),
             started=started,
+            seed=seed,
         )
         if moving is not None:
             moved = Pool(

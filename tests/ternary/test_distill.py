@@ -60,7 +60,6 @@ def make_parts(config=CONFIG, *, batch=4, quant=None, axis_name=None, policy=SOM
         tokens=(4, FLUX.in_channels),
         batch_size=batch,
         prompts=5,
-        seed=0,
     )
     rng = np.random.default_rng(0)
     prompts = PromptSet(

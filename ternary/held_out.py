@@ -1,0 +1,102 @@
+"""Held-out prompts: the same noise drawn by teacher and student, and how far they are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from flux_jax import images
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.transformer import FluxTransformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A student's pictures beside the teacher's.
+
+    Attributes:
+      images: (N, H, W, 3) in [0, 1], the student's.
+      psnr: (N,) dB against the teacher's image from the same noise.
+      score: composition score of the student, where the prompts have one; None otherwise.
+    """
+
+    images: Float[np.ndarray, "N H W 3"]
+    psnr: Float[np.ndarray, " N"]
+    score: float | None = None
+
+    @property
+    def median_psnr(self) -> float:
+        return float(np.median(self.psnr))
+
+
+def psnr(
+    ours: Float[np.ndarray, "N H W 3"], theirs: Float[np.ndarray, "N H W 3"]
+) -> Float[np.ndarray, " N"]:
+    """Peak signal-to-noise ratio of images in [0, 1], dB; equal images have 99."""
+    error = np.mean(np.square(ours.astype(np.float64) - theirs), axis=(1, 2, 3))
+    return -10.0 * np.log10(np.maximum(error, 10**-9.9))
+
+
+class HeldOut:
+    """Draws the held-out prompts with any transformer, always from the same noise.
+
+    Args:
+      pipe: the teacher's pipeline.
+      embeds: N encoded prompts.
+      seed: image i has seed `seed + i`.
+      num_inference_steps, guidance_scale, height, width: as in the pipeline's call.
+      batch_size: images drawn together.
+    """
+
+    def __init__(
+        self,
+        pipe: FluxPipeline,
+        embeds: PromptEmbeds,
+        *,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 3.5,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+    ):
+        self._parts = {"vae": pipe.vae, "scheduler": pipe.scheduler, "vae_tiling": pipe.vae_tiling}
+        self.embeds = embeds
+        self._settings = {
+            "seed": [seed + row for row in range(len(embeds.prompts))],
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+            "batch_size": batch_size,
+        }
+        self.teacher = self.draw(pipe.transformer)
+
+    def draw(self, transformer: FluxTransformer) -> Float[np.ndarray, "N H W 3"]:
+        """The images of one transformer, in [0, 1]."""
+        pipe = FluxPipeline(transformer=transformer, text_encoders=TextEncoders(), **self._parts)
+        output = pipe(self.embeds, output_type="np", progress=False, **self._settings)
+        return np.asarray(output.images)
+
+    def compare(self, student: FluxTransformer) -> Comparison:
+        """Draw with the student, and measure against the teacher's images."""
+        drawn = self.draw(student)
+        return Comparison(images=drawn, psnr=psnr(drawn, self.teacher))
+
+
+def grid(
+    teacher: Float[np.ndarray, "N H W 3"], student: Float[np.ndarray, "N H W 3"], *, pairs: int = 4
+) -> Image.Image:
+    """Teacher | student side by side, `pairs` pairs to a row, white between the pairs."""
+    joined = np.concatenate((teacher, student), axis=2)
+    count, height, width, _ = joined.shape
+    rows, gap = -(-count // pairs), max(2, height // 32)
+    canvas = np.ones((rows * (height + gap) - gap, pairs * (width + gap) - gap, 3), np.float32)
+    for index, picture in enumerate(joined):
+        top, left = (index // pairs) * (height + gap), (index % pairs) * (width + gap)
+        canvas[top : top + height, left : left + width] = picture
+    return Image.fromarray(images.to_uint8(canvas))
