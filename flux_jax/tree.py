@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -23,8 +23,20 @@ def to_flat(module: nnx.Module) -> Flat:
 
     Of a module from `nnx.eval_shape`, the values are `jax.ShapeDtypeStruct`s.
     """
-    state = nnx.state(module, nnx.Param)
-    return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(state)}
+    # Not `nnx.to_flat_state`, nor a filter: both leave reference cycles, which would keep the arrays
+    # of a module that is dropped until the garbage collector comes by.
+    found = _variables(nnx.state(module), ())
+    return {parameter_path(path): v.get_value() for path, v in found if isinstance(v, nnx.Param)}
+
+
+def _variables(
+    node: Mapping[Any, Any], path: tuple[Any, ...]
+) -> Iterator[tuple[tuple[Any, ...], nnx.Variable]]:
+    for key, value in node.items():
+        if isinstance(value, nnx.Variable):
+            yield (*path, key), value
+        else:
+            yield from _variables(value, (*path, key))
 
 
 def split_flat(module: Module) -> tuple[Callable[[Mapping[str, jax.Array]], Module], Flat]:

@@ -307,14 +307,26 @@ def _stored_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the checkpoint, one layer at a time."""
     for path, layer in layers.items():
-        frozen = layer.freeze() if isinstance(layer, FakeTernaryLinear) else layer
-        for name, value in to_flat(frozen).items():
-            host = np.asarray(value)
-            if name == "packed":
-                yield path + CODES, pack_base3(unpack_codes(host, frozen.in_features))
-            else:
-                dtype = np.float16 if name == "scale" else BFLOAT16
-                yield f"{path}.{name}", host.astype(dtype)
+        yield from stored_layer(path, layer)
     for name, value in to_flat(transformer).items():
         if name.rpartition(".")[0] not in layers:
             yield name, np.asarray(jnp.asarray(value, jnp.bfloat16))
+
+
+def stored_layer(
+    path: str, layer: TernaryLinear | FakeTernaryLinear
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of one ternary linear, as they are stored.
+
+    Args:
+      path: of the layer in the transformer.
+      layer: a fake-ternary one is frozen.
+    """
+    frozen = layer.freeze() if isinstance(layer, FakeTernaryLinear) else layer
+    for name, value in to_flat(frozen).items():
+        if name == "packed":
+            # Unpacked where the array is, which may be a quick device.
+            yield path + CODES, pack_base3(np.asarray(unpack_codes(value, frozen.in_features)))
+        else:
+            dtype = np.float16 if name == "scale" else BFLOAT16
+            yield f"{path}.{name}", np.asarray(value).astype(dtype)

@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from flux_jax.errors import exit_on_user_error
+from ternary.commands.calibrate import calibrate
+from ternary.commands.distill import distill
 
 app = typer.Typer(
     name="ternary",
@@ -20,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.command()(calibrate)
+app.command()(distill)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
 

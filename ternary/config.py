@@ -120,6 +120,92 @@ class DistillConfig:
             raise UserError(f"ema must be in [0, 1), got {self.ema}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """How a transformer is calibrated block by block.
+
+    Attributes:
+      samples: states at which every block is trained.
+      states_each: how many of them one trajectory of the teacher gives, spread over its length.
+      sampling_steps: Euler steps of a trajectory.
+      guidance: range from which each trajectory draws its scale (guidance-distilled models).
+      batch_size: samples of an optimiser step, and of a pass without gradients.
+      accumulate: parts in which a batch goes through the gradient: memory for time.
+      steps: optimiser steps of each block.
+      learning_rate: at its highest; best in proportion to the weights: a quarter of the default at
+        FLUX.1-dev's width.
+      warmup, decay, optimizer, weight_decay, max_grad_norm: as in `DistillConfig`, for each block.
+      compute_dtype: of all passes and of the streams.
+      master_dtype: of the latent weights and the optimiser.
+      blocks: which blocks are trained: the first so many, or their names; None for all. The others
+        are only rounded.
+      seed: of every draw.
+    """
+
+    samples: int = 256
+    states_each: int = 4
+    sampling_steps: int = 20
+    guidance: tuple[float, float] = (1.0, 5.0)
+    batch_size: int = 8
+    accumulate: int = 1
+    steps: int = 200
+    learning_rate: float = 2e-3
+    warmup: int = 10
+    decay: float = 0.5
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    compute_dtype: str = "bfloat16"
+    master_dtype: str = "float32"
+    blocks: int | tuple[str, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", tuple(self.guidance))
+        if isinstance(self.blocks, list):
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+        counts = ("samples", "states_each", "sampling_steps", "batch_size", "accumulate", "steps")
+        for name in counts:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.states_each > self.sampling_steps:
+            raise UserError(
+                f"states_each must be at most sampling_steps ({self.sampling_steps}), got "
+                f"{self.states_each}"
+            )
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"accumulate must divide batch_size ({self.batch_size}), got {self.accumulate}"
+            )
+        if len(self.guidance) != 2 or not 0.0 <= self.guidance[0] <= self.guidance[1]:
+            raise UserError(f"guidance is a range (low, high), got {self.guidance}")
+        if isinstance(self.blocks, int) and self.blocks < 0:
+            raise UserError(f"blocks must be a number of at least 0, or names, got {self.blocks}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
+        self.training()
+
+    def training(self) -> DistillConfig:
+        """One block's training, as a configuration of the optimiser.
+
+        Raises:
+          UserError: a field that `DistillConfig` refuses.
+        """
+        return DistillConfig(
+            steps=self.steps,
+            accumulate=self.accumulate,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            decay=self.decay,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            compute_dtype=self.compute_dtype,
+            master_dtype=self.master_dtype,
+        )
+
+
 def scale_shape(granularity: str, out_features: int, in_features: int) -> tuple[int, ...]:
     """The shape of a weight's scale: (), (N,) or (N, G)."""
     return {

@@ -7,6 +7,7 @@ runs under `jit` on one device or a mesh (`Distiller`), or under `pmap` (`pmap_s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -113,6 +114,7 @@ class StepFunction:
       teacher, student: transformers of one configuration; the student's linears are fake-ternary.
       config: how to train.
       trajectories: where states come from.
+      grid: image tokens (rows, columns); by default, of a square.
       axis_name: the `pmap` axis over which gradients and metrics are averaged, if any.
     """
 
@@ -123,11 +125,18 @@ class StepFunction:
         config: DistillConfig,
         trajectories: Trajectories,
         *,
+        grid: tuple[int, int] | None = None,
         axis_name: str | None = None,
     ):
         self.config = config
         self.trajectories = trajectories
         self.axis_name = axis_name
+        side = math.isqrt(trajectories.tokens[0])
+        self._grid = (side, side) if grid is None else grid
+        if math.prod(self._grid) != trajectories.tokens[0]:
+            raise ValueError(
+                f"grid must hold the {trajectories.tokens[0]} image tokens, got {self._grid}"
+            )
         self.optimizer = make_optimizer(config)
         self._teacher, _ = split_flat(teacher)
         self._student, _ = split_flat(student)
@@ -138,8 +147,7 @@ class StepFunction:
         self, model: FluxTransformer, states: States, text: PromptSet, *, blocks: bool, remat: bool
     ) -> tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]]:
         dtype = model.img_in.weight.dtype
-        side = round(states.x.shape[1] ** 0.5)
-        grid = jnp.asarray(image_ids(side, states.x.shape[1] // side))
+        grid = jnp.asarray(image_ids(*self._grid))
         words = jnp.asarray(text_ids(text.txt.shape[1]))
         guidance = states.guidance if self._guided else None
         mods = model.modulations(model.conditioning(states.sigma, text.pooled, guidance))
@@ -154,6 +162,14 @@ class StepFunction:
             on_block=outputs.append if blocks else None,
         )
         return velocity.astype(jnp.float32), outputs
+
+    def student(self, params: Flat) -> FluxTransformer:
+        """The student with these parameters, as it computes."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        # A fake-ternary layer rounds its own latent weights, and from their full precision.
+        return self._student(
+            {n: v if n in self._latent else v.astype(dtype) for n, v in params.items()}
+        )
 
     def teacher_velocity(
         self, teacher: Flat, states: States, prompts: PromptSet
@@ -171,11 +187,7 @@ class StepFunction:
         target: tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]],
     ) -> tuple[Float[Array, ""], tuple[Float[Array, "B I P"], Metrics]]:
         """The loss at some states; also the student's velocity there and the metrics."""
-        dtype = jnp.dtype(self.config.compute_dtype)
-        # A fake-ternary layer rounds its own latent weights, and from their full precision.
-        model = self._student(
-            {n: v if n in self._latent else v.astype(dtype) for n, v in params.items()}
-        )
+        model = self.student(params)
         wanted, wanted_blocks = target
         velocity, blocks = self._velocity(
             model,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_jax.configs import FluxConfig
+from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.errors import UserError
 from ternary.format import Shape, Stored
 
@@ -25,12 +25,14 @@ class Pipeline:
       shapes: of its parameters, by our names.
       read: a parameter by name, as it is stored (float8 becomes bfloat16).
       write_rest: writes everything but the transformer's weights to a folder, in diffusers' layout.
+      scheduler: the noise schedule; None where the source has none.
     """
 
     config: FluxConfig
     shapes: dict[str, Shape]
     read: Callable[[str], np.ndarray]
     write_rest: Callable[[Path], None]
+    scheduler: SchedulerConfig | None = None
 
 
 @contextlib.contextmanager
@@ -68,6 +70,7 @@ def open_pipeline(path_or_repo_id: str | Path) -> Iterator[Pipeline]:
             shapes={name: spec.shape for name, spec in transformer.reader.specs.items()},
             read=lambda name: read_whole(transformer.reader, name),
             write_rest=write_rest,
+            scheduler=opened.scheduler,
         )
 
 

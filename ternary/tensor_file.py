@@ -14,7 +14,12 @@ import numpy as np
 
 from ternary.format import BFLOAT16, Stored
 
-_KINDS = {np.dtype(np.uint8): "U8", np.dtype(np.float16): "F16", BFLOAT16: "BF16"}
+_KINDS = {
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.float32): "F32",
+    BFLOAT16: "BF16",
+}
 
 
 class TensorFile:

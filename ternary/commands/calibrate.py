@@ -1,0 +1,235 @@
+"""`python -m ternary calibrate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flux_jax.errors import UserError, exit_on_user_error
+
+
+def calibrate(
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="tiny, a diffusers folder or hub id, a Black Forest Labs file, or a Flax "
+            "checkpoint.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        Path, typer.Option(help="UTF-8 text, one prompt a line.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to be made.", show_default=False)],
+    granularity: Annotated[
+        str, typer.Option(help="What shares a scale: tensor, channel, or group128.")
+    ] = "channel",
+    activation_bits: Annotated[
+        int, typer.Option(help="16, or 8 for int8 activations with a scale per token.")
+    ] = 16,
+    refit: Annotated[
+        int, typer.Option(min=0, help="Least-squares refits of the scale after the absolute mean.")
+    ] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Of a 16-bit branch beside each weight.")] = 0,
+    learned_scale: Annotated[
+        bool, typer.Option("--learned-scale", help="Train the scales beside the weights.")
+    ] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Linears to be ternary, by pattern (`*` stands for anything); may be repeated.",
+            show_default="every linear of every block",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Linears that stay as they are; may be repeated.", show_default="none"),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="States at which each block is trained.")] = 256,
+    states_each: Annotated[int, typer.Option(help="States from one trajectory.")] = 4,
+    sampling_steps: Annotated[int, typer.Option(help="Euler steps of a trajectory.")] = 20,
+    guidance: Annotated[
+        tuple[float, float], typer.Option(help="Range of the guidance scale (dev).")
+    ] = (1.0, 5.0),
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each block.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="States of a step.")] = 8,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a batch is computed: memory for time.")
+    ] = 1,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 2e-3,
+    optimizer: Annotated[str, typer.Option(help="adamw, adafactor or lion.")] = "adamw",
+    master_dtype: Annotated[
+        str, typer.Option(help="Of the latent weights: float32 or bfloat16.")
+    ] = "float32",
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="Train only the first so many blocks, or those named, with commas between.",
+            show_default="all",
+        ),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Of the images, in pixels.", show_default="the model's own")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Of the images, in pixels.", show_default="the model's own")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of T5.", show_default="the model's own")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    latents: Annotated[
+        bool, typer.Option(help="Also write the latent weights, from which distill starts.")
+    ] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing checkpoint, once the new is whole.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")
+    ] = False,
+) -> None:
+    """Make a transformer ternary and train it block by block, from prompts alone.
+
+    One block is on the device at a time. The target is a whole pipeline in diffusers' layout whose
+    transformer is ternary, with the latent weights beside it. A run that was killed goes on where
+    it was: finished blocks wait in OUT.calibration.
+
+    \b
+    Examples:
+      python -m ternary calibrate --teacher tiny --prompts prompts.txt --out OUT
+      python -m ternary calibrate --teacher black-forest-labs/FLUX.1-dev --prompts prompts.txt \\
+        --out OUT --batch-size 4 --accumulate 4
+    """
+    with exit_on_user_error():
+        # Late: JAX takes a second, and --help should not.
+        from flux_jax.loading import resolve
+        from ternary import files
+        from ternary.calibration_run import (
+            calibrate_checkpoint,
+            choose_prompts,
+            encode_prompts,
+            image_grid,
+        )
+        from ternary.config import CalibrateConfig, QuantConfig
+        from ternary.policy import DEFAULT_PATTERNS, Policy
+        from ternary.prompts import read_prompts
+
+        quant = QuantConfig(
+            granularity=granularity,
+            activation_bits=activation_bits,
+            refit_steps=refit,
+            rank=rank,
+            learned_scale=learned_scale,
+        )
+        policy = Policy(include=tuple(include or DEFAULT_PATTERNS), exclude=tuple(exclude or ()))
+        config = CalibrateConfig(
+            samples=samples,
+            states_each=states_each,
+            sampling_steps=sampling_steps,
+            guidance=guidance,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            steps=steps,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            master_dtype=master_dtype,
+            blocks=parse_blocks(blocks),
+            seed=seed,
+        )
+        files.check_target(out, force=force)
+        texts = read_prompts(prompts)
+        src = resolve(teacher)
+        grid = image_grid(src, height, width)
+        texts = choose_prompts(texts, config)
+        encoded = encode_prompts(src, texts, max_sequence_length=max_sequence_length)
+        with Bars(config.steps, quiet=quiet) as bars:
+            result = calibrate_checkpoint(
+                src,
+                out,
+                encoded,
+                quant,
+                policy,
+                config,
+                grid=grid,
+                latents=latents,
+                force=force,
+                listener=bars.listener(),
+            )
+        if not quiet:
+            size = sum(file.stat().st_size for file in (out / "transformer").iterdir())
+            typer.echo(
+                f"{out}: {result.coverage.fraction:.2%} of the transformer's "
+                f"{result.coverage.total:,} parameters are ternary; {size / 1e6:,.1f} MB, "
+                f"{2 * result.coverage.total / size:.2f} times smaller than bf16",
+                err=True,
+            )
+
+
+def parse_blocks(text: str | None) -> int | tuple[str, ...] | None:
+    """`--blocks`: a number, names with commas between, or nothing."""
+    if text is None:
+        return None
+    if text.isdigit():
+        return int(text)
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise UserError(f"--blocks must be a number or names of blocks, got {text!r}")
+    return names
+
+
+class Bars:
+    """Progress on stderr: a bar for the trajectories, then one for each part, with its loss."""
+
+    def __init__(self, steps: int, *, quiet: bool):
+        self._steps = steps
+        self._quiet = quiet
+        self._bar: Any = None
+        self._what = ""
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def listener(self) -> Any:
+        """What `calibrate_checkpoint` tells."""
+        from ternary.calibrate import Listener
+
+        bars = self
+
+        class Shown(Listener):
+            def on_states(self, done: int, total: int) -> None:
+                bars._show("trajectories", done, total)
+
+            def on_step(self, part: Any, step: int, loss: float) -> None:
+                bars._show(part.name, step, bars._steps)
+                bars._bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
+
+            def on_part(self, part: Any, report: Any) -> None:
+                bars._close()
+                if not bars._quiet:
+                    change = f"{report.before:.4g} -> {report.after:.4g}"
+                    line = f"{part.name}: loss {change} in {report.seconds:.1f} s"
+                    print(line, file=sys.stderr)
+
+        return Shown()
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if what != self._what:
+            self._close()
+            self._what = what
+            self._bar = tqdm(
+                total=total, desc=what, disable=self._quiet, file=sys.stderr, leave=False
+            )
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._what = None, ""

@@ -1,0 +1,97 @@
+"""`python -m ternary distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flux_jax.errors import exit_on_user_error
+
+
+def distill(
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="tiny, a diffusers folder or hub id, a Black Forest Labs file, or a Flax "
+            "checkpoint.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        Path, typer.Option(help="UTF-8 text, one prompt a line.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="The run's folder; a run that is there goes on.", show_default=False),
+    ],
+    config: Annotated[
+        Path | None, typer.Option(help="Settings, as YAML.", show_default="the defaults")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one setting, as distill.steps=2000; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `calibrate` wrote: its latent weights are the start.",
+            show_default="the teacher's weights",
+        ),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts to draw during the run, never trained on: a text file, or composition "
+            "for those that come with a score.",
+            show_default="some of PROMPTS",
+        ),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show-config", help="Print the settings as YAML, and end.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")
+    ] = False,
+) -> None:
+    """Train a ternary student to its teacher's velocities, from prompts alone.
+
+    The run's folder takes everything: settings, metrics (CSV and TensorBoard), pictures of teacher
+    and student from the same noise, checkpoints, and at the end student/, a whole pipeline. A run
+    that was killed goes on, with the same losses, when the command is given again.
+
+    \b
+    Examples:
+      python -m ternary distill --teacher tiny --prompts prompts.txt --out RUN --set distill.steps=200
+      python -m ternary distill --teacher black-forest-labs/FLUX.1-dev --prompts prompts.txt \\
+        --start CALIBRATED --config run.yaml --out RUN
+    """
+    with exit_on_user_error():
+        # Late: JAX takes a second, and --help should not.
+        from ternary.run_config import read_run_config, to_yaml
+
+        settings = read_run_config(config, change or ())
+        if show:
+            typer.echo(to_yaml(settings), nl=False)
+            return
+        from flux_jax.compile_cache import enable_compilation_cache
+        from ternary.run import Task, distill
+
+        enable_compilation_cache()
+        task = Task(teacher=teacher, prompts=prompts, start=start, held_out=held_out)
+        outcome = distill(task, out, settings, progress=not quiet)
+        if not quiet:
+            parts = [f"{outcome.student}: {outcome.steps:,} steps, loss {outcome.loss:.5f}"]
+            if outcome.median_psnr is not None:
+                parts.append(f"held-out pictures {outcome.median_psnr:.2f} dB (median)")
+            if outcome.score is not None:
+                parts.append(
+                    f"score {outcome.score:.3f} of the teacher's {outcome.teacher_score:.3f}"
+                )
+            typer.echo("; ".join(parts), err=True)

@@ -1,0 +1,88 @@
+"""What a run reports: a row of CSV for every step, TensorBoard, and whether all is finite."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+class Table:
+    """A CSV file that grows by rows with a `step`, and can be cut back to a step.
+
+    Args:
+      path: the file; rows that it has are kept, but for those beyond `step`.
+      columns: names, `step` first.
+      step: the last step whose row counts.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], step: int):
+        rows = [row for row in _read(path, columns) if int(row[0]) <= step]
+        unfinished = path.with_suffix(".tmp")
+        with unfinished.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+        unfinished.replace(path)
+        self._columns = tuple(columns)
+        self._file = path.open("a", newline="")
+        self._rows = csv.writer(self._file)
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows; floats with all the digits that tell them apart."""
+        for row in rows:
+            self._rows.writerow([_cell(row[name]) for name in self._columns])
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cell(value: Any) -> Any:
+    return repr(value) if isinstance(value, float) else value
+
+
+def _read(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    # A row that was cut off by a kill is no row.
+    return [row for row in rows[1:] if len(row) == len(columns) and row[0].isdigit()]
+
+
+class Board:
+    """TensorBoard's event file.
+
+    Args:
+      folder: where it goes; made if absent.
+      step: events beyond it, of an earlier process, are hidden.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        # Late: protocol buffers take a while to import.
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        import numpy as np
+
+        self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def first_not_finite(rows: Iterable[Mapping[str, Any]], column: str) -> int | None:
+    """The step of the first row whose value is NaN or infinite."""
+    for row in rows:
+        if not math.isfinite(row[column]):
+            return int(row["step"])
+    return None

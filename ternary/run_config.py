@@ -1,0 +1,179 @@
+"""The settings of a distillation run, as one YAML file holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from flux_jax.errors import UserError
+from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig
+from ternary.policy import Policy
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes.
+
+    Attributes:
+      quant, policy: what becomes ternary, and how.
+      trajectory: where the states come from.
+      distill: how the student is trained.
+      batch_size: states of one group of trajectories, over all devices.
+      seed: of every draw.
+      height, width: pixels of the pictures whose trajectories are followed; None for the model's.
+      max_sequence_length: T5 tokens of a prompt; None for the model's.
+      held_out: prompts of the file that are kept from training, to be drawn; not used where
+        held-out prompts are given apart.
+      sample_every: steps between two drawings of the held-out prompts; 0 for the last step alone.
+      sampling_steps, guidance_scale: with which they are drawn.
+      sample_batch_size: images drawn together.
+      log_every: steps between two looks at the metrics.
+      checkpoint_every: steps between two checkpoints.
+      checkpoints: how many are kept.
+    """
+
+    quant: QuantConfig = QuantConfig()
+    policy: Policy = Policy()
+    trajectory: TrajectoryConfig = TrajectoryConfig()
+    distill: DistillConfig = DistillConfig()
+    batch_size: int = 8
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
+    held_out: int = 16
+    sample_every: int = 2000
+    sampling_steps: int = 28
+    guidance_scale: float = 3.5
+    sample_batch_size: int = 1
+    log_every: int = 20
+    checkpoint_every: int = 500
+    checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_every", "checkpoint_every", "checkpoints"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("held_out", "sample_every", "seed"):
+            _at_least(name, getattr(self, name), 0)
+
+
+def _at_least(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+
+def read_run_config(path: Path | None, changes: Sequence[str] = ()) -> RunConfig:
+    """A run's settings from a YAML file, with single values changed.
+
+    Args:
+      path: the file; None for the defaults.
+      changes: "distill.steps=2000" and the like; the values are YAML.
+
+    Raises:
+      UserError: no such file, no mapping, a key that does not exist, or a value out of range.
+    """
+    content: Any = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise UserError(f"cannot read the settings {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"the settings {path} are not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"the settings {path} must be a mapping, got a {type(content).__name__}")
+    for change in changes:
+        _change(content, change)
+    return _build(RunConfig, content, "")
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise UserError(f"a setting is changed by KEY=VALUE, as distill.steps=2000; got {change!r}")
+    *parents, last = key.split(".")
+    inner: Any = content
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"setting {parent!r} has no parts, got {change!r}")
+    try:
+        inner[last] = _numbers(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise UserError(f"the value of {change!r} is not YAML") from None
+
+
+def _build(kind: type[T], content: Mapping[str, Any], where: str) -> T:
+    """A config dataclass from a mapping, its inner configs likewise."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name not in fields:
+            raise UserError(
+                f"unknown setting {where + str(name)!r}; there are: {', '.join(sorted(fields))}"
+            )
+        default = fields[name].default
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, Mapping):
+                raise UserError(f"setting {where + name!r} must be a mapping, got {value!r}")
+            value = _build(type(default), value, f"{where}{name}.")
+        else:
+            value = _checked(where + name, _numbers(value), default)
+        values[name] = value
+    return kind(**values)
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """`value` if it is of the default's kind; whole numbers serve as floats."""
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kind: type | tuple[type, ...] = type(default)
+    if default is None:
+        kind = (int, type(None))
+    elif isinstance(default, tuple):
+        kind = (list, tuple)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        expected = "a whole number" if default is None else f"like {default!r}"
+        raise UserError(f"setting {name!r} must be {expected}, got {value!r}")
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3 for text; people do not."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def to_yaml(config: RunConfig, **more: Any) -> str:
+    """The settings as YAML, every one of them; `more` in front."""
+    values = {**more, **dataclasses.asdict(config)}
+    plain = yaml.safe_load(yaml.safe_dump(_lists(values)))
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """What differs between two settings, as "distill.steps: 100 -> 200"."""
+    found = []
+    for key in sorted({**old, **new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{where}{key}.")
+        elif before != after:
+            found.append(f"{where}{key}: {before} -> {after}")
+    return found
