@@ -25,6 +25,7 @@ from ternary.streaming import (
     send,
     stream,
     stream_bytes,
+    take_rows,
 )
 
 # Streams of at most so many bytes stay on the device between the parts.
@@ -61,8 +62,8 @@ def embedder_inputs(samples: Samples, prompts: PromptSet, rows: Int[np.ndarray, 
         "x": samples.x[rows],
         "sigma": samples.sigma[rows],
         "guidance": samples.guidance[rows],
-        "txt": np.asarray(prompts.txt[prompt]),
-        "pooled": np.asarray(prompts.pooled[prompt]),
+        "txt": take_rows(np.asarray(prompts.txt), prompt),
+        "pooled": take_rows(np.asarray(prompts.pooled), prompt),
     }
 
 

@@ -218,14 +218,11 @@ class _Run:
             images=1,
             num_images_per_prompt=1,
         )
-        train, held_out = self._embeds(request)
+        prompts, held_out = self._embeds(request)
         dtype = jnp.dtype(self.config.distill.compute_dtype)
         pipe = FluxPipeline.from_pretrained(request.path, dtype=dtype, text_encoders=TextEncoders())
         step, state = self._student(pipe, request.plan)
         teacher = jax.device_put(split_flat(pipe.transformer)[1], self._replicated)
-        prompts = PromptSet(
-            *jax.device_put((train.prompt_embeds, train.pooled_prompt_embeds), self._replicated)
-        )
         if self.store.latest is not None:
             state = self.store.restore(state)
         else:
@@ -250,7 +247,7 @@ class _Run:
         )
         return self._outcome()
 
-    def _embeds(self, request: loading.Request) -> tuple[PromptEmbeds, PromptEmbeds]:
+    def _embeds(self, request: loading.Request) -> tuple[PromptSet, PromptEmbeds]:
         """Training and held-out prompts, encoded; the encoders are loaded only if needed."""
         plan, configs = request.plan, request.configs
         encoders: list[TextEncoders] = []
@@ -266,7 +263,7 @@ class _Run:
 
         transformer = configs["transformer"]
         texts = [*self.prompts.train, *self.prompts.held_out]
-        embeds = cached_embeds(
+        txt, pooled = cached_embeds(
             self.out,
             texts,
             encode,
@@ -278,7 +275,13 @@ class _Run:
             ),
         )
         cut = len(self.prompts.train)
-        return embeds.take(range(cut)), embeds.take(range(cut, len(texts)))
+        held_out = PromptEmbeds(
+            prompts=tuple(texts[cut:]),
+            prompt_embeds=jnp.asarray(txt[cut:]),
+            pooled_prompt_embeds=jnp.asarray(pooled[cut:]),
+        )
+        both = jax.device_put((txt[:cut], pooled[:cut]), self._replicated)
+        return PromptSet(*both), held_out
 
     def _student(self, pipe: FluxPipeline, plan: Any) -> tuple[StepFunction, TrainState]:
         """The step and the state before the first one, on the mesh."""

@@ -141,7 +141,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
         expected = "a whole number" if default is None else f"like {default!r}"
         raise UserError(f"setting {name!r} must be {expected}, got {value!r}")
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _numbers(value: Any) -> Any:

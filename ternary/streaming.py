@@ -229,7 +229,7 @@ class Streams:
 
     def rows(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         """Copies of some samples; of streams on the host."""
-        return {name: values[rows] for name, values in self._host.items()}
+        return {name: take_rows(values, rows) for name, values in self._host.items()}
 
     def keep(self, number: int, outputs: Flat) -> None:
         """Take a part's outputs in the place of its inputs."""
@@ -249,6 +249,12 @@ class Streams:
         if not self._on_device:
             return self._host[name]
         return np.concatenate([np.asarray(b[name]) for b in self._device])[: self.count]
+
+
+def take_rows(values: np.ndarray, rows: Int[np.ndarray, " B"]) -> np.ndarray:
+    """`values[rows]`; NumPy copies its own types 20 times as fast as ml_dtypes' bfloat16."""
+    plain = values.view(np.dtype(f"u{values.dtype.itemsize}"))
+    return plain[rows].view(values.dtype)
 
 
 def stream_bytes(config: FluxConfig, tokens: int, dtype: Any) -> int:

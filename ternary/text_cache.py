@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from flux_jax.errors import UserError
 from flux_jax.prompts import PromptEmbeds
@@ -27,7 +28,7 @@ def cached_embeds(
     *,
     key: str,
     shape: tuple[int, int, int],
-) -> PromptEmbeds:
+) -> tuple[Shaped[np.ndarray, "P T C"], Shaped[np.ndarray, "P V"]]:
     """The embeddings of prompts, from the cache if they are there.
 
     Args:
@@ -38,7 +39,7 @@ def cached_embeds(
       shape: (T, C, V): tokens, width of T5, width of CLIP.
 
     Returns:
-      Arrays in host memory, bfloat16.
+      (T5's, CLIP's pooled), in host memory, bfloat16.
 
     Raises:
       UserError: the cache cannot be written, or is damaged.
@@ -54,11 +55,7 @@ def cached_embeds(
     finally:
         stored.close()
     txt, pooled = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return PromptEmbeds(
-        prompts=tuple(prompts),
-        prompt_embeds=txt.view(BFLOAT16),
-        pooled_prompt_embeds=pooled.view(BFLOAT16),
-    )
+    return txt.view(BFLOAT16), pooled.view(BFLOAT16)
 
 
 def _write(

@@ -18,7 +18,15 @@ from ternary.calibration_states import teacher_velocity
 from ternary.checkpoint import stored_layer
 from ternary.config import CalibrateConfig
 from ternary.policy import linears
-from ternary.streaming import abstract_part, batches, part_name, parts_of, send, stream
+from ternary.streaming import (
+    abstract_part,
+    batches,
+    part_name,
+    parts_of,
+    send,
+    stream,
+    take_rows,
+)
 from tests.ternary.calibration_parts import (
     FLUX,
     QUANT,
@@ -133,6 +141,14 @@ def test_a_full_size_block_trains_in_12_gb(name):
     weights = 4 * sum(int(np.prod(value.shape)) for value in to_flat(dense).values())
     # Weights, two moments and gradients at the least.
     assert 4 * weights < planned < 12e9
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])
+def test_rows_are_those_of_the_array(dtype):
+    values = np.arange(24).reshape(4, 3, 2).astype(dtype)
+    found = take_rows(values, np.array([2, 0, 2]))
+    assert found.dtype == values.dtype
+    np.testing.assert_array_equal(found, values[[2, 0, 2]])
 
 
 def test_batches_are_filled_up():
