@@ -35,16 +35,16 @@ from flux_jax.composition.score import score_images
 from flux_jax.loading import resolve
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.tree import Flat, split_flat
-from ternary.calibration_run import calibrate_checkpoint
-from ternary.checkpoint import save_checkpoint
+from ternary.calibration.run import calibrate_checkpoint
 from ternary.config import CalibrateConfig, DistillConfig, QuantConfig, TrajectoryConfig
-from ternary.distill import PromptSet, StepFunction, TrainState
-from ternary.held_out import HeldOut, grid
-from ternary.latents import load_latents
+from ternary.distillation.held_out import HeldOut, grid
+from ternary.distillation.step import PromptSet, StepFunction, TrainState
+from ternary.distillation.trajectory import Trajectories
 from ternary.layers import FakeTernaryLinear
 from ternary.policy import Policy, linears
+from ternary.storage.checkpoint import save_checkpoint
+from ternary.storage.latents import load_latents
 from ternary.student import freeze_student, make_student
-from ternary.trajectory import Trajectories
 
 # 98 % of the tiny model's parameters: its embedders of scalars are a larger share than FLUX.1's.
 POLICY = Policy(
@@ -167,7 +167,8 @@ class Bench:
         config = CalibrateConfig(
             samples=min(1024, 4 * self.batch), batch_size=min(64, self.batch), steps=steps
         )
-        host = PromptSet(*(np.asarray(part) for part in self.prompts))
+        parts: list[Any] = [np.asarray(part) for part in self.prompts]
+        host = PromptSet(*parts)
         calibrate_checkpoint(resolve("tiny"), folder, host, BASE, POLICY, config, grid=(8, 8))
         flat, _, _ = load_latents(folder)
         return {name: jnp.asarray(flat[name]) for name in flat}

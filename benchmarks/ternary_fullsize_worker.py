@@ -64,7 +64,7 @@ def random_prompts(size: Size, count: int) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    from ternary.distill import PromptSet
+    from ternary.distillation.step import PromptSet
 
     random = np.random.default_rng(1)
     widths = size.config.context_in_dim, size.config.vec_in_dim
@@ -74,8 +74,8 @@ def random_prompts(size: Size, count: int) -> Any:
 
 def calibrate(size: Size, work: Path) -> dict[str, Any]:
     """Two blocks, the others rounded; writes a ternary checkpoint."""
-    from ternary.calibrate import Listener
-    from ternary.calibration_run import calibrate_checkpoint
+    from ternary.calibration.calibrator import Listener
+    from ternary.calibration.run import calibrate_checkpoint
     from ternary.config import CalibrateConfig, QuantConfig
     from ternary.policy import Policy
 

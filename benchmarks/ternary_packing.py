@@ -36,11 +36,11 @@ from benchmarks.common import (
     package_versions,
 )
 from flux_jax.configs import FluxConfig
-from ternary.base3 import base3_to_packed, pack_base3, unpack_base3
-from ternary.checkpoint import dense_shapes
-from ternary.format import WEIGHT
-from ternary.pack import quantize_weight
 from ternary.policy import Policy, select
+from ternary.storage.base3 import base3_to_packed, pack_base3, unpack_base3
+from ternary.storage.checkpoint import dense_shapes
+from ternary.storage.format import WEIGHT
+from ternary.storage.pack import quantize_weight
 
 
 def ternary_shapes(config: FluxConfig) -> collections.Counter[tuple[int, ...]]:

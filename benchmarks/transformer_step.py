@@ -4,8 +4,9 @@
     python -m benchmarks.transformer_step --tiny --peers # the shipped model's size, anywhere
 
 Measured, each in a process of its own: the compile with an empty cache and with a filled one, the
-step (median, queued and one at a time, several input sets in turn), the peak memory, the products and the
-attention of the step alone, and diffusers on the same machine. Beside them what `paper` computes.
+step (median, queued and one at a time, several input sets in turn), the peak memory, the products
+and the attention of the step alone, and diffusers on the same machine. Beside them what `paper`
+computes.
 Writes `benchmarks/results/transformer_step_<device>.json`.
 """
 

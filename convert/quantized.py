@@ -22,8 +22,8 @@ def open_quantized(name: str, folder: Path, raw: dict[str, Any]) -> Any:
       UserError: quantised by another program, or damaged.
     """
     # Late: without such a checkpoint nothing of `ternary` is needed.
-    from ternary.checkpoint import TernaryCheckpoint
-    from ternary.format import METHOD
+    from ternary.storage.checkpoint import TernaryCheckpoint
+    from ternary.storage.format import METHOD
 
     described = raw[KEY]
     method = described.get("quant_method") if isinstance(described, dict) else None

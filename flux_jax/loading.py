@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flux_jax import arguments
-from flux_jax.assets import tiny_path
+from flux_jax.assets import SHIPPED, shipped_path
 from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint
 from flux_jax.errors import UserError
 from flux_jax.plan import ARGUMENTS, Plan, make_plan
 from flux_jax.prompts import TextEncoders
 from flux_jax.tokenization import load_tokenizer, max_length
-
-TINY = "tiny"
 
 _TEXT = ("text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -27,8 +25,8 @@ _IMAGE = ("transformer", "vae")
 
 
 def resolve(model: str | Path) -> str | Path:
-    """`model` as `load_checkpoint` takes it: "tiny" becomes the folder in the package."""
-    return tiny_path() if str(model) == TINY else model
+    """`model` as `load_checkpoint` takes it: a shipped model's name becomes its folder."""
+    return shipped_path(str(model)) if str(model) in SHIPPED else model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

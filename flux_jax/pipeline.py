@@ -91,7 +91,8 @@ class FluxPipeline:
 
         Args:
           path: a folder written by `python -m convert`, a folder in diffusers' layout, a Hugging
-            Face repository id, or "tiny" for the model that ships with the package.
+            Face repository id, or the name of a model that ships with the package: "tiny", or
+            "tiny-ternary", its 1.58-bit student.
           dtype: of all weights and so of the computation: bfloat16 or float32.
           mesh: devices to spread the weights over; without one, the default device alone.
           offload_text_encoders: keep the text encoders in host memory except while they encode.

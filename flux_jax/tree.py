@@ -23,8 +23,8 @@ def to_flat(module: nnx.Module) -> Flat:
 
     Of a module from `nnx.eval_shape`, the values are `jax.ShapeDtypeStruct`s.
     """
-    # Not `nnx.to_flat_state`, nor a filter: both leave reference cycles, which would keep the arrays
-    # of a module that is dropped until the garbage collector comes by.
+    # Not `nnx.to_flat_state`, nor a filter: both leave reference cycles, which would keep the
+    # arrays of a module that is dropped until the garbage collector comes by.
     found = _variables(nnx.state(module), ())
     return {parameter_path(path): v.get_value() for path, v in found if isinstance(v, nnx.Param)}
 

@@ -82,7 +82,7 @@ def quantize(
         from flux_jax.loading import resolve
         from ternary.config import QuantConfig
         from ternary.policy import DEFAULT_PATTERNS, Policy
-        from ternary.rounding import quantize_checkpoint
+        from ternary.storage.rounding import quantize_checkpoint
 
         quant = QuantConfig(
             granularity=granularity, activation_bits=activation_bits, refit_steps=refit
@@ -136,7 +136,7 @@ def inspect(
     with exit_on_user_error():
         from tqdm import tqdm
 
-        from ternary.inspection import inspect_checkpoint, table
+        from ternary.storage.inspection import inspect_checkpoint, table
 
         with tqdm(desc="inspect", unit=" layers", disable=quiet or json, file=sys.stderr) as bar:
 

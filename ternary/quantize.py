@@ -3,7 +3,7 @@
     t = sign(w) where |w| > s / 2, else 0
 
 which is `clip(round(w / s), -1, 1)`, halves to zero, without a division that could round: JAX and
-the packer of `ternary.pack` find the same codes to the last one.
+the packer of `ternary.storage.pack` find the same codes to the last one.
 
 The scale starts as the mean absolute value of what shares it. A refit is one step of Lloyd's
 algorithm: with the codes fixed, the best scale is the mean magnitude of the weights that are not

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "convert": {"flux_jax", "ternary"},
 }
 # The seams against the direction: what lies on the disk is read through convert, late.
-SEAMS = {("flux_jax/checkpoint.py", "convert"), ("ternary/files.py", "convert")}
+SEAMS = {("flux_jax/checkpoint.py", "convert"), ("ternary/storage/files.py", "convert")}
 
 PACKAGES = [name for name in MAY_IMPORT if (ROOT / name / "__init__.py").exists()]
 SOURCES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]

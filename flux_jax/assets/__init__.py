@@ -1,4 +1,4 @@
-"""Files that ship with the package."""
+"""The models that ship with the package: a trained FLUX of small size, and its 1.58-bit student."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ from pathlib import Path
 
 from flux_jax.errors import UserError
 
+TEACHER, STUDENT = "tiny", "tiny-ternary"
+# Folders beside this module, by the name a command takes.
+SHIPPED = {TEACHER: "tiny", STUDENT: "tiny_ternary"}
+DEFAULT_MODEL = STUDENT
 
-def tiny_path() -> Path:
-    """The folder of the model that ships with the package, in diffusers' layout.
+
+def shipped_path(name: str) -> Path:
+    """The folder of a model that ships with the package, in diffusers' layout.
+
+    Args:
+      name: a key of `SHIPPED`.
 
     Raises:
       UserError: it was not installed.
     """
-    folder = Path(__file__).parent / "tiny"
+    folder = Path(__file__).parent / SHIPPED[name]
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"the model `tiny` is not installed: {folder} has no model_index.json")
+        raise UserError(f"the model `{name}` is not installed: {folder} has no model_index.json")
     return folder

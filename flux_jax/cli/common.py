@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="tiny (ships with the package), a folder (converted, or as on Hugging Face) or a "
-        "Hugging Face repository id.",
-        show_default="tiny",
+        help="tiny-ternary or its teacher tiny (both ship with the package), a folder (converted, "
+        "or as on Hugging Face) or a Hugging Face repository id.",
+        show_default=DEFAULT_MODEL,
     ),
 ]
 DType = Annotated[str, typer.Option(help="bf16 or fp32: the weights' type and the computation's.")]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
 
 
@@ -45,7 +46,7 @@ def evaluate(
         from flux_jax.composition.score import format_table
 
         prompts = scoring.select_prompts(limit)
-        name = "tiny" if model is None else model
+        name = DEFAULT_MODEL if model is None else model
         settings: dict[str, Any] = {
             "num_inference_steps": steps,
             "guidance_scale": guidance,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
 from flux_jax.errors import UserError
 
@@ -182,7 +183,7 @@ def _settings(explicit: dict[str, Any], replay: Path | None) -> tuple[dict[str, 
     if replay is None:
         if "prompt" not in explicit:
             raise UserError("give a PROMPT to draw, or --replay IMAGE.png; see --help")
-        return {"model": "tiny", "dtype": "bfloat16", **explicit}, None
+        return {"model": DEFAULT_MODEL, "dtype": "bfloat16", **explicit}, None
     from flux_jax.metadata import read_png
 
     record = read_png(replay)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
 
 
@@ -14,9 +15,10 @@ def info(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="tiny, a folder, a .safetensors file or a repository id."
+            metavar="MODEL",
+            help="tiny-ternary, tiny, a folder, a .safetensors file or a repository id.",
         ),
-    ] = "tiny",
+    ] = DEFAULT_MODEL,
     memory: Annotated[
         bool,
         typer.Option(

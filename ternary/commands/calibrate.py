@@ -106,8 +106,7 @@ def calibrate(
     with exit_on_user_error():
         # Late: JAX takes a second, and --help should not.
         from flux_jax.loading import resolve
-        from ternary import files
-        from ternary.calibration_run import (
+        from ternary.calibration.run import (
             calibrate_checkpoint,
             choose_prompts,
             encode_prompts,
@@ -116,6 +115,7 @@ def calibrate(
         from ternary.config import CalibrateConfig, QuantConfig
         from ternary.policy import DEFAULT_PATTERNS, Policy
         from ternary.prompts import read_prompts
+        from ternary.storage import files
 
         quant = QuantConfig(
             granularity=granularity,
@@ -197,7 +197,7 @@ class Bars:
 
     def listener(self) -> Any:
         """What `calibrate_checkpoint` tells."""
-        from ternary.calibrate import Listener
+        from ternary.calibration.calibrator import Listener
 
         bars = self
 

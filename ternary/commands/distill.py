@@ -68,20 +68,22 @@ def distill(
 
     \b
     Examples:
-      python -m ternary distill --teacher tiny --prompts prompts.txt --out RUN --set distill.steps=200
+      python -m ternary distill --teacher tiny --prompts prompts.txt --out RUN \\
+        --set distill.steps=200
       python -m ternary distill --teacher black-forest-labs/FLUX.1-dev --prompts prompts.txt \\
         --start CALIBRATED --config run.yaml --out RUN
     """
     with exit_on_user_error():
         # Late: JAX takes a second, and --help should not.
-        from ternary.run_config import read_run_config, to_yaml
+        from ternary.distillation.run_config import read_run_config, to_yaml
 
         settings = read_run_config(config, change or ())
         if show:
             typer.echo(to_yaml(settings), nl=False)
             return
         from flux_jax.compile_cache import enable_compilation_cache
-        from ternary.run import Task, distill
+        from ternary.distillation.run import distill
+        from ternary.distillation.task import Task
 
         enable_compilation_cache()
         task = Task(teacher=teacher, prompts=prompts, start=start, held_out=held_out)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ternary.checkpoint import open_checkpoint
 from ternary.cli import app
+from ternary.storage.checkpoint import open_checkpoint
 from tests.small_pipeline import small_folder
 
 

@@ -1,0 +1,1 @@
+"""Block-by-block calibration: one block on the device at a time."""

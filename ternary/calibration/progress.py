@@ -1,0 +1,214 @@
+"""What a calibration has finished, kept on the disk: it can be killed at any moment.
+
+    progress.json                  what the run is: settings, teacher, prompts
+    samples.safetensors            the states, once they are drawn
+    double_blocks.0.safetensors    a finished part's parameters
+    double_blocks.0.json           its checksums and report, written after them
+
+Each file is written under another name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from flux_jax.errors import UserError
+from ternary.calibration.states import Samples
+from ternary.calibration.streaming import Part
+from ternary.storage import files
+from ternary.storage.format import Stored
+from ternary.storage.latents import Checksums, Latents, write_part
+from ternary.storage.tensor_file import TensorFile
+
+_RUN = "progress.json"
+_SAMPLES = "samples.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class PartReport:
+    """What training did to a part.
+
+    Attributes:
+      before, after: mean loss over all samples: `|student - teacher|^2 / |teacher|^2` of the
+        part's outputs, after plain rounding and after training.
+      seconds: that the training took.
+    """
+
+    before: float
+    after: float
+    seconds: float
+
+
+class Progress:
+    """The folder of one run.
+
+    Attributes:
+      folder: it.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]):
+        """Make the folder, or find what an earlier run left.
+
+        Args:
+          folder: for this run alone.
+          run: all that the result depends on, as JSON values.
+
+        Raises:
+          UserError: the folder is another run's, or cannot be written to.
+        """
+        self.folder = folder
+        self._finished: dict[str, tuple[Checksums, PartReport]] = {}
+        # As JSON has it: tuples are lists.
+        wanted = json.loads(json.dumps(run))
+        # Without states nothing is lost.
+        if (folder / _SAMPLES).is_file():
+            found = files.read_json(folder / _RUN)
+            other = [k for k in sorted(wanted | found) if wanted.get(k) != found.get(k)]
+            if other:
+                raise UserError(
+                    f"{folder}: belongs to another calibration, with {other[0]} "
+                    f"{_show(found.get(other[0]))} where this one has "
+                    f"{_show(wanted.get(other[0]))}; use the same settings to go on with it, or "
+                    "remove it to start anew"
+                )
+            self._find()
+            return
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_json(_RUN, wanted)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs away for the length of the block.
+
+        Raises:
+          UserError: another one is at work here.
+        """
+        descriptor = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.folder}: another calibration is at work here") from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    def finished(self) -> set[str]:
+        """Names of the parts that are done."""
+        return set(self._finished)
+
+    def report(self, part: str) -> PartReport:
+        """Of a finished part."""
+        return self._finished[part][1]
+
+    def checksums(self, part: str) -> Checksums:
+        """Of a finished part's tensors, by full name."""
+        return self._finished[part][0]
+
+    def path(self, part: str) -> Path:
+        """Where a finished part's parameters are."""
+        return self.folder / f"{part}.safetensors"
+
+    def read(self, part: Part) -> dict[str, np.ndarray]:
+        """A finished part's parameters, by their paths within it.
+
+        Raises:
+          UserError: they are damaged.
+        """
+        latents = Latents(self.folder, {part.name: self.checksums(part.name)})
+        try:
+            return {name.removeprefix(part.prefix): latents[name] for name in latents}
+        finally:
+            latents.close()
+
+    def write(self, part: Part, params: Mapping[str, Any], report: PartReport) -> None:
+        """Keep a finished part.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        with self._writing():
+            waiting = self.folder / f"{part.name}.partial"
+            waiting.unlink(missing_ok=True)
+            checksums = write_part(waiting, {part.prefix + n: v for n, v in params.items()})
+            waiting.rename(self.path(part.name))
+            content = {"crc32": checksums, **dataclasses.asdict(report)}
+            self._write_json(f"{part.name}.json", content)
+        self._finished[part.name] = checksums, report
+
+    def read_samples(self) -> Samples | None:
+        """The states of an earlier run, if it came so far."""
+        path = self.folder / _SAMPLES
+        if not path.is_file():
+            return None
+        stored = files.StoredTensors(path)
+        try:
+            values = {name: stored.read(name) for name in Samples._fields if name != "prompt"}
+            # Row numbers, far below the 2**24 that float32 counts exactly.
+            prompt = stored.read("prompt").astype(np.int32)
+            return Samples(**values, prompt=prompt)
+        finally:
+            stored.close()
+
+    def write_samples(self, samples: Samples) -> None:
+        """Keep the states.
+
+        Raises:
+          UserError: they cannot be written.
+        """
+        arrays = {n: v.astype(np.float32, copy=False) for n, v in samples._asdict().items()}
+        with self._writing():
+            waiting = self.folder / f"{_SAMPLES}.partial"
+            waiting.unlink(missing_ok=True)
+            stored = {name: Stored(v.shape, v.dtype) for name, v in arrays.items()}
+            with TensorFile(waiting, stored) as file:
+                for name, values in arrays.items():
+                    file.write(name, values)
+            waiting.rename(self.folder / _SAMPLES)
+
+    def _find(self) -> None:
+        for path in self.folder.glob("*.json"):
+            if path.name == _RUN:
+                continue
+            raw = files.read_json(path)
+            try:
+                report = PartReport(**{f.name: raw[f.name] for f in dataclasses.fields(PartReport)})
+                self._finished[path.stem] = dict(raw["crc32"]), report
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{path}: is malformed; remove {self.folder}") from error
+
+    def _write_json(self, name: str, content: Any) -> None:
+        waiting = self.folder / f"{name}.partial"
+        with open(waiting, "w") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        waiting.rename(self.folder / name)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._explain(error)
+
+    def _explain(self, error: OSError) -> NoReturn:
+        reason = error.strerror or error
+        raise UserError(
+            f"{self.folder}: cannot be written: {reason}; what is finished is kept there"
+        ) from error
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

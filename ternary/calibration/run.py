@@ -1,0 +1,241 @@
+"""From a checkpoint and prompts to a calibrated ternary checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from flux_jax.checkpoint import inspect_checkpoint
+from flux_jax.configs import SchedulerConfig
+from flux_jax.errors import UserError
+from flux_jax.latents import PATCH, check_size
+from flux_jax.plan import sequence_length
+from flux_jax.prompts import TextEncoders
+from flux_jax.tokenization import load_tokenizer, max_length
+from ternary.calibration.calibrator import Calibrator, Listener
+from ternary.calibration.plan import check_prompts, make_plan
+from ternary.calibration.progress import PartReport, Progress
+from ternary.calibration.states import trajectories
+from ternary.calibration.streaming import HostWeights, Part
+from ternary.config import CalibrateConfig, QuantConfig
+from ternary.distillation.step import PromptSet
+from ternary.policy import Coverage, Policy, coverage
+from ternary.storage import files
+from ternary.storage.checkpoint import stored_layer, write_transformer
+from ternary.storage.format import BFLOAT16
+from ternary.storage.latents import Checksums, write_index, write_part
+
+LATENTS = "latents"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationResult:
+    """What a calibration made.
+
+    Attributes:
+      reports: of each trained part, by name.
+      coverage: how much of the transformer is ternary.
+    """
+
+    reports: dict[str, PartReport]
+    coverage: Coverage
+
+
+def choose_prompts(prompts: Sequence[str], config: CalibrateConfig) -> list[str]:
+    """As many of the prompts as there are trajectories, at random; encoding more is for nothing."""
+    count = min(trajectories(config), len(prompts))
+    rows = np.random.default_rng([config.seed, 2]).permutation(len(prompts))[:count]
+    return [prompts[int(row)] for row in sorted(rows)]
+
+
+def encode_prompts(
+    src: str | Path, prompts: Sequence[str], *, max_sequence_length: int | None = None
+) -> PromptSet:
+    """Prompts through a checkpoint's own text encoders, which are on the device meanwhile.
+
+    Args:
+      src: the checkpoint.
+      prompts: the texts.
+      max_sequence_length: tokens of T5; the model's own length by default.
+
+    Returns:
+      On the host, bfloat16.
+
+    Raises:
+      UserError: the checkpoint lacks an encoder or a tokenizer.
+    """
+    found = inspect_checkpoint(src)
+    config: Any = found.components["transformer"].config
+    if "tokenizer_2" not in found.tokenizer_paths:
+        raise UserError(f"{src} has no tokenizer_2, which prompts need")
+    limit = max_length(load_tokenizer(found.tokenizer_paths["tokenizer_2"]))
+    length = sequence_length(config, limit, max_sequence_length)
+    encoders = TextEncoders.from_pretrained(src, dtype=jnp.bfloat16)
+    # A batch at a time to the host: thousands of prompts would not fit the device.
+    parts = []
+    for start in range(0, len(prompts), 8):
+        embeds = encoders.encode(prompts[start : start + 8], max_sequence_length=length)
+        parts.append((np.asarray(embeds.prompt_embeds), np.asarray(embeds.pooled_prompt_embeds)))
+    encoders.free()
+    joined: Any = [np.concatenate([part[i] for part in parts]) for i in (0, 1)]
+    return PromptSet(*joined)
+
+
+def image_grid(
+    src: str | Path, height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """Image tokens (rows, columns) for a size in pixels; the model's own size by default.
+
+    Raises:
+      UserError: a size that is not a whole number of tokens, or a checkpoint without autoencoder.
+    """
+    components = inspect_checkpoint(src).components
+    if "vae" not in components:
+        raise UserError(f"{src} has no vae, which says how large its images are; give the grid")
+    vae: Any = components["vae"].config
+    side = vae.downscale * PATCH
+    rows, columns = (vae.sample_size if x is None else x for x in (height, width))
+    check_size(rows, columns, side)
+    return rows // side, columns // side
+
+
+def calibrate_checkpoint(
+    src: str | Path,
+    dst: Path,
+    prompts: PromptSet,
+    quant: QuantConfig,
+    policy: Policy,
+    config: CalibrateConfig,
+    *,
+    grid: tuple[int, int],
+    latents: bool = True,
+    force: bool = False,
+    listener: Listener | None = None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+) -> CalibrationResult:
+    """Calibrate a checkpoint's transformer; write a ternary pipeline, and its latent weights.
+
+    What is finished lies in `DST.calibration`, beside the target, until the target is whole; the
+    same call goes on from there. On the host: the teacher's weights, the prompts and two streams
+    for each sample. On the device: two parts of the teacher and one in training.
+
+    Args:
+      src: the teacher: any layout that `FluxPipeline.from_pretrained` reads.
+      dst: folder to be made; it appears complete or not at all.
+      prompts: encoded, by `encode_prompts` or otherwise.
+      quant, policy, config: what is ternary, and how it is trained.
+      grid: image tokens (rows, columns).
+      latents: also write `DST/latents`, from which `distill` starts.
+      force: replace an existing checkpoint, once the new one is whole.
+      listener: told of the training.
+      on_bytes: told the bytes of the teacher's weights as they are read.
+
+    Raises:
+      UserError: anything wrong with the source, the target, the prompts or the training.
+    """
+    files.check_target(dst, force=force)
+    check_grid(grid)
+    with files.open_pipeline(src) as pipeline:
+        # What can be refused is, before 24 GB are read.
+        make_plan(pipeline.config, pipeline.shapes, policy, config)
+        check_prompts(pipeline.config, prompts)
+        weights = HostWeights.read(pipeline, jnp.dtype(config.compute_dtype), on_bytes)
+        scheduler = pipeline.scheduler or SchedulerConfig.dev()
+        run = {
+            "transformer": weights_fingerprint(weights),
+            "prompts": prompts_fingerprint(prompts),
+            "grid": grid,
+            **dataclasses.asdict(quant),
+            **dataclasses.asdict(policy),
+            **dataclasses.asdict(config),
+        }
+        progress = Progress(Path(f"{os.path.abspath(dst)}.calibration"), run)
+        with progress.locked():
+            calibrator = Calibrator(
+                weights, scheduler, prompts, grid, quant, policy, config, progress
+            )
+            reports = calibrator.run(listener)
+            names = [
+                part.prefix + layer
+                for part in weights.parts
+                for layer in calibrator.plan.layers[part.name]
+            ]
+            with files.staged(dst, force=force) as stage:
+                pipeline.write_rest(stage)
+                target = stage / LATENTS if latents else None
+                tensors = _write_parts(calibrator, quant, policy, target)
+                write_transformer(stage / "transformer", weights.config, quant, names, tensors, {})
+        shutil.rmtree(progress.folder, ignore_errors=True)
+    return CalibrationResult(reports=reports, coverage=coverage(weights.shapes(), names))
+
+
+def check_grid(grid: tuple[int, int]) -> None:
+    """Refuse an image without tokens.
+
+    Raises:
+      UserError: a side below 1.
+    """
+    if min(grid) < 1:
+        raise UserError(f"grid must be (rows, columns) of at least 1 image token, got {grid}")
+
+
+def _write_parts(
+    calibrator: Calibrator, quant: QuantConfig, policy: Policy, latents: Path | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the ternary transformer; on the way, each part's latent weights."""
+    if latents is not None:
+        latents.mkdir()
+    checksums: dict[str, Checksums] = {}
+    for part in calibrator.weights.parts:
+        params = calibrator.student(part)
+        if latents is not None:
+            checksums[part.name] = _write_latents(calibrator, part, params, latents)
+        layers = calibrator.plan.layers[part.name]
+        for layer in layers:
+            yield from stored_layer(part.prefix + layer, calibrator.programs.layer(params, layer))
+        for name, value in params.items():
+            if name.rpartition(".")[0] not in layers:
+                yield part.prefix + name, np.asarray(value).astype(BFLOAT16)
+    if latents is not None:
+        write_index(latents, checksums, quant, policy)
+
+
+def _write_latents(calibrator: Calibrator, part: Part, params: Any, folder: Path) -> Checksums:
+    """A trained part's file is there already; of another, the latent weights are the teacher's."""
+    path, progress = folder / f"{part.name}.safetensors", calibrator.progress
+    if part.name not in progress.finished():
+        return write_part(path, {part.prefix + n: v for n, v in params.items()})
+    try:
+        os.link(progress.path(part.name), path)
+    except OSError:
+        # A disk without hard links.
+        shutil.copyfile(progress.path(part.name), path)
+    return progress.checksums(part.name)
+
+
+def weights_fingerprint(weights: HostWeights) -> str:
+    """A short name for a teacher: its shapes and its small tensors."""
+    crc = 0
+    for part in weights.parts:
+        for name, values in weights.part(part).items():
+            crc = zlib.crc32(f"{part.prefix}{name} {values.shape} {values.dtype}".encode(), crc)
+            if values.ndim == 1:
+                crc = zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, crc)
+    return f"{crc:08x}"
+
+
+def prompts_fingerprint(prompts: PromptSet) -> str:
+    """A short name for encoded prompts."""
+    crc = zlib.crc32(str([(x.shape, str(x.dtype)) for x in prompts]).encode())
+    for values in prompts:
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        crc = zlib.crc32(data, crc)
+    return f"{crc:08x}"

@@ -1,0 +1,308 @@
+"""Self-distillation: a ternary student learns its teacher's velocities, from prompts alone.
+
+At states of their own trajectories (`ternary.distillation.trajectory`) the student's velocity is
+pulled to the teacher's, and on request each block's output to the teacher's. One pure function
+makes a step; it runs under `jit` on one device or a mesh, or under `pmap` (`pmap_step`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from flux_jax.rope import image_ids, text_ids
+from flux_jax.transformer import FluxTransformer
+from flux_jax.tree import Flat, split_flat, to_flat
+from ternary.config import DistillConfig
+from ternary.distillation.trajectory import Pool, States, Trajectories
+from ternary.layers import FakeTernaryLinear
+from ternary.policy import linears
+
+
+class PromptSet(NamedTuple):
+    """Encoded prompts.
+
+    Attributes:
+      txt: (N, T, K) T5 embeddings.
+      pooled: (N, P) pooled CLIP embeddings.
+    """
+
+    txt: Float[Array, "N T K"]
+    pooled: Float[Array, "N P"]
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes; what a checkpoint holds.
+
+    Attributes:
+      params: the student's parameters, latent weights among them.
+      ema: their average, or an empty dictionary.
+      optimizer: its state.
+      pool: the trajectories.
+      step: steps taken.
+    """
+
+    params: Flat
+    ema: Flat
+    optimizer: optax.OptState
+    pool: Pool
+    step: Int[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """Of one step, averaged over its states.
+
+    Attributes:
+      loss: what was minimised.
+      velocity: mean squared error of the velocity.
+      relative: that over the teacher's mean square.
+      blocks: mean relative squared error of the blocks' outputs (0 where it is not asked for).
+      grad_norm: before clipping.
+    """
+
+    loss: Float[Array, ""]
+    velocity: Float[Array, ""]
+    relative: Float[Array, ""]
+    blocks: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+
+
+def learning_rate(config: DistillConfig) -> optax.Schedule:
+    """Linear warm-up, constant, linear decay to zero."""
+    falling = max(int(config.decay * config.steps), 1)
+    warmup = min(config.warmup, max(config.steps - falling, 1))
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, warmup),
+            optax.constant_schedule(config.learning_rate),
+            optax.linear_schedule(config.learning_rate, 0.0, falling),
+        ],
+        [warmup, max(config.steps - falling, warmup)],
+    )
+
+
+def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
+    """The chosen optimiser behind gradient clipping; only matrices are decayed."""
+    rate = learning_rate(config)
+
+    def matrices(params: Flat) -> dict[str, bool]:
+        return {name: value.ndim > 1 for name, value in params.items()}
+
+    if config.optimizer == "adamw":
+        inner = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=matrices)
+    elif config.optimizer == "lion":
+        inner = optax.lion(
+            rate, mu_dtype=jnp.bfloat16, weight_decay=config.weight_decay, mask=matrices
+        )
+    else:
+        inner = optax.adafactor(
+            rate, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None
+        )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), inner)
+
+
+class StepFunction:
+    """One training step as a pure function of (state, teacher's parameters, prompts).
+
+    Args:
+      teacher, student: transformers of one configuration; the student's linears are fake-ternary.
+      config: how to train.
+      trajectories: where states come from.
+      grid: image tokens (rows, columns); by default, of a square.
+      axis_name: the `pmap` axis over which gradients and metrics are averaged, if any.
+    """
+
+    def __init__(
+        self,
+        teacher: FluxTransformer,
+        student: FluxTransformer,
+        config: DistillConfig,
+        trajectories: Trajectories,
+        *,
+        grid: tuple[int, int] | None = None,
+        axis_name: str | None = None,
+    ):
+        self.config = config
+        self.trajectories = trajectories
+        self.axis_name = axis_name
+        side = math.isqrt(trajectories.tokens[0])
+        self._grid = (side, side) if grid is None else grid
+        if math.prod(self._grid) != trajectories.tokens[0]:
+            raise ValueError(
+                f"grid must hold the {trajectories.tokens[0]} image tokens, got {self._grid}"
+            )
+        self.optimizer = make_optimizer(config)
+        self._teacher, _ = split_flat(teacher)
+        self._student, _ = split_flat(student)
+        self._latent = latent_names(student)
+        self._guided = teacher.config.guidance_embed
+
+    def _velocity(
+        self, model: FluxTransformer, states: States, text: PromptSet, *, blocks: bool, remat: bool
+    ) -> tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]]:
+        dtype = model.img_in.weight.dtype
+        grid = jnp.asarray(image_ids(*self._grid))
+        words = jnp.asarray(text_ids(text.txt.shape[1]))
+        guidance = states.guidance if self._guided else None
+        mods = model.modulations(model.conditioning(states.sigma, text.pooled, guidance))
+        outputs: list[Float[Array, "B L C"]] = []
+        velocity = model.velocity(
+            states.x.astype(dtype),
+            grid,
+            text.txt.astype(dtype),
+            words,
+            mods,
+            remat=remat,
+            on_block=outputs.append if blocks else None,
+        )
+        return velocity.astype(jnp.float32), outputs
+
+    def student(self, params: Flat) -> FluxTransformer:
+        """The student with these parameters, as it computes."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        # A fake-ternary layer rounds its own latent weights, and from their full precision.
+        return self._student(
+            {n: v if n in self._latent else v.astype(dtype) for n, v in params.items()}
+        )
+
+    def teacher_velocity(
+        self, teacher: Flat, states: States, prompts: PromptSet
+    ) -> tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]]:
+        """The teacher's velocity, and its blocks' outputs if they are to be compared."""
+        text = _take(prompts, states.prompt)
+        blocks = self.config.block_loss > 0.0
+        return self._velocity(self._teacher(teacher), states, text, blocks=blocks, remat=False)
+
+    def loss(
+        self,
+        params: Flat,
+        states: States,
+        prompts: PromptSet,
+        target: tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]],
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, "B I P"], Metrics]]:
+        """The loss at some states; also the student's velocity there and the metrics."""
+        model = self.student(params)
+        wanted, wanted_blocks = target
+        velocity, blocks = self._velocity(
+            model,
+            states,
+            _take(prompts, states.prompt),
+            blocks=bool(wanted_blocks),
+            remat=self.config.remat,
+        )
+        error = jnp.mean(jnp.square(velocity - wanted))
+        apart = [_relative_error(*pair) for pair in zip(blocks, wanted_blocks, strict=True)]
+        block_error = jnp.mean(jnp.stack(apart)) if apart else jnp.float32(0)
+        loss = error + self.config.block_loss * block_error
+        relative = _relative_error(velocity, wanted)
+        return loss, (velocity, Metrics(loss, error, relative, block_error, jnp.float32(0)))
+
+    def __call__(
+        self, state: TrainState, teacher: Flat, prompts: PromptSet
+    ) -> tuple[TrainState, Metrics]:
+        """One optimiser step over `accumulate` groups."""
+        groups = state.pool.x.shape[0]
+        count = self.config.accumulate
+        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+
+        def one(carry: tuple[Pool, Flat], index: Int[Array, ""]) -> tuple[Any, Metrics]:
+            pool, sums = carry
+            group = (state.step * count + index) % groups
+            states = self.trajectories.states(pool, group)
+            target = jax.lax.stop_gradient(self.teacher_velocity(teacher, states, prompts))
+            (_, (velocity, metrics)), grads = jax.value_and_grad(self.loss, has_aux=True)(
+                state.params, states, prompts, target
+            )
+            pool = self.trajectories.advance(pool, group, target[0], velocity)
+            sums = jax.tree.map(lambda a, g: a + g.astype(jnp.float32) / count, sums, grads)
+            return (pool, sums), metrics
+
+        (pool, grads), metrics = jax.lax.scan(one, (state.pool, sums), jnp.arange(count))
+        metrics = jax.tree.map(jnp.mean, metrics)
+        if self.axis_name is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), self.axis_name)
+        metrics = metrics._replace(grad_norm=optax.tree.norm(grads))
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        params: Flat = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
+        decay = self.config.ema
+        ema = (
+            jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+            if decay
+            else {}
+        )
+        return TrainState(params, ema, optimizer, pool, state.step + 1), metrics
+
+    def start(self, params: Flat, seed: int | Int[Array, ""] = 0) -> TrainState:
+        """The state before the first step, from the student's parameters, which are copied.
+
+        Args:
+          params: of the student.
+          seed: of the trajectories.
+        """
+        master = jnp.dtype(self.config.master_dtype)
+        params = {name: jnp.array(value, master) for name, value in params.items()}
+        return TrainState(
+            params=params,
+            ema=jax.tree.map(jnp.copy, params) if self.config.ema else {},
+            optimizer=self.optimizer.init(params),
+            pool=self.trajectories.start(seed),
+            step=jnp.int32(0),
+        )
+
+    def spread(self, pool: Pool, teacher: Flat, prompts: PromptSet) -> Pool:
+        """Lead each trajectory of a fresh pool, by the teacher, to its place in time.
+
+        So the first training step sees all noise levels, as every later one does.
+        """
+        targets = self.trajectories.stagger()
+
+        def group_of(pool: Pool, step_and_group: tuple[Array, Array]) -> tuple[Pool, None]:
+            step, group = step_and_group
+            states = self.trajectories.states(pool, group)
+            velocity, _ = self.teacher_velocity(teacher, states, prompts)
+            moving = step < targets[group]
+            return self.trajectories.advance(pool, group, velocity, velocity, moving), None
+
+        steps = min(self.trajectories.config.sampling_steps) - 1
+        groups = pool.x.shape[0]
+        turns = jnp.arange(steps * groups)
+        pool, _ = jax.lax.scan(group_of, pool, (turns // groups, turns % groups))
+        return pool
+
+
+def pmap_step(step: StepFunction) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step under `pmap`, data-parallel: the classic form, kept for machines without a mesh.
+
+    Args:
+      step: made with `axis_name="data"`.
+
+    Returns:
+      A function of replicated state (the pool's batch axis split: see `split_pool`), replicated
+      teacher and prompts; each with a leading axis of devices.
+    """
+    if step.axis_name is None:
+        raise ValueError("pmap_step needs a StepFunction with an axis_name")
+    return jax.pmap(step, axis_name=step.axis_name)
+
+
+def latent_names(student: FluxTransformer) -> frozenset[str]:
+    """Names of all parameters that belong to a fake-ternary layer."""
+    layers = linears(student, FakeTernaryLinear).keys()
+    return frozenset(name for name in to_flat(student) if name.rpartition(".")[0] in layers)
+
+
+def _take(prompts: PromptSet, rows: Int[Array, " B"]) -> PromptSet:
+    return PromptSet(*(jnp.take(field, rows, axis=0) for field in prompts))
+
+
+def _relative_error(ours: Float[Array, "B L C"], theirs: Float[Array, "B L C"]) -> Array:
+    """Mean over the rows of `|ours - theirs|^2 / |theirs|^2`: a batch may be split over devices."""
+    ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+    error = jnp.sum(jnp.square(ours - theirs), axis=(1, 2))
+    return jnp.mean(error / jnp.sum(jnp.square(theirs), axis=(1, 2)))

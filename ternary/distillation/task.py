@@ -1,0 +1,127 @@
+"""What a distillation run is about: teacher, prompts, start; and the folder that is its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from flux_jax.composition.prompts import EvalPrompt, load_prompts
+from flux_jax.errors import UserError
+from flux_jax.tree import Flat
+from ternary.distillation.run_config import RunConfig, differences, to_yaml
+from ternary.prompts import read_prompts
+from ternary.storage.latents import load_latents
+
+# Prompts that carry a composition score come with the package.
+COMPOSITION = "composition"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a run is about, beside its settings.
+
+    Attributes:
+      teacher: as for `FluxPipeline.from_pretrained`.
+      prompts: file of the prompts to train on.
+      start: folder of `python -m ternary calibrate`, whose latent weights are the start; None for
+        the teacher's own.
+      held_out: file of prompts to draw, or "composition" for those that come with a score; None
+        to keep some of `prompts` from training.
+    """
+
+    teacher: str
+    prompts: Path
+    start: Path | None = None
+    held_out: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """The texts of a run.
+
+    Attributes:
+      train: to be trained on.
+      held_out: to be drawn; none of them is in `train`.
+      judged: the same with what they claim, or empty for prompts without a score.
+    """
+
+    train: list[str]
+    held_out: list[str]
+    judged: list[EvalPrompt]
+
+
+def split_prompts(task: Task, config: RunConfig) -> Prompts:
+    """Training and held-out prompts; the two share none.
+
+    Raises:
+      UserError: a file that cannot be read, or nothing left to train on.
+    """
+    prompts = list(dict.fromkeys(read_prompts(task.prompts)))
+    judged: list[EvalPrompt] = []
+    if task.held_out == COMPOSITION:
+        judged = load_prompts()
+        held_out = [prompt.prompt for prompt in judged]
+    elif task.held_out is not None:
+        held_out = read_prompts(Path(task.held_out))
+    else:
+        # Spread over the file, whose neighbours are often alike.
+        count = min(config.held_out, len(prompts) - 1)
+        rows = np.linspace(0, len(prompts) - 1, count).round().astype(int) if count else []
+        held_out = [prompts[row] for row in rows]
+    apart = set(held_out)
+    train = [prompt for prompt in prompts if prompt not in apart]
+    if not train:
+        raise UserError(f"{task.prompts}: every prompt is held out, none is left to train on")
+    return Prompts(train=train, held_out=held_out, judged=judged)
+
+
+def open_folder(out: Path, task: Task, config: RunConfig) -> None:
+    """Make a run's folder, or see that it holds this very run.
+
+    Raises:
+      UserError: it was begun with other settings, or cannot be written to.
+    """
+    settings = {name: None if v is None else str(v) for name, v in vars(task).items()}
+    text = to_yaml(config, **settings)
+    path = out / "run.yaml"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            changed = differences(yaml.safe_load(path.read_text()), yaml.safe_load(text))
+            if changed:
+                raise UserError(
+                    f"{out} holds a run with other settings ({'; '.join(changed[:4])}): go on "
+                    "with its own, or name another folder"
+                )
+        elif any(out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no run: name another folder")
+        else:
+            path.write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def calibrated_start(folder: Path, params: Flat, config: RunConfig) -> Flat:
+    """The latent weights of a calibration, for the student that these settings describe.
+
+    Raises:
+      UserError: they are of another student.
+    """
+    flat, quant, policy = load_latents(folder)
+    if (quant, policy) != (config.quant, config.policy):
+        found = differences(
+            {"quant": dataclasses.asdict(quant), "policy": dataclasses.asdict(policy)},
+            {
+                "quant": dataclasses.asdict(config.quant),
+                "policy": dataclasses.asdict(config.policy),
+            },
+        )
+        raise UserError(f"{folder} was calibrated for another student ({'; '.join(found)})")
+    shapes = {name: tuple(value.shape) for name, value in params.items()}
+    if {name: tuple(flat.spec(name).shape) for name in flat} != shapes:
+        raise UserError(f"{folder} was calibrated for another transformer than the teacher's")
+    return {name: jnp.asarray(flat[name]) for name in params}

@@ -1,0 +1,332 @@
+"""Ternary checkpoints: written from a module in memory, read without the dense weights.
+
+The format is that of `ternary.storage.format`. A tensor is read, checked, brought from five digits
+a byte to two bits a code, and handed to its device; then the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flux_jax.components import abstract_module
+from flux_jax.configs import FluxConfig
+from flux_jax.errors import UserError
+from flux_jax.transformer import FluxTransformer
+from flux_jax.tree import split_flat, to_flat
+from pallas_kernels import unpack_codes
+from ternary.config import QuantConfig
+from ternary.layers import FakeTernaryLinear, TernaryLinear
+from ternary.policy import linears, replace_linears
+from ternary.storage import files
+from ternary.storage.base3 import base3_to_packed, pack_base3, unpack_base3
+from ternary.storage.format import (
+    BFLOAT16,
+    CODES,
+    FILE,
+    WEIGHT,
+    Description,
+    Shape,
+    check_tensors,
+    expected_tensors,
+    layers_in,
+    read_description,
+)
+from ternary.storage.tensor_file import TensorFile
+
+
+class TernaryCheckpoint:
+    """The transformer of a ternary checkpoint, opened: its headers are read and checked.
+
+    Also a reader of the dense parameters, decoded on request, for `convert`.
+
+    Attributes:
+      config: hyper-parameters of the model.
+      description: how it is quantised.
+      layers: paths of the ternary linears.
+      stored: every tensor on disk.
+      shapes: of the dense model's parameters.
+      specs: of the dense parameters, as `convert` wants them.
+    """
+
+    def __init__(self, folder: Path):
+        """Open a folder with `config.json` and `ternary.safetensors`.
+
+        Raises:
+          UserError: another format or version, or a file that is damaged; the message names the
+            tensor.
+        """
+        raw = files.read_json(folder / "config.json")
+        self._what = str(folder / FILE)
+        self.description = read_description(
+            raw.pop("quantization_config", None), str(folder / "config.json")
+        )
+        self.config = files.config_from_json(raw)
+        self.shapes = dense_shapes(self.config)
+        self._tensors = files.StoredTensors(folder / FILE)
+        try:
+            self.stored = self._tensors.specs
+            self.layers = layers_in(self.stored)
+            expected = expected_tensors(self.shapes, self.layers, self.description.quant)
+            check_tensors(self.stored, expected, self._what)
+            without = [name for name in expected if name not in self.description.crc32]
+            if without:
+                raise UserError(f"{self._what}: tensor `{without[0]}` has no checksum")
+        except UserError:
+            self.close()
+            raise
+        self.specs = files.dense_specs(self.shapes, BFLOAT16)
+        self.read_once = False
+        self._decoded: tuple[str, np.ndarray] | None = None
+
+    @property
+    def stored_specs(self) -> dict[str, Any]:
+        """What lies on the disk, as `convert` describes tensors."""
+        return {
+            name: files.dense_specs({name: shape}, dtype)[name]
+            for name, (shape, dtype) in self.stored.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as it is stored.
+
+        Raises:
+          UserError: its bytes are not those that were written, or no base-3 digits.
+        """
+        values = self._tensors.read(name)
+        data = values.reshape(-1).view(np.uint8)
+        if zlib.crc32(data.data) != self.description.crc32[name]:
+            raise UserError(
+                f"{self._what}: tensor `{name}` is damaged: its checksum is "
+                f"{zlib.crc32(data.data):08x}, expected {self.description.crc32[name]:08x}; "
+                "copy or download it again"
+            )
+        return values
+
+    def packed(self, layer: str) -> np.ndarray:
+        """A layer's codes in the 2-bit layout."""
+        columns = self.shapes[layer + WEIGHT][1]
+        return base3_to_packed(self.read(layer + CODES), columns, what=layer + CODES)
+
+    def codes(self, layer: str) -> np.ndarray:
+        """A layer's codes, 0, 1 and 2, one a byte."""
+        columns = self.shapes[layer + WEIGHT][1]
+        return unpack_base3(self.read(layer + CODES), columns, what=layer + CODES)
+
+    def dense(self, name: str) -> np.ndarray:
+        """A parameter of the dense model, bfloat16: `scale * signs` plus the low-rank branch."""
+        layer = name.removesuffix(WEIGHT)
+        if not name.endswith(WEIGHT) or layer + CODES not in self.stored:
+            return self.read(name)
+        signs = self.codes(layer).astype(np.float32) - 1
+        scale = self.read(f"{layer}.scale").astype(np.float32)
+        if scale.ndim == 2:
+            scale = np.repeat(scale, 128, axis=1)[:, : signs.shape[1]]
+        weight = signs * (scale[:, None] if scale.ndim == 1 else scale)
+        if self.description.quant.rank:
+            a, b = (
+                self.read(f"{layer}.{part}").astype(np.float32)
+                for part in ("low_rank_a", "low_rank_b")
+            )
+            weight += b @ a
+        return weight.astype(BFLOAT16)
+
+    def read_into(self, name: str, row: int, out: np.ndarray) -> None:
+        """Some rows of a dense parameter; see `convert.tensors.Reader`."""
+        if self._decoded is None or self._decoded[0] != name:
+            spec = self.specs[name]
+            self._decoded = (name, self.dense(name).reshape(spec.rows, *spec.row_shape))
+        out[...] = self._decoded[1][row : row + out.shape[0]]
+
+    def load_module(
+        self,
+        dtype: Any,
+        place: Callable[[nnx.Module], Mapping[str, jax.sharding.Sharding]] | None = None,
+    ) -> FluxTransformer:
+        """The transformer, its packed weights on their devices.
+
+        Neither the host nor a device ever holds a dense weight.
+
+        Args:
+          dtype: of the computation and of what is not packed.
+          place: from the module's shapes to where each parameter goes; None for the first device.
+
+        Raises:
+          UserError: a damaged tensor, by name.
+        """
+        module = abstract_ternary(self.config, self.layers, self.description.quant, dtype)
+        rebuild, flat = split_flat(module)
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        places = dict.fromkeys(flat, one) if place is None else place(module)
+        arrays = {}
+        for name, shape in flat.items():
+            layer, last = name.rpartition(".")[::2]
+            host = self.packed(layer) if last == "packed" else self.read(name)
+            host = host.astype(shape.dtype, copy=False)
+            arrays[name] = jax.make_array_from_callback(
+                host.shape, places[name], lambda index, host=host: host[index]
+            )
+            # One tensor is on its way at a time.
+            arrays[name].block_until_ready()
+        return rebuild(arrays)
+
+    def close(self) -> None:
+        self._tensors.close()
+
+
+@contextlib.contextmanager
+def open_checkpoint(folder: Path) -> Iterator[TernaryCheckpoint]:
+    """Open a transformer's folder, or that of its pipeline, for the length of the block.
+
+    Raises:
+      UserError: see `TernaryCheckpoint`.
+    """
+    inner = folder / "transformer"
+    checkpoint = TernaryCheckpoint(inner if inner.is_dir() else folder)
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+def dense_shapes(config: FluxConfig) -> dict[str, Shape]:
+    """Shapes of a dense transformer's parameters by path."""
+    flat = to_flat(abstract_module("transformer", config))
+    return {name: tuple(value.shape) for name, value in flat.items()}
+
+
+def abstract_ternary(
+    config: FluxConfig, layers: list[str], quant: QuantConfig, dtype: Any
+) -> FluxTransformer:
+    """A transformer with ternary linears, of shapes alone."""
+    module = abstract_module("transformer", config, dtype)
+
+    def make(name: str, linear: Any) -> TernaryLinear:
+        rows, columns = linear.weight.shape
+        axes = linear.weight.get_metadata()["axes"]
+        with_bias = linear.bias is not None
+        return nnx.eval_shape(
+            lambda: TernaryLinear(columns, rows, quant, bias=with_bias, axes=axes, dtype=dtype)
+        )
+
+    replace_linears(module, layers, make)
+    return module
+
+
+def write_transformer(
+    folder: Path,
+    config: FluxConfig,
+    quant: QuantConfig,
+    layers: list[str],
+    tensors: Iterator[tuple[str, np.ndarray]],
+    relative_error: Mapping[str, float],
+) -> None:
+    """Fill a new folder with a transformer.
+
+    Args:
+      folder: to be made.
+      config: of the model.
+      quant: how its layers are quantised.
+      layers: paths of the ternary linears.
+      tensors: every stored tensor once, in any order.
+      relative_error: by layer; it may be filled while the tensors are drawn.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    folder.mkdir()
+    expected = expected_tensors(dense_shapes(config), layers, quant)
+    with TensorFile(folder / FILE, expected) as file:
+        for name, values in tensors:
+            file.write(name, values)
+    description = Description(
+        quant=quant,
+        crc32={name: file.crc32[name] for name in expected},
+        relative_error=relative_error,
+    )
+    content = {**files.config_to_json(config), "quantization_config": description.to_json()}
+    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save_checkpoint(
+    path: Path, transformer: FluxTransformer, *, rest: str | Path, force: bool = False
+) -> None:
+    """Write a ternary pipeline from a transformer in memory.
+
+    Args:
+      path: folder to be made; it appears complete or not at all.
+      transformer: with `TernaryLinear`s or `FakeTernaryLinear`s, all of one `QuantConfig`.
+      rest: checkpoint from which the text encoders, the autoencoder, the scheduler and the
+        tokenizers are copied: usually the teacher's.
+      force: replace an existing checkpoint, once the new one is whole.
+
+    Raises:
+      UserError: no ternary layer, layers of several kinds, or a target that cannot be written.
+    """
+    found = linears(transformer, (TernaryLinear, FakeTernaryLinear))
+    kinds = {_quant_of(layer) for layer in found.values()}
+    if len(kinds) != 1:
+        raise UserError(
+            f"a ternary checkpoint holds layers of one kind, this transformer has {len(kinds)} "
+            "kinds"
+        )
+    quant = kinds.pop()
+    with files.open_pipeline(rest) as pipeline, files.staged(path, force=force) as stage:
+        pipeline.write_rest(stage)
+        tensors = _stored_tensors(transformer, found)
+        write_transformer(
+            stage / "transformer", transformer.config, quant, list(found), tensors, {}
+        )
+
+
+def _quant_of(layer: TernaryLinear | FakeTernaryLinear) -> QuantConfig:
+    """What of a layer's kind is stored."""
+    if isinstance(layer, FakeTernaryLinear):
+        quant = layer.config
+        return QuantConfig(
+            granularity=quant.granularity,
+            activation_bits=quant.activation_bits,
+            rank=quant.rank,
+        )
+    granularity = ("tensor", "channel", "group128")[layer.scale.ndim]
+    rank = 0 if layer.low_rank_a is None else layer.low_rank_a.shape[0]
+    return QuantConfig(granularity=granularity, activation_bits=layer.activation_bits, rank=rank)
+
+
+def _stored_tensors(
+    transformer: FluxTransformer, layers: Mapping[str, TernaryLinear | FakeTernaryLinear]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the checkpoint, one layer at a time."""
+    for path, layer in layers.items():
+        yield from stored_layer(path, layer)
+    for name, value in to_flat(transformer).items():
+        if name.rpartition(".")[0] not in layers:
+            yield name, np.asarray(jnp.asarray(value, jnp.bfloat16))
+
+
+def stored_layer(
+    path: str, layer: TernaryLinear | FakeTernaryLinear
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of one ternary linear, as they are stored.
+
+    Args:
+      path: of the layer in the transformer.
+      layer: a fake-ternary one is frozen.
+    """
+    frozen = layer.freeze() if isinstance(layer, FakeTernaryLinear) else layer
+    for name, value in to_flat(frozen).items():
+        if name == "packed":
+            # Unpacked where the array is, which may be a quick device.
+            yield path + CODES, pack_base3(np.asarray(unpack_codes(value, frozen.in_features)))
+        else:
+            dtype = np.float16 if name == "scale" else BFLOAT16
+            yield f"{path}.{name}", np.asarray(value).astype(dtype)

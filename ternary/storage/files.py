@@ -1,0 +1,165 @@
+"""The one place where `ternary` reaches for `convert`, which knows every layout on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flux_jax.configs import FluxConfig, SchedulerConfig
+from flux_jax.errors import UserError
+from ternary.storage.format import Shape, Stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """An opened checkpoint, of any layout, as something to be quantised.
+
+    Attributes:
+      config: of the transformer.
+      shapes: of its parameters, by our names.
+      read: a parameter by name, as it is stored (float8 becomes bfloat16).
+      write_rest: writes everything but the transformer's weights to a folder, in diffusers' layout.
+      scheduler: the noise schedule; None where the source has none.
+    """
+
+    config: FluxConfig
+    shapes: dict[str, Shape]
+    read: Callable[[str], np.ndarray]
+    write_rest: Callable[[Path], None]
+    scheduler: SchedulerConfig | None = None
+
+
+@contextlib.contextmanager
+def open_pipeline(path_or_repo_id: str | Path) -> Iterator[Pipeline]:
+    """Open a checkpoint for the length of the block.
+
+    Raises:
+      UserError: it cannot be read, or has no transformer.
+    """
+    from convert import hub, source, targets
+    from convert.tensors import read_whole
+
+    path = hub.resolve(path_or_repo_id)
+    with source.open_source(path, read_once=True) as opened:
+        if "transformer" not in opened.components:
+            raise UserError(
+                f"{path}: has no transformer; it has {', '.join(opened.components) or 'nothing'}"
+            )
+        parts = {
+            name: source.parameters(name, component, None)
+            for name, component in opened.components.items()
+        }
+        transformer = parts.pop("transformer")
+        config: Any = transformer.config
+
+        def write_rest(folder: Path) -> None:
+            targets.write_diffusers(folder, opened, parts, 2**62, lambda *block: None)
+            index = folder / "model_index.json"
+            content = json.loads(index.read_text())
+            content["transformer"] = ["diffusers", "FluxTransformer2DModel"]
+            index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+        yield Pipeline(
+            config=config,
+            shapes={name: spec.shape for name, spec in transformer.reader.specs.items()},
+            read=lambda name: read_whole(transformer.reader, name),
+            write_rest=write_rest,
+            scheduler=opened.scheduler,
+        )
+
+
+@contextlib.contextmanager
+def staged(target: Path, *, force: bool) -> Iterator[Path]:
+    """A folder that becomes `target` at the end of the block, complete or not at all.
+
+    Raises:
+      UserError: the target exists, or cannot be written to.
+    """
+    from convert import atomic, engine
+
+    with atomic.staged(target, force=force, replaceable=engine.is_checkpoint) as stage:
+        stage.mkdir()
+        yield stage
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """As `staged` checks, before long work."""
+    from convert import atomic, engine
+
+    atomic.check_target(target, force=force, replaceable=engine.is_checkpoint)
+
+
+def config_to_json(config: FluxConfig) -> dict[str, Any]:
+    """A transformer's `config.json`, under diffusers' names."""
+    from convert import tables
+
+    return tables.config_to_hf("transformer", config)
+
+
+def config_from_json(raw: Mapping[str, Any]) -> FluxConfig:
+    """The inverse of `config_to_json`.
+
+    Raises:
+      UserError: another architecture, or fields that are missing or of another type.
+    """
+    from convert import tables
+
+    config: Any = tables.config_from_hf("transformer", raw)
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      UserError: absent, or no JSON object.
+    """
+    from convert.safetensors_io import read_json
+
+    return read_json(path)
+
+
+class StoredTensors:
+    """The tensors of a safetensors file, its header checked.
+
+    Attributes:
+      specs: by name.
+    """
+
+    def __init__(self, path: Path):
+        """Open a file.
+
+        Raises:
+          UserError: no such file, or it is truncated or forged; the message names the tensor.
+        """
+        from convert.safetensors_io import SafetensorsReader
+
+        self._reader = SafetensorsReader.open_file(path)
+        specs = self._reader.specs
+        self.specs = {name: Stored(spec.shape, spec.dtype) for name, spec in specs.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        from convert.tensors import read_whole
+
+        return read_whole(self._reader, name)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def dense_specs(shapes: Mapping[str, Shape], dtype: np.dtype) -> dict[str, Any]:
+    """Shapes as `convert` wants them from a reader."""
+    from convert.tensors import Spec
+
+    return {name: Spec(shape, dtype) for name, shape in shapes.items()}

@@ -1,0 +1,82 @@
+"""Any checkpoint to a ternary one by rounding, without training, one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from flux_jax.errors import UserError
+from ternary.config import QuantConfig
+from ternary.policy import Coverage, Policy, coverage, select
+from ternary.storage import files
+from ternary.storage.checkpoint import write_transformer
+from ternary.storage.format import BFLOAT16, CODES, WEIGHT
+from ternary.storage.pack import quantize_weight
+
+
+def quantize_checkpoint(
+    src: str | Path,
+    dst: Path,
+    quant: QuantConfig,
+    policy: Policy,
+    *,
+    force: bool = False,
+    on_start: Callable[[int], None] = lambda nbytes: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+) -> Coverage:
+    """Round the linears of a transformer; copy everything else.
+
+    On the host there is one tensor at a time.
+
+    Args:
+      src: folder, file or hub id, as for `flux_jax.checkpoint.load_checkpoint`.
+      dst: folder to be made, in diffusers' layout; it appears complete or not at all.
+      quant: how the weights are rounded.
+      policy: which.
+      force: replace an existing checkpoint, once the new one is whole.
+      on_start: told the bytes of the transformer's weights in bf16.
+      on_bytes: told the bytes of each one that was handled.
+
+    Returns:
+      How much of the transformer is ternary.
+
+    Raises:
+      UserError: anything wrong with the source or the target.
+    """
+    if quant.rank:
+        raise UserError("rounding without training makes no low-rank branch; rank must be 0")
+    files.check_target(dst, force=force)
+    with files.open_pipeline(src) as pipeline:
+        shapes = pipeline.shapes
+        candidates = [
+            name.removesuffix(WEIGHT)
+            for name, shape in shapes.items()
+            if name.endswith(WEIGHT) and len(shape) == 2
+        ]
+        layers = select(candidates, policy)
+        on_start(sum(2 * math.prod(shape) for shape in shapes.values()))
+        errors: dict[str, float] = {}
+
+        def tensors() -> Iterator[tuple[str, np.ndarray]]:
+            for name, shape in shapes.items():
+                values = pipeline.read(name)
+                layer = name.removesuffix(WEIGHT)
+                if name.endswith(WEIGHT) and layer in chosen:
+                    done = quantize_weight(values, quant.granularity, quant.refit_steps, what=name)
+                    errors[layer] = done.relative_error
+                    yield layer + CODES, done.data
+                    yield f"{layer}.scale", done.scale
+                else:
+                    yield name, values.astype(BFLOAT16, copy=False)
+                on_bytes(2 * math.prod(shape))
+
+        chosen = set(layers)
+        with files.staged(dst, force=force) as stage:
+            pipeline.write_rest(stage)
+            write_transformer(
+                stage / "transformer", pipeline.config, quant, layers, tensors(), errors
+            )
+        return coverage(shapes, layers)

@@ -1,0 +1,172 @@
+"""`python -m ternary calibrate` on a whole pipeline, and what it survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from flux_jax.errors import UserError
+from flux_jax.loading import load_text_encoders
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.tree import split_flat, to_flat
+from ternary.calibration.run import encode_prompts, image_grid
+from ternary.cli import app
+from ternary.commands.calibrate import parse_blocks
+from ternary.config import QuantConfig
+from ternary.layers import FakeTernaryLinear, TernaryLinear
+from ternary.policy import Policy, linears
+from ternary.storage.checkpoint import open_checkpoint
+from ternary.storage.latents import load_latents
+from ternary.student import make_student
+from tests.small_pipeline import small_folder
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = "--samples 12 --states-each 3 --sampling-steps 4 --batch-size 4 --steps 60".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pipeline")
+    small_folder(place / "teacher")
+    (place / "prompts.txt").write_text("a red circle\nthe blue cube above a star\n\n")
+    return place
+
+
+def arguments(folder, out, *more):
+    places = ("--teacher", folder / "teacher", "--prompts", folder / "prompts.txt", "--out", out)
+    return [str(a) for a in ("calibrate", *places, *OPTIONS, *more)]
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    result = CliRunner().invoke(app, arguments(folder, folder / "whole"))
+    return folder / "whole", result
+
+
+def test_the_command_makes_a_pipeline_that_draws(folder, made):
+    out, result = made
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    losses = re.findall(r"blocks.0: loss (\S+) -> (\S+) in", result.stderr)
+    assert len(losses) == 2
+    assert all(float(after) < float(before) for before, after in losses)
+    assert "parameters are ternary" in result.stderr
+    pipe = FluxPipeline.from_pretrained(out)
+    assert isinstance(pipe.transformer.double_blocks[0].img_mod.lin, TernaryLinear)
+    images = pipe("a red circle", num_inference_steps=2, seed=0, output_type="np").images
+    assert np.isfinite(np.asarray(images)).all()
+    assert not (folder / "whole.calibration").exists()
+
+
+def test_the_latents_are_those_of_the_checkpoint(folder, made):
+    """A student of the teacher takes them, and freezes to what was saved."""
+    out, _ = made
+    latents, quant, policy = load_latents(out)
+    assert (quant, policy) == (QuantConfig(), Policy())
+    pipe = FluxPipeline.from_pretrained(folder / "teacher")
+    student = make_student(pipe.transformer, quant, policy)
+    rebuild, flat = split_flat(student)
+    assert set(latents) == set(flat)
+    assert {latents[name].dtype for name in latents} == {np.dtype(np.float32)}
+    student = rebuild({name: jnp.asarray(latents[name]) for name in latents})
+    with open_checkpoint(out) as checkpoint:
+        loaded = checkpoint.load_module(jnp.bfloat16)
+    packed = linears(loaded, TernaryLinear)
+    found = linears(student, FakeTernaryLinear)
+    assert packed.keys() == found.keys()
+    for name, layer in found.items():
+        for field, value in to_flat(layer.freeze()).items():
+            stored = to_flat(packed[name])[field]
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(stored), err_msg=name)
+
+
+def test_a_killed_run_gives_the_same_checkpoint(folder, made):
+    out = folder / "killed"
+    command = [sys.executable, "-m", "ternary", *arguments(folder, out, "--quiet")]
+    process = subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE)
+    finished = Path(f"{out}.calibration") / "double_blocks.0.json"
+    deadline = time.monotonic() + 300
+    while not finished.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    assert finished.exists()
+    assert not finished.with_name("single_blocks.0.json").exists()
+    assert not out.exists()
+    result = CliRunner().invoke(app, arguments(folder, out))
+    assert result.exit_code == 0, result.stderr
+    one, other = (path / "transformer" / "ternary.safetensors" for path in (made[0], out))
+    assert one.read_bytes() == other.read_bytes()
+    one, other = (json.loads((p / "latents" / "latents.json").read_text()) for p in (made[0], out))
+    assert one == other
+
+
+def test_a_part_of_the_blocks_without_latents(folder):
+    out = folder / "some"
+    more = ("--blocks", "single_blocks.0", "--no-latents", "--quiet", "--steps", "2")
+    result = CliRunner().invoke(app, arguments(folder, out, *more))
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    assert not (out / "latents").exists()
+    with open_checkpoint(out) as checkpoint:
+        assert {layer.split(".")[0] for layer in checkpoint.layers} == {
+            "double_blocks",
+            "single_blocks",
+        }
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--include", "nothing.*"), "include pattern 'nothing.*' matches none"),
+        (("--blocks", "single_blocks.9"), "'single_blocks.9' is no part with ternary linears"),
+        (("--height", "33"), "height must be a multiple of"),
+        (("--accumulate", "3"), "accumulate must divide batch_size"),
+    ],
+)
+def test_the_command_refuses(folder, more, message):
+    result = CliRunner().invoke(app, arguments(folder, folder / "refused", "--quiet", *more))
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not (folder / "refused").exists()
+
+
+def test_a_target_that_is_there_is_refused_before_any_work(folder, made):
+    result = CliRunner().invoke(app, arguments(folder, made[0]))
+    assert result.exit_code == 2
+    assert "exists already; --force replaces it" in result.stderr
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(folder):
+    texts = [f"a {colour} cube" for colour in ("red", "blue", "green")] * 3
+    found = encode_prompts(folder / "teacher", texts)
+    encoders = load_text_encoders(folder / "teacher", dtype=jnp.bfloat16, mesh=None, offload=False)
+    expected = encoders.encode(texts)
+    np.testing.assert_array_equal(found.txt, np.asarray(expected.prompt_embeds))
+    np.testing.assert_array_equal(found.pooled, np.asarray(expected.pooled_prompt_embeds))
+    assert image_grid(folder / "teacher") == (2, 2)
+    assert image_grid(folder / "teacher", 32, 64) == (2, 4)
+
+
+@pytest.mark.parametrize(("text", "blocks"), [(None, None), ("2", 2), ("a.0, b.1", ("a.0", "b.1"))])
+def test_blocks_on_the_command_line(text, blocks):
+    assert parse_blocks(text) == blocks
+
+
+def test_blocks_on_the_command_line_are_refused():
+    with pytest.raises(UserError, match="--blocks must be a number or names of blocks, got ','"):
+        parse_blocks(",")

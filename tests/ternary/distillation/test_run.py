@@ -1,0 +1,266 @@
+"""A distillation run: complete, resumable to the bit, and clear about what stops it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from PIL import Image
+from typer.testing import CliRunner
+
+from flux_jax.errors import UserError
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.prompts import TextEncoders
+from ternary.cli import app
+from ternary.distillation.run import distill
+from ternary.distillation.task import Task, split_prompts
+from ternary.distillation.run_config import RunConfig, read_run_config
+from tests.small_pipeline import WORDS, small_folder
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in WORDS[6:10]]
+SETTINGS = """
+distill: {steps: 9, learning_rate: 2e-3, warmup: 1, compute_dtype: float32}
+trajectory: {sampling_steps: [3, 4], groups: 2}
+batch_size: 8
+held_out: 2
+sampling_steps: 2
+sample_every: 4
+checkpoint_every: 3
+log_every: 2
+"""
+
+
+def one_device():
+    return Mesh(np.array(jax.devices()[:1]), ("data",))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return small_folder(tmp_path_factory.mktemp("teacher") / "m")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    path = tmp_path_factory.mktemp("settings") / "run.yaml"
+    path.write_text(SETTINGS)
+    return path
+
+
+def losses(out):
+    with (out / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, prompts, settings, tmp_path_factory):
+    """A run that nothing disturbed, and how it ended."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    task = Task(teacher=str(teacher), prompts=prompts)
+    outcome = distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
+    return out, outcome
+
+
+def test_a_run_leaves_all_that_it_promises(whole):
+    out, outcome = whole
+    assert outcome.steps == 9
+    assert len(losses(out)) == 9
+    with (out / "held_out.csv").open(newline="") as file:
+        drawn = list(csv.DictReader(file))
+    # Held-out prompts are drawn from step 0 on.
+    assert [int(row["step"]) for row in drawn] == [0, 4, 8, 9]
+    assert float(drawn[-1]["median_psnr_db"]) == pytest.approx(outcome.median_psnr, abs=1e-3)
+    assert float(drawn[0]["median_psnr_db"]) < 99
+    with Image.open(out / "samples" / "step_000009.png") as picture:
+        # Two pairs of 32 x 32, four to a row.
+        assert picture.size == (4 * (64 + 2) - 2, 32)
+    assert list((out / "tensorboard").glob("events.*"))
+    assert sorted(int(p.name) for p in (out / "checkpoints").iterdir()) == [6, 9]
+
+
+def test_the_student_is_a_pipeline_and_draws_what_was_reported(whole, teacher):
+    out, outcome = whole
+    held_out = [PROMPTS[0], PROMPTS[-1]]
+    encoders = TextEncoders.from_pretrained(teacher)
+    embeds = encoders.encode(held_out, max_sequence_length=12)
+    images = []
+    for folder in (teacher, out / "student"):
+        pipe = FluxPipeline.from_pretrained(folder, dtype="float32", text_encoders=encoders)
+        drawn = pipe(embeds, seed=[0, 1], num_inference_steps=2, output_type="np", progress=False)
+        images.append(np.asarray(drawn.images, np.float64))
+    error = np.mean((images[0] - images[1]) ** 2, axis=(1, 2, 3))
+    # What is not ternary was float32 in training, and is stored in bf16.
+    assert np.median(-10 * np.log10(error)) == pytest.approx(outcome.median_psnr, abs=0.3)
+
+
+def test_held_out_prompts_are_never_trained_on(prompts):
+    split = split_prompts(Task(teacher="", prompts=prompts), RunConfig(held_out=3))
+    assert len(split.held_out) == 3
+    assert sorted(split.train + split.held_out) == sorted(PROMPTS)
+    other = prompts.parent / "held_out.txt"
+    other.write_text("\n".join([PROMPTS[1], "a red star"]))
+    task = Task(teacher="", prompts=prompts, held_out=str(other))
+    assert PROMPTS[1] not in split_prompts(task, RunConfig()).train
+
+
+def command(teacher, prompts, settings, out):
+    return [
+        *(sys.executable, "-m", "ternary", "distill", "--quiet"),
+        *("--teacher", str(teacher), "--prompts", str(prompts)),
+        *("--config", str(settings), "--out", str(out)),
+    ]
+
+
+def one_cpu():
+    return {**os.environ, "XLA_FLAGS": ""}
+
+
+def test_a_killed_run_goes_on_bit_for_bit(teacher, prompts, settings, whole, tmp_path):
+    """Killed in the middle of things, then run again: the losses are those of the whole run."""
+    out = tmp_path / "run"
+    run = command(teacher, prompts, settings, out)
+    process = subprocess.Popen(run, env=one_cpu())
+    deadline = time.monotonic() + 300
+    # After the first checkpoint is complete and before the run is.
+    while not (out / "checkpoints" / "3").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "student").exists()
+    subprocess.run(run, env=one_cpu(), check=True)
+    assert losses(out) == losses(whole[0])
+    assert (out / "student" / "transformer" / "ternary.safetensors").read_bytes() == (
+        whole[0] / "student" / "transformer" / "ternary.safetensors"
+    ).read_bytes()
+
+
+def test_a_full_disk_loses_nothing_saved(teacher, prompts, settings, whole, tmp_path):
+    """No file may grow beyond a limit that only the checkpoints exceed: writing one fails."""
+    out = tmp_path / "run"
+    run = command(teacher, prompts, settings, out)
+    subprocess.run([*run, "--set", "distill.steps=3"], env=one_cpu(), check=True)
+    # The same run, now to nine steps: as if it had been stopped.
+    (out / "run.yaml").write_text((whole[0] / "run.yaml").read_text())
+    code = (
+        "import resource, runpy, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+        "runpy.run_module('ternary', run_name='__main__', alter_sys=True)\n"
+    )
+    limited = [sys.executable, "-c", code, *run[3:]]
+    failed = subprocess.run(limited, env=one_cpu(), capture_output=True, text=True)
+    assert failed.returncode == 2, failed.stderr
+    assert "a checkpoint could not be written" in failed.stderr
+    assert "the last good checkpoint is step 3" in failed.stderr
+    subprocess.run(run, env=one_cpu(), check=True)
+    assert len(losses(out)) == 9
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(teacher, prompts, settings, tmp_path):
+    changes = ["distill.learning_rate=1e30", "distill.warmup=4", "distill.max_grad_norm=1e30"]
+    config = read_run_config(settings, [*changes, "checkpoint_every=1"])
+    task = Task(teacher=str(teacher), prompts=prompts)
+    with pytest.raises(UserError, match=r"loss of step [2-9] is not finite; the last good .* step"):
+        distill(task, tmp_path / "run", config, mesh=one_device(), progress=False)
+
+
+def test_a_mesh_gives_the_same_losses(teacher, prompts, settings, whole, tmp_path):
+    task = Task(teacher=str(teacher), prompts=prompts)
+    config = read_run_config(settings, ["distill.steps=9"])
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    distill(task, tmp_path / "run", config, mesh=mesh, progress=False)
+    expected = np.array(losses(whole[0]), float)
+    np.testing.assert_allclose(np.array(losses(tmp_path / "run"), float), expected, rtol=1e-4)
+
+
+def test_prompts_are_encoded_once(whole, teacher, prompts, settings, monkeypatch):
+    """A second process of the same run finds the embeddings on disk."""
+    out, _ = whole
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the text encoders were loaded")
+
+    monkeypatch.setattr(TextEncoders, "from_pretrained", refuse)
+    task = Task(teacher=str(teacher), prompts=prompts)
+    before = losses(out)
+    distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
+    assert losses(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("distill.step=3", "unknown setting 'distill.step'; there are: accumulate"),
+        ("batch_size=0", "batch_size must be a whole number of at least 1, got 0"),
+        ("distill.learning_rate=fast", "'distill.learning_rate' must be like 0.0005, got 'fast'"),
+        ("distill", "a setting is changed by KEY=VALUE"),
+        ("distill.optimizer=sgd", "optimizer must be one of"),
+        ("policy.include=[nothing.*]", "include pattern 'nothing.*' matches none"),
+        ("distill.steps=2.5", "'distill.steps' must be like 10000, got 2.5"),
+    ],
+)
+def test_settings_are_refused(teacher, prompts, tmp_path, change, message):
+    result = refused(teacher, prompts, tmp_path / "run", "--set", change)
+    assert message in result
+
+
+def refused(teacher, prompts, out, *more):
+    arguments = ("distill", "--teacher", teacher, "--prompts", prompts, "--out", out, *more)
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_inputs_are_refused(whole, teacher, prompts, settings, tmp_path):
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("\n \n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "is empty" in refused(teacher, empty, tmp_path / "a")
+    assert "is not UTF-8 text" in refused(teacher, binary, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert "no such file" in refused(tmp_path / "none", prompts, tmp_path / "b")
+    settings_changed = ("--config", settings, "--set", "seed=5")
+    assert "holds a run with other settings (seed: 0 -> 5)" in refused(
+        teacher, prompts, whole[0], *settings_changed
+    )
+    assert "holds no run" in refused(teacher, prompts, tmp_path)
+    assert "cannot read the settings" in refused(
+        teacher, prompts, tmp_path / "c", "--config", tmp_path / "none.yaml"
+    )
+    assert "must be a multiple of the 8 devices, got 3" in refused(
+        teacher, prompts, tmp_path / "d", "--set", "batch_size=3"
+    )
+
+
+def test_show_config_prints_every_setting(teacher, prompts, tmp_path):
+    arguments = ("--teacher", teacher, "--prompts", prompts, "--out", tmp_path / "x")
+    shown = CliRunner().invoke(
+        app,
+        ["distill", *map(str, arguments), "--show-config", "--set", "seed=7"],
+    )
+    path = tmp_path / "shown.yaml"
+    path.write_text(shown.stdout)
+    assert read_run_config(path) == read_run_config(None, ["seed=7"])
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,102 @@
+"""Trajectories: where states come from, and that each is the sampler's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flux_jax.configs import SchedulerConfig
+from flux_jax.errors import UserError
+from flux_jax.scheduler import make_schedule
+from ternary.config import TrajectoryConfig
+from ternary.distillation.trajectory import Trajectories
+
+TOKENS = (4, 6)
+
+
+def make(**settings):
+    config = TrajectoryConfig(**{"sampling_steps": (3, 5), "groups": 2, **settings})
+    return Trajectories(config, SchedulerConfig(), tokens=TOKENS, batch_size=8, prompts=10)
+
+
+def test_a_pool_starts_as_noise_at_time_one():
+    pool = make().start(3)
+    assert pool.x.shape == (2, 8, *TOKENS)
+    assert abs(float(jnp.std(pool.x)) - 1.0) < 0.15
+    assert len(np.unique(np.asarray(pool.x[..., 0, 0]))) == 16
+    states = make().states(pool, jnp.int32(1))
+    np.testing.assert_array_equal(states.sigma, np.ones(8))
+    assert (np.asarray(states.guidance) >= 1.0).all()
+    assert (np.asarray(states.guidance) <= 5.0).all()
+
+
+def test_a_trajectory_is_the_samplers_and_then_another_begins():
+    """With the velocity of a straight line to a point, Euler's method ends at the point."""
+    rules = make(on_policy=0.0)
+    pool = rules.start(3)
+    noise = np.asarray(pool.x[0])
+    target = np.full(TOKENS, 0.25, np.float32)
+    lengths = np.asarray(rules.lengths)[np.asarray(pool.schedule[0])]
+    advance = jax.jit(rules.advance)
+    for step in range(1, 6):
+        states = rules.states(pool, jnp.int32(0))
+        schedule = make_schedule(SchedulerConfig(), 3, TOKENS[0])
+        short = (lengths == 3) & (np.asarray(pool.started[0]) == 0)
+        if step <= 3:
+            np.testing.assert_array_equal(
+                np.asarray(states.sigma)[short], np.float32(schedule.sigmas[step - 1])
+            )
+        before = pool
+        line = jnp.asarray(noise - target)
+        pool = advance(pool, jnp.int32(0), line, jnp.zeros_like(line))
+        for row in np.flatnonzero(lengths == step):
+            # It took its last step, so new noise with another draw is in its place.
+            assert int(pool.started[0, row]) == 1
+            assert int(pool.position[0, row]) == 0
+            end = np.asarray(states.x[row] - states.sigma[row] * line[row])
+            np.testing.assert_allclose(end, target, atol=1e-5)
+            assert not np.allclose(pool.x[0, row], noise[row])
+        for row in np.flatnonzero(lengths > step):
+            assert int(pool.started[0, row]) == 0
+        np.testing.assert_array_equal(pool.x[1], before.x[1])
+
+
+def test_on_policy_follows_the_student():
+    pools = {share: make(on_policy=share).start(3) for share in (0.0, 1.0)}
+    ones = jnp.ones((8, *TOKENS))
+    for share, pool in pools.items():
+        moved = make(on_policy=share).advance(pool, jnp.int32(1), ones, -ones)
+        states = make().states(pool, jnp.int32(1))
+        sign = -1.0 if share else 1.0
+        expected = pool.x[1] + sign * (states.sigma_next - states.sigma)[:, None, None]
+        np.testing.assert_allclose(moved.x[1], expected, atol=1e-6)
+
+
+def test_moving_holds_the_others_still():
+    rules = make()
+    pool = rules.start(3)
+    moving = jnp.arange(8) < 3
+    ones = jnp.ones((8, *TOKENS))
+    moved = rules.advance(pool, jnp.int32(0), ones, ones, moving)
+    np.testing.assert_array_equal(moved.position[0], np.where(np.arange(8) < 3, 1, 0))
+    np.testing.assert_array_equal(moved.x[0, 3:], pool.x[0, 3:])
+
+
+def test_stagger_meets_every_time():
+    assert set(np.asarray(make().stagger()).ravel()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampling_steps": ()}, "sampling_steps must be positive"),
+        ({"on_policy": 1.5}, r"on_policy is a share in \[0, 1\], got 1.5"),
+        ({"guidance": (3.0, 1.0)}, "guidance is a range"),
+        ({"groups": 0}, "groups must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrajectoryConfig(**settings)
