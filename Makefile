@@ -1,6 +1,6 @@
 # Everything lives in $(VENV); nothing outside the checkout is touched (pip's own cache aside).
 #
-#   make demo                        draw an image with the shipped model
+#   make demo                        draw with the shipped model and its 1.58-bit student
 #   make test PYTEST_ARGS="-k vae"   a part of the tests
 #   make demo PYTHON=/path/to/python3.12
 
@@ -35,8 +35,8 @@ INPUTS := pyproject.toml $(wildcard requirements/*.txt)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed ## install, then draw an image from text with the shipped model
-	@$(BIN)/python -m flux_jax generate "$(PROMPT)" --model tiny --seed 0 --out "$(OUT)"
+demo: $(VENV)/.installed ## install, then draw one prompt with the shipped model and its 1.58-bit student
+	@$(BIN)/python -m flux_jax demo "$(PROMPT)" --out "$(OUT)"
 	@echo "The image is in $(abspath $(OUT))"
 
 test: $(VENV)/.installed-test ## install what the tests need, then run them (two at a time)

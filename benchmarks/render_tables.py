@@ -1,10 +1,11 @@
-"""Writes the measured tables of the README from the result files.
+"""Writes the measured tables of the README and of docs/ from the result files.
 
     python -m benchmarks.render_tables          # rewrite
     python -m benchmarks.render_tables --check  # exit code 1 if they are out of date
 
 A table stands between `<!-- results: NAME -->` and `<!-- /results -->`; NAME is a benchmark's. A
-table has a column for ours and one for each peer of the same run.
+table has a column for ours and one for each peer of the same run, or, where figures are called
+`row/measure`, a column for each measure.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import typer
 
 from benchmarks.common import REPOSITORY, RESULTS, Result, read_result
 
-README = REPOSITORY / "README.md"
+DOCUMENTS = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- /results -->)", re.S)
 
 
@@ -29,10 +30,13 @@ class Layout:
     Attributes:
         title: what was measured; the table's first heading.
         rows: (figure, label), in order. Figures that are not named here are left out.
+        columns: (measure, label), in order, for figures that are called `row/measure`; the rows are
+            then theirs, in the order of the file.
     """
 
     title: str
-    rows: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, str], ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 # A benchmark without a layout shows every figure under its own name.
@@ -64,6 +68,34 @@ LAYOUTS = {
             ("color_attribution", "color attribution"),
             ("held_out/pair", "prompts with a colour-shape pair never seen in training"),
             ("held_out/arrangement", "prompts with an arrangement never seen in training"),
+        ),
+    ),
+    "student": Layout(
+        title="720 held-out prompts, guidance 3.5, 28 steps, the teacher's noise",
+        rows=(
+            ("overall", "composition score, mean of the six categories"),
+            ("kept", "kept of the teacher's score"),
+            ("median_psnr", "image against the teacher's, median"),
+            ("low_psnr", "the same, 10th percentile"),
+            ("megabytes", "transformer on disk"),
+            ("bits", "bits a parameter, all counted"),
+            ("single_object", "single object"),
+            ("two_object", "two objects"),
+            ("counting", "counting"),
+            ("colors", "colors"),
+            ("position", "position"),
+            ("color_attribution", "color attribution"),
+        ),
+    ),
+    "distillation": Layout(
+        title="student",
+        columns=(
+            ("score", "composition score"),
+            ("kept", "kept of the teacher's"),
+            ("median_psnr", "median PSNR"),
+            ("low_psnr", "10th percentile"),
+            ("bits", "bits a parameter"),
+            ("megabytes", "on disk"),
         ),
     ),
     "ternary_fullsize": Layout(
@@ -106,6 +138,8 @@ LAYOUTS = {
 def render_result(result: Result) -> str:
     """One result as a Markdown table, with a line on where and how it was measured."""
     layout = LAYOUTS.get(result.benchmark)
+    if layout is not None and layout.columns:
+        return "\n".join([*_matrix(result, layout), "", _source(result)])
     columns = {"ours": result.figures, **{name: p.figures for name, p in result.peers.items()}}
     names = dict.fromkeys(name for figures in columns.values() for name in figures)
     rows = layout.rows if layout else tuple((name, name.replace("_", " ")) for name in names)
@@ -122,6 +156,19 @@ def render_result(result: Result) -> str:
         if any(cells):
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _source(result)])
+
+
+def _matrix(result: Result, layout: Layout) -> list[str]:
+    """A row for each first half of the figures' names, a column for each second half."""
+    lines = [
+        f"| {layout.title} | " + " | ".join(label for _, label in layout.columns) + " |",
+        "| --- |" + " ---: |" * len(layout.columns),
+    ]
+    for row in dict.fromkeys(name.rpartition("/")[0] for name in result.figures if "/" in name):
+        figures = [result.figures.get(f"{row}/{measure}") for measure, _ in layout.columns]
+        cells = [_cell(figure.value, figure.unit) if figure else "" for figure in figures]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def render_benchmark(name: str, directory: Path = RESULTS) -> str:
@@ -162,13 +209,17 @@ def _source(result: Result) -> str:
 def main(
     check: Annotated[bool, typer.Option(help="Only say whether the tables are current.")] = False,
 ) -> None:
-    """Writes the README's tables from benchmarks/results."""
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
-    if check and before != after:
-        raise SystemExit("error: README.md is out of date: run python -m benchmarks.render_tables")
-    if before != after:
-        README.write_text(after, encoding="utf-8")
+    """Writes the tables of the README and of docs/ from benchmarks/results."""
+    for path in DOCUMENTS:
+        before = path.read_text(encoding="utf-8")
+        after = render(before)
+        if before == after:
+            continue
+        if check:
+            raise SystemExit(
+                f"error: {path.name} is out of date: run python -m benchmarks.render_tables"
+            )
+        path.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

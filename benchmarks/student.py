@@ -21,9 +21,9 @@ from benchmarks.common import RESULTS, Figure, Peer, Result, package_versions
 from benchmarks.composition import figures as score_figures
 from flux_jax.assets import STUDENT, TEACHER, shipped_path
 from flux_jax.evaluate import Evaluation, evaluate, file_name, select_prompts
+from flux_jax.images import psnr
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.tree import to_flat
-from ternary.distillation.held_out import psnr
 from ternary.layers import TernaryLinear
 from ternary.policy import Policy, linears
 from ternary.storage.checkpoint import open_checkpoint, save_checkpoint

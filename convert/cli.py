@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +57,7 @@ def main(
     The target is written beside its place and renamed when it is whole: a run that is killed
     leaves no half checkpoint. Tensors are streamed; peak memory stays far below the model's size.
     """
-    with exit_on_user_error(), _clean_termination():
+    with exit_on_user_error():
         _run(
             src,
             dst,
@@ -72,21 +70,6 @@ def main(
             force=force,
             shard_bytes=shard_mb * 10**6,
         )
-
-
-@contextlib.contextmanager
-def _clean_termination() -> Iterator[None]:
-    """SIGTERM as an exception, so that what was written so far is removed."""
-
-    def terminate(number: int, frame: Any) -> None:
-        del frame
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _names(text: str) -> list[str]:

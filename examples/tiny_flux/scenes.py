@@ -1,6 +1,7 @@
 """Training scenes with captions, drawn in bulk: token ids and scene arrays, never pixels.
 
     python -m examples.tiny_flux.scenes --count 1000000 --out scenes.npz --workers 16
+    python -m examples.tiny_flux.scenes --count 16384 --seed 17 --prompts prompts.txt
 
 Chunk number i of a seed is always the same, whatever the number of workers. No held-out pair or
 arrangement is ever drawn, and no caption equals an evaluation prompt (`normalise`d).
@@ -254,10 +255,19 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the data set.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
     show: Annotated[int, typer.Option(help="Print this many captions instead.")] = 0,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Write the distinct captions alone, one a line.")
+    ] = None,
 ) -> None:
     """Draw captioned training scenes."""
     if show:
         typer.echo("\n".join(sample_captions(seed, 0, show)[0]))
+        return
+    if prompts is not None:
+        chunks = [sample_captions(seed, chunk)[0] for chunk in range(-(-count // CHUNK))]
+        distinct = dict.fromkeys(text for captions in chunks for text in captions)
+        prompts.write_text("\n".join(distinct) + "\n")
+        typer.echo(f"{len(distinct)} prompts in {prompts}")
         return
     data = make_training_data(count, seed, workers, progress=True)
     data.save(out)

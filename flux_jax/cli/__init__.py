@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from flux_jax.cli import compare, evaluate, generate, info
+from flux_jax.cli import compare, demo, evaluate, generate, info
 
 app = typer.Typer(
     name="flux_jax",
@@ -14,7 +14,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (generate.generate, info.info, evaluate.evaluate, compare.compare):
+for command in (
+    generate.generate,
+    demo.demo,
+    info.info,
+    evaluate.evaluate,
+    compare.compare,
+):
     app.command()(command)
 
 

@@ -33,14 +33,6 @@ class Comparison:
         return float(np.median(self.psnr))
 
 
-def psnr(
-    ours: Float[np.ndarray, "N H W 3"], theirs: Float[np.ndarray, "N H W 3"]
-) -> Float[np.ndarray, " N"]:
-    """Peak signal-to-noise ratio of images in [0, 1], dB; equal images have 99."""
-    error = np.mean(np.square(ours.astype(np.float64) - theirs), axis=(1, 2, 3))
-    return -10.0 * np.log10(np.maximum(error, 10**-9.9))
-
-
 class HeldOut:
     """Draws the held-out prompts with any transformer, always from the same noise.
 
@@ -85,7 +77,7 @@ class HeldOut:
     def compare(self, student: FluxTransformer) -> Comparison:
         """Draw with the student, and measure against the teacher's images."""
         drawn = self.draw(student)
-        return Comparison(images=drawn, psnr=psnr(drawn, self.teacher))
+        return Comparison(images=drawn, psnr=images.psnr(drawn, self.teacher))
 
 
 def grid(

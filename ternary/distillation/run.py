@@ -276,9 +276,9 @@ class _Run:
         rows: list[dict[str, Any]] = []
         for number, metrics in enumerate(values, first):
             row: dict[str, Any] = {"step": number}
-            row |= {name: float(value) for name, value in metrics._asdict().items()}
+            row |= {name: float(np.asarray(value)) for name, value in metrics._asdict().items()}
             # The schedule counts the steps before this one.
-            row["learning_rate"] = float(self.rate(number - 1))
+            row["learning_rate"] = float(np.asarray(self.rate(number - 1)))
             row["states_per_second"] = round(speed, 2)
             rows.append(row)
         wrong = first_not_finite(rows, "loss")

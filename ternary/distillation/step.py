@@ -260,7 +260,7 @@ class StepFunction:
 
         So the first training step sees all noise levels, as every later one does.
         """
-        targets = self.trajectories.stagger()
+        targets = self.trajectories.stagger(pool)
 
         def group_of(pool: Pool, step_and_group: tuple[Array, Array]) -> tuple[Pool, None]:
             step, group = step_and_group
@@ -283,8 +283,8 @@ def pmap_step(step: StepFunction) -> Callable[..., tuple[TrainState, Metrics]]:
       step: made with `axis_name="data"`.
 
     Returns:
-      A function of replicated state (the pool's batch axis split: see `split_pool`), replicated
-      teacher and prompts; each with a leading axis of devices.
+      A function of replicated state (but for the pool: `trajectory.split_pool`), replicated teacher
+      and prompts; each with a leading axis of devices.
     """
     if step.axis_name is None:
         raise ValueError("pmap_step needs a StepFunction with an axis_name")

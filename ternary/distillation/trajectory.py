@@ -32,8 +32,9 @@ class Pool(NamedTuple):
       guidance: (G, B) scale.
       on_policy: (G, B) whether the student leads.
       started: (G, B) trajectories begun in this place.
-      seed: (G, B) of the random draws, the same everywhere; with it, the place and `started` they
-        are determined.
+      place: (G, B) the number of the place. With it, `started` and `seed`, the random draws of a
+        trajectory are determined, however the pool is split over devices.
+      seed: (G, B) the same everywhere.
     """
 
     x: Float[Array, "G B I P"]
@@ -43,6 +44,7 @@ class Pool(NamedTuple):
     guidance: Float[Array, "G B"]
     on_policy: Bool[Array, "G B"]
     started: Int[Array, "G B"]
+    place: Int[Array, "G B"]
     seed: Int[Array, "G B"]
 
 
@@ -115,14 +117,12 @@ class Trajectories:
         position, started = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
         begin = jax.vmap(jax.vmap(self._begin))
         x, schedule, prompt, guidance, on_policy = begin(seeds, places, started)
-        return Pool(x, position, schedule, prompt, guidance, on_policy, started, seeds)
+        return Pool(x, position, schedule, prompt, guidance, on_policy, started, places, seeds)
 
-    def stagger(self) -> Int[Array, "G B"]:
+    def stagger(self, pool: Pool) -> Int[Array, "G B"]:
         """How far to lead each trajectory before training, so that all times are met at once."""
-        shape = (self.config.groups, self.batch_size)
-        places = jnp.arange(shape[0] * shape[1]).reshape(shape)
         # A stride coprime with the length spreads neighbours over the whole of a trajectory.
-        return (places * 7919) % int(min(self.config.sampling_steps))
+        return (pool.place * 7919) % int(min(self.config.sampling_steps))
 
     def states(self, pool: Pool, group: Int[Array, ""]) -> States:
         """Where the trajectories of a group are."""
@@ -157,9 +157,8 @@ class Trajectories:
         position = pool.position[group] + 1
         done = position >= self.lengths[pool.schedule[group]]
         started = pool.started[group] + done
-        places = group * self.batch_size + jnp.arange(self.batch_size)
-        seed = pool.seed[group]
-        fresh = jax.vmap(self._begin)(seed, places, started)
+        place, seed = pool.place[group], pool.seed[group]
+        fresh = jax.vmap(self._begin)(seed, place, started)
 
         def choose(new: Array, old: Array) -> Array:
             return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new, old)
@@ -172,6 +171,7 @@ class Trajectories:
             guidance=choose(fresh[3], pool.guidance[group]),
             on_policy=choose(fresh[4], pool.on_policy[group]),
             started=started,
+            place=place,
             seed=seed,
         )
         if moving is not None:
@@ -182,3 +182,21 @@ class Trajectories:
                 )
             )
         return Pool(*(o.at[group].set(m) for o, m in zip(pool, moved, strict=True)))
+
+
+def split_pool(pool: Pool, devices: int) -> Pool:
+    """The pool's batches cut into equal parts, with a leading axis of devices, for `pmap`.
+
+    Raises:
+      ValueError: a batch that cannot be cut so.
+    """
+    batch = pool.place.shape[1]
+    if batch % devices:
+        raise ValueError(f"a batch of {batch} cannot be split over {devices} devices")
+
+    def split(field: Array) -> Array:
+        groups, _, *rest = field.shape
+        parts = field.reshape(groups, devices, batch // devices, *rest)
+        return jnp.moveaxis(parts, 1, 0)
+
+    return Pool(*map(split, pool))

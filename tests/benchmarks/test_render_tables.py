@@ -26,10 +26,16 @@ RESULT = Result(
 )
 
 
-def test_readme_shows_the_committed_results():
-    text = render_tables.README.read_text(encoding="utf-8")
-    assert "<!-- results: transformer_step -->" in text
+@pytest.mark.parametrize("path", render_tables.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_show_the_committed_results(path):
+    text = path.read_text(encoding="utf-8")
     assert render_tables.render(text) == text, "run python -m benchmarks.render_tables"
+
+
+def test_every_committed_result_is_shown():
+    shown = "".join(path.read_text(encoding="utf-8") for path in render_tables.DOCUMENTS)
+    for path in RESULTS.glob("*.json"):
+        assert f"<!-- results: {read_result(path).benchmark} -->" in shown, path.name
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
@@ -40,7 +46,7 @@ def test_committed_results_follow_the_schema(path):
 def test_table_has_a_column_for_each_peer():
     lines = render_tables.render_result(RESULT).splitlines()
     assert lines[0].endswith("| ours | diffusers, eager |")
-    assert lines[2] == "| time per step | 118.3 ms | 171.5 ms |"
+    assert lines[2] == "| time per step, steps queued | 118.3 ms | 171.5 ms |"
     assert lines[3] == "| first step, compilation included |  | 2.00 s |"
     assert lines[-1] == (
         "Measured on NVIDIA H200 (driver 580.1), JAX 0.11.2, torch 2.11.0, 2026-01-31, "
@@ -75,3 +81,18 @@ def test_a_benchmark_without_a_layout_shows_every_figure(tmp_path):
         figures={"peak_bytes": Figure(value=12345, unit="count")},
     ).write(tmp_path)
     assert "| peak bytes | 12,345 |" in render_tables.render_benchmark("other", tmp_path)
+
+
+def test_figures_of_rows_and_measures_become_a_matrix(tmp_path):
+    figures = {
+        "one way/score": Figure(value=0.5, unit="share"),
+        "one way/median_psnr": Figure(value=22.25, unit="dB"),
+        "another/score": Figure(value=0.25, unit="share"),
+        "steps": Figure(value=3, unit="count"),
+    }
+    Result(benchmark="distillation", device="cpu", figures=figures).write(tmp_path)
+    lines = render_tables.render_benchmark("distillation", tmp_path).splitlines()
+    assert lines[0].startswith("| student | composition score | kept of the teacher's | median")
+    assert lines[2] == "| one way | 0.500 |  | 22.2 dB |  |  |  |"
+    assert lines[3] == "| another | 0.250 |  |  |  |  |  |"
+    assert lines[4] == ""

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from examples.tiny_flux.scenes import encode_captions
-from flux_jax.assets import tiny_path
+from flux_jax.assets import TEACHER, shipped_path
 from flux_jax.compare import psnr
 from flux_jax.composition.prompts import load_prompts
 from flux_jax.pipeline import FluxPipeline
@@ -24,7 +24,7 @@ PROMPTS = ["a red circle above a blue square", "two small green stars on a black
 @pytest.fixture(scope="module")
 def theirs():
     # Stored in bf16; transformers keeps that, diffusers does not.
-    pipe = diffusers.FluxPipeline.from_pretrained(tiny_path()).to(torch.float32)
+    pipe = diffusers.FluxPipeline.from_pretrained(shipped_path(TEACHER)).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -34,7 +34,7 @@ def test_every_tensor_is_loaded(theirs):
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         loaded = dict(getattr(theirs, name).state_dict())
         stored = {}
-        for path in (tiny_path() / name).glob("*.safetensors"):
+        for path in (shipped_path(TEACHER) / name).glob("*.safetensors"):
             with safe_open(path, framework="pt") as file:
                 stored |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         # transformers 5 drops the prefix under which CLIP is stored.
@@ -50,7 +50,7 @@ def test_every_tensor_is_loaded(theirs):
 
 
 def test_model_index_names_diffusers_classes(theirs):
-    index = json.loads((tiny_path() / "model_index.json").read_text())
+    index = json.loads((shipped_path(TEACHER) / "model_index.json").read_text())
     assert index["_class_name"] == "FluxPipeline"
     for name, (library, class_name) in ((k, v) for k, v in index.items() if isinstance(v, list)):
         if class_name is not None:

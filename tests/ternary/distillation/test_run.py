@@ -21,8 +21,8 @@ from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
 from ternary.cli import app
 from ternary.distillation.run import distill
-from ternary.distillation.task import Task, split_prompts
 from ternary.distillation.run_config import RunConfig, read_run_config
+from ternary.distillation.task import Task, split_prompts
 from tests.small_pipeline import WORDS, small_folder
 
 pytestmark = pytest.mark.slow

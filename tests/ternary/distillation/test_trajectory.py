@@ -85,7 +85,8 @@ def test_moving_holds_the_others_still():
 
 
 def test_stagger_meets_every_time():
-    assert set(np.asarray(make().stagger()).ravel()) == {0, 1, 2}
+    rules = make()
+    assert set(np.asarray(rules.stagger(rules.start(3))).ravel()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
