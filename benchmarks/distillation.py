@@ -12,7 +12,6 @@ best rows are run again with other seeds. Writes `benchmarks/results/distillatio
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import tempfile
 import time
@@ -27,7 +26,14 @@ import numpy as np
 import typer
 from flax import nnx
 
-from benchmarks.common import RESULTS, Figure, Result, command_line, git_commit
+from benchmarks.common import (
+    RESULTS,
+    Figure,
+    Result,
+    command_line,
+    git_commit,
+    read_result,
+)
 from examples.tiny_flux.scenes import sample_captions
 from flux_jax import images
 from flux_jax.composition.prompts import load_prompts
@@ -214,6 +220,85 @@ def _score(pictures: np.ndarray, prompts: list[Any]) -> float:
     return score_images(list(images.to_uint8(pictures)), prompts).overall.passed
 
 
+class Runner:
+    """Trains, draws and scores rows one after another; what it found is in `figures`."""
+
+    def __init__(self, bench: Bench, programs: dict[Any, Any], *, calibration_steps: int):
+        self.bench = bench
+        self.figures: dict[str, Figure] = {}
+        self._programs = programs
+        self._calibration_steps = calibration_steps
+        self._calibrated: Flat | None = None
+        self._trained: dict[Row, Any] = {}
+        self._scores: dict[str, Future[float]] = {}
+        # The detector works on the host while the next row trains.
+        self._judges = ProcessPoolExecutor(8, mp_context=get_context("spawn"))
+        self._teacher = self._judges.submit(_score, bench.held_out.teacher, bench.judged)
+
+    def run(self, name: str, row: Row, grids: Path | None = None) -> None:
+        """One row; a picture of its students beside the teacher goes to `grids`."""
+        key = dataclasses.replace(row, drawn_bits=None)
+        if key not in self._trained:
+            programs = self._programs.get(row.program, (None, None))
+            self._trained[key] = self.bench.train(row, programs, self._start(row))
+        student, error = self._trained[key]
+        pictures, found = self.bench.draw(row, student)
+        self.figures |= {f"{name}/{measure}": figure for measure, figure in found.items()}
+        self._scores[name] = self._judges.submit(_score, pictures, self.bench.judged)
+        self.bench.say(
+            f"{name}: {found['median_psnr'].value:.2f} dB, relative error {error:.4f}, "
+            f"{found['bits'].value:.2f} bits"
+        )
+        if grids is not None:
+            grids.mkdir(parents=True, exist_ok=True)
+            chosen = np.linspace(0, len(pictures) - 1, 16).astype(int)
+            picture = grid(self.bench.held_out.teacher[chosen], pictures[chosen])
+            picture.save(grids / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.png")
+
+    def _start(self, row: Row) -> Flat | None:
+        if not row.calibrated:
+            return None
+        if self._calibrated is None:
+            with tempfile.TemporaryDirectory() as folder:
+                where = Path(folder) / "out"
+                self._calibrated = self.bench.calibrate(where, self._calibration_steps)
+            self.bench.say("calibrated")
+        return self._calibrated
+
+    def best(self, count: int, rows: dict[str, Row]) -> list[str]:
+        """The trained rows nearest to the teacher, drawn with the activations of their training."""
+        done = [n for n, row in rows.items() if row.trained and row.drawn_bits is None]
+        done = [name for name in done if f"{name}/median_psnr" in self.figures]
+        return sorted(done, key=lambda name: -self.figures[f"{name}/median_psnr"].value)[:count]
+
+    def finish(self) -> dict[str, Figure]:
+        """All figures, scores among them."""
+        reference = self._teacher.result()
+        for name, future in self._scores.items():
+            score = future.result()
+            self.figures[f"{name}/score"] = Figure(value=score, unit="share")
+            self.figures[f"{name}/kept"] = Figure(value=score / reference, unit="share")
+        self._judges.shutdown()
+        self.figures["teacher/score"] = Figure(value=reference, unit="share")
+        return self.figures
+
+
+def combine(paths: list[Path]) -> dict[str, Figure]:
+    """The figures of several runs of this benchmark that differ in their rows alone.
+
+    Raises:
+      SystemExit: runs of other lengths, or with another teacher's score.
+    """
+    together: dict[str, Figure] = {}
+    for path in paths:
+        for name, figure in read_result(path).figures.items():
+            if "/" not in name or name.startswith("teacher/"):
+                if together.get(name, figure) != figure:
+                    raise SystemExit(f"error: {path}: {name} is {figure.value}, not as before")
+            together[name] = figure
+    return together
+
+
 def main(
     steps: Annotated[int, typer.Option(help="Training steps of each row.")] = 4000,
     batch: Annotated[int, typer.Option(help="States of a step.")] = 256,
@@ -224,83 +309,49 @@ def main(
     minutes: Annotated[
         float | None, typer.Option(help="Begin no row after this time; write what there is.")
     ] = None,
+    combined: Annotated[
+        list[Path] | None,
+        typer.Option("--combine", help="Train nothing: join these result files of other rows."),
+    ] = None,
     smoke: Annotated[bool, typer.Option(help="A few steps of a few rows.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
     grids: Annotated[Path | None, typer.Option(help="Folder for pictures, if wanted.")] = None,
     commit: Annotated[str | None, typer.Option(help="Where .git is absent: the commit.")] = None,
 ) -> None:
     """Trains and scores every row; prints and writes the table."""
+    if combined:
+        result = dataclasses.replace(read_result(combined[0]), figures=combine(combined))
+        print(f"written: {result.write(out).name}")
+        return
     rows = {name: row for name, row in ROWS.items() if only is None or re.search(only, name)}
+    prompts, limit = 8192, None
     if smoke:
-        steps, batch, calibration_steps, seeds = 2, 2, 2, 1
+        steps, batch, calibration_steps, seeds, prompts, limit = 2, 2, 2, 1, 16, 6
         names = ("distilled, per channel", "calibrated only", "rounded, per channel")
         rows = {name: ROWS[name] for name in names}
-    prompts, limit = (16, 6) if smoke else (8192, None)
     bench = Bench(steps=steps, batch=batch, prompts=prompts, limit=limit, rate=learning_rate)
     wanted = {row.program: row for row in rows.values() if row.trained}
     # All at once and before anything runs: a compile that times kernels must be alone.
     with ThreadPoolExecutor(max(1, len(wanted))) as pool:
         compiled = dict(zip(wanted, pool.map(bench.compile, wanted.values()), strict=True))
     bench.say(f"{len(compiled)} steps compiled")
-    figures: dict[str, Figure] = {}
-    scores: dict[str, Future[float]] = {}
-    # The detector works on the host while the next row trains.
-    with ProcessPoolExecutor(2 if smoke else 8, mp_context=get_context("spawn")) as judges:
-        teacher = judges.submit(_score, bench.held_out.teacher, bench.judged)
-        trained: dict[Row, Any] = {}
-        calibrated: list[Flat] = []
+    runner = Runner(bench, compiled, calibration_steps=calibration_steps)
 
-        def start(row: Row) -> Flat | None:
-            if not row.calibrated:
-                return None
-            if not calibrated:
-                with tempfile.TemporaryDirectory() as folder:
-                    calibrated.append(bench.calibrate(Path(folder) / "out", calibration_steps))
-                bench.say("calibrated")
-            return calibrated[0]
+    def time_left(name: str) -> bool:
+        left = minutes is None or time.perf_counter() - bench.start < 60 * minutes
+        if not left:
+            bench.say(f"{name}: no time left")
+        return left
 
-        def run(name: str, row: Row) -> None:
-            if minutes is not None and time.perf_counter() - bench.start > 60 * minutes:
-                bench.say(f"{name}: no time left")
-                return
-            key = dataclasses.replace(row, drawn_bits=None)
-            if key not in trained:
-                programs = compiled.get(row.program, (None, None))
-                trained[key] = bench.train(row, programs, start(row))
-            student, error = trained[key]
-            pictures, found = bench.draw(row, student)
-            figures.update({f"{name}/{measure}": figure for measure, figure in found.items()})
-            scores[name] = judges.submit(_score, pictures, bench.judged)
-            bench.say(
-                f"{name}: {found['median_psnr'].value:.2f} dB, relative error {error:.4f}, "
-                f"{found['bits'].value:.2f} bits"
-            )
-            if grids is not None:
-                grids.mkdir(parents=True, exist_ok=True)
-                chosen = np.linspace(0, len(pictures) - 1, 16).astype(int)
-                picture = grid(bench.held_out.teacher[chosen], pictures[chosen])
-                picture.save(grids / f"{name.replace(' ', '_').replace(',', '')}.png")
-
-        for name, row in rows.items():
-            run(name, row)
-        # Runs that a seed changes, at the full precision of the activations.
-        best = sorted(
-            (
-                n
-                for n, row in rows.items()
-                if row.trained and row.drawn_bits is None and n in scores
-            ),
-            key=lambda name: -figures[f"{name}/median_psnr"].value,
-        )[:2]
-        for name in best:
-            for seed in range(1, seeds):
-                run(f"{name}, seed {seed}", dataclasses.replace(rows[name], seed=seed))
-        reference = teacher.result()
-        for name, future in scores.items():
-            score = future.result()
-            figures[f"{name}/score"] = Figure(value=score, unit="share")
-            figures[f"{name}/kept"] = Figure(value=score / reference, unit="share")
-    figures["teacher/score"] = Figure(value=reference, unit="share")
+    for name, row in rows.items():
+        if time_left(name):
+            runner.run(name, row, grids)
+    for name in runner.best(2, rows):
+        for seed in range(1, seeds):
+            if time_left(f"{name}, seed {seed}"):
+                again = dataclasses.replace(rows[name], seed=seed)
+                runner.run(f"{name}, seed {seed}", again, grids)
+    figures = runner.finish()
     figures["steps"] = Figure(value=steps, unit="count")
     figures["batch"] = Figure(value=batch, unit="count")
     result = Result(
@@ -310,7 +361,6 @@ def main(
         command=command_line(),
         commit=commit or git_commit(),
     )
-    print(json.dumps({n: round(f.value, 4) for n, f in figures.items() if n.endswith("kept")}))
     print(f"written: {result.write(out).name}")
 
 

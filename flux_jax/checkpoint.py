@@ -6,8 +6,9 @@ This module is the one place where `flux_jax` reaches for `convert`, which knows
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from flux_jax.components import Config
+from flux_jax.components import Config, abstract_module
 from flux_jax.configs import SchedulerConfig
 from flux_jax.layers import DType
 from flux_jax.sharding import Rules
@@ -85,12 +86,14 @@ class ComponentContents:
       parameters: their number.
       nbytes: of the stored tensors.
       dtypes: of the stored tensors, by NumPy's names.
+      abstract: from a dtype, the module that loading would give, in shapes alone.
     """
 
     config: Config
     parameters: int
     nbytes: int
     dtypes: frozenset[str]
+    abstract: Callable[[DType], nnx.Module]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,12 @@ def inspect_checkpoint(path_or_repo_id: str | Path) -> Contents:
                 parameters=sum(math.prod(spec.shape) for spec in dense.values()),
                 nbytes=sum(spec.nbytes for spec in specs),
                 dtypes=frozenset(spec.dtype.name for spec in specs),
+                # A quantised component knows its module itself.
+                abstract=getattr(
+                    component.stored,
+                    "abstract_module",
+                    functools.partial(abstract_module, name, component.config),
+                ),
             )
         return Contents(
             path=path,

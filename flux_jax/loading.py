@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ class Request:
     Attributes:
       path: the checkpoint's local folder.
       configs: of its four components, by name.
+      abstract: from a dtype, each of them in shapes alone.
       plan: the call.
     """
 
     path: Path
     configs: dict[str, Any]
+    abstract: dict[str, Callable[[Any], nnx.Module]]
     plan: Plan
 
 
@@ -79,7 +81,8 @@ def check_request(
         **{name: settings[name] for name in ARGUMENTS if name in settings},
     )
     arguments.seeds_and_keys(settings.get("seed"), None, images * num_images_per_prompt)
-    return Request(path=found.path, configs=configs, plan=plan)
+    abstract = {name: part.abstract for name, part in found.components.items()}
+    return Request(path=found.path, configs=configs, abstract=abstract, plan=plan)
 
 
 def load_text_encoders(

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flux_jax.components import abstract_module
 from flux_jax.denoise import CHUNK, MODULATIONS, VELOCITY
 from flux_jax.functional import BoundFunction
 from flux_jax.images import TILE, UNPACK_DECODE, WHOLE_DECODE_PIXELS, is_tiled
@@ -41,21 +40,20 @@ class StageMemory:
 
 
 def stage_memory(
-    configs: Mapping[str, Any], plan: Plan, *, dtype: Any = jnp.bfloat16, tiled: bool | None = None
+    models: Mapping[str, Any], plan: Plan, *, tiled: bool | None = None
 ) -> dict[str, StageMemory]:
     """The need of each stage, with only its own component on the device.
 
     Compiles every stage for the device at hand: about a minute for FLUX.1 at full size.
 
     Args:
-      configs: of the four components, by name.
+      models: the four components by name; shapes alone are enough.
       plan: sizes of the call.
-      dtype: of the weights.
       tiled: as in `flux_jax.images.decode`.
     """
     shape, batch = jax.ShapeDtypeStruct, plan.batch_size
-    models = {name: abstract_module(name, config, dtype) for name, config in configs.items()}
-    clip_ids = shape((batch, configs["text_encoder"].max_position_embeddings), jnp.int32)
+    tokens = models["text_encoder"].config.max_position_embeddings
+    clip_ids = shape((batch, tokens), jnp.int32)
     t5_ids = shape((batch, plan.max_sequence_length), jnp.int32)
     encoders = CLIP.bind(models["text_encoder"]), T5.bind(models["text_encoder_2"])
     pooled, states = (

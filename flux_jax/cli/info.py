@@ -98,7 +98,8 @@ def _memory(model: str, settings: dict[str, Any], *, dtype: str) -> dict[str, An
     from flux_jax.memory import stage_memory
 
     request = check_request(model, settings, images=1, num_images_per_prompt=1)
-    stages = stage_memory(request.configs, request.plan, dtype=dtype)
+    models = {name: make(jax.numpy.dtype(dtype)) for name, make in request.abstract.items()}
+    stages = stage_memory(models, request.plan)
     return {
         "device": jax.devices()[0].device_kind,
         "height": request.plan.height,

@@ -147,6 +147,10 @@ class TernaryCheckpoint:
             self._decoded = (name, self.dense(name).reshape(spec.rows, *spec.row_shape))
         out[...] = self._decoded[1][row : row + out.shape[0]]
 
+    def abstract_module(self, dtype: Any) -> FluxTransformer:
+        """The transformer in shapes alone, as `load_module` gives it."""
+        return abstract_ternary(self.config, self.layers, self.description.quant, dtype)
+
     def load_module(
         self,
         dtype: Any,
@@ -163,7 +167,7 @@ class TernaryCheckpoint:
         Raises:
           UserError: a damaged tensor, by name.
         """
-        module = abstract_ternary(self.config, self.layers, self.description.quant, dtype)
+        module = self.abstract_module(dtype)
         rebuild, flat = split_flat(module)
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = dict.fromkeys(flat, one) if place is None else place(module)

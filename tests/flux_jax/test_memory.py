@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import pytest
+from typer.testing import CliRunner
 
+from flux_jax.cli import app
+from flux_jax.components import abstract_module
 from flux_jax.configs import SchedulerConfig
 from flux_jax.memory import stage_memory
 from flux_jax.plan import make_plan
@@ -26,7 +31,8 @@ def needs(size: int, batch_size: int = 1, **options):
         batch_size=batch_size,
         num_images_per_prompt=1,
     )
-    return stage_memory(CONFIGS, plan, dtype="float32", **options)
+    models = {name: abstract_module(name, config, "float32") for name, config in CONFIGS.items()}
+    return stage_memory(models, plan, **options)
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +63,13 @@ def test_work_grows_with_the_image_and_the_batch(small):
 def test_tiles_bound_the_decoder():
     whole, tiled = (needs(1024, tiled=tiled)["decode"].work for tiled in (False, True))
     assert 3 * tiled < whole
+
+
+def test_a_ternary_transformer_is_planned_as_it_is_loaded():
+    """Two bits a weight on the device, not the sixteen that they stand for."""
+    report = {}
+    for name in ("tiny", "tiny-ternary"):
+        result = CliRunner().invoke(app, ["info", name, "--memory", "--json"])
+        assert result.exit_code == 0, result.output
+        report[name] = json.loads(result.stdout)["memory"]["stages"]["denoise"]["weights"]
+    assert 6.0 < report["tiny"] / report["tiny-ternary"] < 8.0
