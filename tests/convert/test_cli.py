@@ -249,6 +249,7 @@ def test_tensorstore_says_it_in_its_own_way(folder, out, monkeypatch):
 
 
 SLOW = """
+import signal
 import time
 from convert import safetensors_io
 write = safetensors_io.write_all
@@ -256,6 +257,8 @@ def slow(fd, data):
     time.sleep(0.05)
     return write(fd, data)
 safetensors_io.write_all = slow
+# A shell gives its background jobs an ignored SIGINT, which is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from convert.__main__ import app
 app()
 """

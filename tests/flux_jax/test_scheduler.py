@@ -49,7 +49,12 @@ def test_schedule_falls_from_noise_to_clean(steps, tokens, dynamic):
     assert schedule.sigmas.dtype == schedule.timesteps.dtype == np.float32
     assert schedule.sigmas[0] == 1.0
     assert schedule.sigmas[-1] == 0.0
-    assert (np.diff(schedule.sigmas) < 0).all()
+    steps_down = np.diff(schedule.sigmas)
+    assert (steps_down <= 0).all()
+    if tokens <= 16_384:
+        # Beyond 2048 x 2048 pixels the shift is so large that float32, in which diffusers computes
+        # and we do, cannot tell the first levels from 1.
+        assert (steps_down < 0).all()
 
 
 def test_errors():

@@ -32,7 +32,7 @@ from ternary.storage.rounding import quantize_checkpoint
 from ternary.storage.tensor_file import TensorFile
 from tests.small_pipeline import small_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
