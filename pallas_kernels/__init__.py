@@ -1,12 +1,42 @@
-"""Products with packed ternary weights: the public op, its layout, and its plain-JAX reference."""
+"""Products with packed ternary weights: the public ops, the layout, and a plain-JAX reference.
 
-from pallas_kernels.api import BACKENDS as BACKENDS
-from pallas_kernels.api import quantize_activations as quantize_activations
-from pallas_kernels.api import ternary_matmul as ternary_matmul
-from pallas_kernels.packing import BLOCK_BYTES as BLOCK_BYTES
-from pallas_kernels.packing import BLOCK_CODES as BLOCK_CODES
-from pallas_kernels.packing import GROUP as GROUP
-from pallas_kernels.packing import group_count as group_count
-from pallas_kernels.packing import pack_codes as pack_codes
-from pallas_kernels.packing import packed_width as packed_width
-from pallas_kernels.packing import unpack_codes as unpack_codes
+Names are imported when they are first used: `python -m pallas_kernels --help` needs no JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pallas_kernels.api import normalize_and_quantize as normalize_and_quantize
+    from pallas_kernels.api import quantize_activations as quantize_activations
+    from pallas_kernels.api import ternary_matmul as ternary_matmul
+    from pallas_kernels.backends import BACKENDS as BACKENDS
+    from pallas_kernels.packing import BLOCK_BYTES as BLOCK_BYTES
+    from pallas_kernels.packing import BLOCK_CODES as BLOCK_CODES
+    from pallas_kernels.packing import GROUP as GROUP
+    from pallas_kernels.packing import group_count as group_count
+    from pallas_kernels.packing import pack_codes as pack_codes
+    from pallas_kernels.packing import packed_width as packed_width
+    from pallas_kernels.packing import unpack_codes as unpack_codes
+
+_PACKING = ("BLOCK_BYTES", "BLOCK_CODES", "GROUP", "group_count")
+_HOME = {
+    "normalize_and_quantize": "api",
+    "quantize_activations": "api",
+    "ternary_matmul": "api",
+    "BACKENDS": "backends",
+    **dict.fromkeys((*_PACKING, "pack_codes", "packed_width", "unpack_codes"), "packing"),
+}
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

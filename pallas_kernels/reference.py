@@ -1,10 +1,13 @@
 """The ternary product in plain JAX: what every kernel is compared with, and the way without one.
 
-    y[m, n] = a[m] * sum over groups g of  s[n, g] * (sum over k in g of  x[m, k] * t[n, k])  + b[n]
+    p[m, n] = a[m] * sum over groups g of  s[n, g] * (sum over k in g of  x[m, k] * t[n, k])  + b[n]
+    y[m, n] = r[m, n] + f[n] * gelu(p[m, n])
 
-t is -1, 0 or +1, s the weight's scale, a the activation's scale (1 for 16-bit activations). With
-int8 activations the inner sums are exact integers, the same on every backend and in any order. What
-follows is float32 in the order above, groups from first to last.
+t is -1, 0 or +1, s the weight's scale, a the activation's scale (1 for 16-bit activations), b the
+bias, f the gate, r the residual; GELU, gate and residual where they are asked for. With int8
+activations the inner sums are exact integers, the same on every backend and in any order. What
+follows is float32 in the order above, groups from first to last; a compiler may round a product
+and the sum that it goes into once instead of twice.
 """
 
 from __future__ import annotations
@@ -39,6 +42,29 @@ def quantize_activations(x: Float[Array, "*B K"]) -> tuple[Int8[Array, "*B K"], 
     inverse = jnp.where(jnp.isinf(inverse), 0.0, inverse)
     q = jnp.clip(jnp.round(x32 * inverse), -127, 127).astype(jnp.int8)
     return q, largest[..., 0] * jnp.float32(1 / 127)
+
+
+def normalize_and_quantize(
+    x: Float[Array, "*B K"],
+    gain: Float[Array, " K"] | None,
+    shift: Float[Array, " K"] | None,
+    eps: float,
+) -> tuple[Int8[Array, "*B K"], Float[Array, "*B"]]:
+    """`pallas_kernels.normalize_and_quantize`, from checked arguments."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    wide = (1,) * (x.ndim - 1) + (-1,)
+    if gain is not None:
+        y = y * (gain.astype(jnp.float32).reshape(wide) + 1.0)
+    if shift is not None:
+        y = y + shift.astype(jnp.float32).reshape(wide)
+    return quantize_activations(y)
+
+
+def tanh_gelu(y: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """GELU in its tanh form, as y times a sigmoid, which loses nothing where y is negative."""
+    return y * jax.nn.sigmoid((y + y * y * y * 0.044715) * 1.5957691216057308)
 
 
 def signed_product(
@@ -98,15 +124,26 @@ def _grouped(x: Array, signs: Array, scale: Array) -> Array:
 
 
 def ternary_matmul(
-    x: Float[Array, "*B K"],
+    x: Activations,
     packed: UInt8[Array, "N Kp"],
     scale: Scale,
-    bias: Float[Array, " N"] | None,
+    bias: Float[Array, " N"] | None = None,
+    token_scale: Float[Array, "*B"] | None = None,
+    gate: Float[Array, " N"] | None = None,
+    residual: Float[Array, "*B N"] | None = None,
+    *,
     activation_bits: int,
+    gelu: bool = False,
 ) -> Float[Array, "*B N"]:
     """`pallas_kernels.ternary_matmul` before its last rounding, from checked arguments: float32."""
     codes = unpack_codes(packed, x.shape[-1])
-    if activation_bits == 16:
-        return signed_product(x, codes.astype(x.dtype) - 1, scale, bias)
-    q, token_scale = quantize_activations(x)
-    return signed_product(q, codes.astype(jnp.int8) - 1, scale, bias, token_scale)
+    if activation_bits == 8 and token_scale is None:
+        x, token_scale = quantize_activations(x)
+    y = signed_product(x, codes.astype(x.dtype) - 1, scale, bias, token_scale)
+    if gelu:
+        y = tanh_gelu(y)
+    if gate is not None:
+        y = y * gate.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+    if residual is not None:
+        y = residual.astype(jnp.float32) + y
+    return y

@@ -4,14 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import (
     group_count,
+    normalize_and_quantize,
     pack_codes,
     quantize_activations,
     ternary_matmul,
 )
-from pallas_kernels.api import check_arguments
+from pallas_kernels.arguments import check_matmul, check_modulation
 from pallas_kernels.reference import signed_product
 
 GRANULARITIES = ("tensor", "channel", "group")
@@ -161,14 +164,23 @@ def test_quantization_error_is_half_a_step():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "abacus"}, "backend must be None or one of jax, got 'abacus'"),
+        ({"backend": "abacus"}, "backend must be None or one of mosaic, triton, jax, got 'abacus'"),
         ({"activation_bits": 4}, "activation_bits must be 8 or 16, got 4"),
-        ({"x": jnp.zeros((2, 300), jnp.int32)}, "x must be floating .* got int32"),
-        ({"x": jnp.zeros(())}, r"x must be floating with at least one axis, got float32 of"),
+        ({"x": jnp.zeros((2, 300), jnp.int32)}, "x must be floating or int8 .* got int32"),
+        ({"x": jnp.zeros(())}, "x must be floating or int8 with at least one axis, got float32 of"),
         ({"packed": jnp.zeros((24, 128), jnp.int8)}, "packed must be uint8 .* got int8"),
         ({"x": jnp.zeros((2, 600))}, "packed must have 192 bytes a row for the 600 inputs"),
         ({"scale": jnp.zeros((7,))}, r"scale must have shape \(\) or \(24,\) or \(24, 3\)"),
         ({"scale": jnp.zeros((), jnp.int32)}, "scale must be floating, got int32"),
+        ({"x": jnp.zeros((2, 300), jnp.int8)}, "x of int8 needs activation_bits=8, got 16"),
+        (
+            {"x": jnp.zeros((2, 300), jnp.int8), "activation_bits": 8},
+            "token_scale belongs to x of int8, and x of int8 needs it; got none",
+        ),
+        ({"token_scale": jnp.zeros(2)}, "token_scale belongs to x of int8.* got one for x of flo"),
+        ({"gate": jnp.zeros((7,))}, r"gate must have shape \(24,\), got \(7,\)"),
+        ({"gate": jnp.zeros(24, jnp.int32)}, "gate must be floating, got int32"),
+        ({"residual": jnp.zeros((10, 24))}, r"residual must have shape \(2, 5, 24\), got \(10, 24"),
         ({"bias": jnp.zeros((7,))}, r"bias must have shape \(24,\), got \(7,\)"),
     ],
 )
@@ -177,10 +189,149 @@ def test_refusals(change, message):
     arguments = {"x": x, "packed": pack_codes(jnp.asarray(codes)), "scale": scale, "bias": bias}
     arguments |= {"activation_bits": 16, "backend": None}
     with pytest.raises(ValueError, match=message):
-        check_arguments(**(arguments | change))
+        check_matmul(**(arguments | change))
 
 
 def test_the_op_checks_its_arguments():
     x, codes, scale, _ = case()
     with pytest.raises(ValueError, match="backend must be"):
         ternary_matmul(x, pack_codes(jnp.asarray(codes)), scale, backend="abacus")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.zeros((2, 8), jnp.int8)}, "x must be floating with at least one axis, got int8"),
+        ({"gain": jnp.zeros(7)}, r"gain must have shape \(8,\), got \(7,\)"),
+        ({"shift": jnp.zeros((1, 8))}, r"shift must have shape \(8,\), got \(1, 8\)"),
+        ({"shift": jnp.zeros(8, jnp.int8)}, "shift must be floating, got int8"),
+        ({"backend": "abacus"}, "backend must be None or one of"),
+    ],
+)
+def test_refusals_of_rows(change, message):
+    arguments = {"x": jnp.zeros((2, 8)), "gain": None, "shift": None, "backend": None}
+    with pytest.raises(ValueError, match=message):
+        check_modulation(**(arguments | change))
+
+
+shapes = st.tuples(st.integers(1, 20), st.integers(1, 600), st.integers(1, 40))
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    shape=shapes,
+    bits=st.sampled_from([8, 16]),
+    granularity=st.sampled_from(GRANULARITIES),
+    size=st.sampled_from([1e-4, 1.0, 300.0]),
+    seed=st.integers(0, 99),
+)
+def test_random_shapes_and_scales(shape, bits, granularity, size, seed):
+    """Integer sums against int64, everything else against float64."""
+    m, k, n = shape
+    rng = np.random.default_rng(seed)
+    x, codes, scale, bias = case(granularity, n, k, (m,), jnp.float32, seed)
+    x = x * jnp.float32(size)
+    scale = scale * jnp.float32(rng.choice([1e-3, 1.0, 50.0]))
+    packed = pack_codes(jnp.asarray(codes))
+    y = np.asarray(ternary_matmul(x, packed, scale, bias, activation_bits=bits))
+    if bits == 8:
+        want = exact_int8(x, codes, scale, bias)
+        q, token_scale = (np.asarray(a, np.float64) for a in quantize_activations(x))
+        magnitude = np.abs(q) @ np.abs(dense(codes, scale)).T * token_scale[..., None]
+    else:
+        want = np.asarray(x, np.float64) @ dense(codes, scale).T + np.asarray(bias, np.float64)
+        magnitude = np.abs(np.asarray(x, np.float64)) @ np.abs(dense(codes, scale)).T
+    bound = 2.0**-20 * (magnitude + np.abs(np.asarray(bias, np.float64)))
+    assert (np.abs(y - want) <= bound + 1e-30).all()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gelu_gate_and_residual(granularity, bits):
+    x, codes, scale, bias = case(granularity)
+    packed = pack_codes(jnp.asarray(codes))
+    rng = np.random.default_rng(3)
+    gate = jnp.asarray(rng.standard_normal(24), jnp.float32)
+    residual = jnp.asarray(rng.standard_normal((2, 5, 24)), jnp.float32)
+    plain = ternary_matmul(x, packed, scale, bias, activation_bits=bits)
+    options = {"gelu": True, "gate": gate, "residual": residual}
+    y = ternary_matmul(x, packed, scale, bias, activation_bits=bits, **options)
+    want = residual + gate.reshape(1, 1, -1) * jax.nn.gelu(plain, approximate=True)
+    np.testing.assert_allclose(np.asarray(y), np.asarray(want), rtol=1e-5, atol=1e-6)
+
+
+def test_options_are_rounded_once():
+    """A sum that bfloat16 cannot hold before the residual takes it back into its range."""
+    packed = pack_codes(jnp.full((1, 256), 2, jnp.uint8))
+    x = jnp.ones((1, 256), jnp.bfloat16).at[0, 0].set(2)
+    residual = jnp.full((1, 1), -256, jnp.bfloat16)
+    y = ternary_matmul(x, packed, jnp.float32(1), residual=residual)
+    assert y.dtype == jnp.bfloat16
+    # 257 would have become 256 or 258.
+    assert float(y[0, 0]) == 1.0
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_activations_that_are_quantised_already(granularity):
+    x, codes, scale, bias = case(granularity, dtype=jnp.bfloat16)
+    packed = pack_codes(jnp.asarray(codes))
+    q, token_scale = quantize_activations(x)
+    y = ternary_matmul(q, packed, scale, bias, activation_bits=8, token_scale=token_scale)
+    whole = ternary_matmul(x, packed, scale, bias, activation_bits=8)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(whole, np.float32))
+
+
+def test_gradients_of_quantised_activations():
+    """None for the integers; their scale's and the weight's as of the exact product."""
+    x, codes, scale, bias = case()
+    packed = pack_codes(jnp.asarray(codes))
+    q, token_scale = quantize_activations(x)
+
+    def loss(token_scale, scale):
+        bits = {"activation_bits": 8, "out_dtype": jnp.float32}
+        return ternary_matmul(q, packed, scale, bias, token_scale=token_scale, **bits).sum()
+
+    dtoken, dscale = jax.grad(loss, (0, 1))(token_scale, scale)
+    sums = np.asarray(q, np.float64) @ (codes.astype(np.float64) - 1).T
+    np.testing.assert_allclose(np.asarray(dtoken), sums @ np.asarray(scale), rtol=1e-4, atol=1e-3)
+    want = np.tensordot(np.asarray(token_scale), sums, axes=2)
+    np.testing.assert_allclose(np.asarray(dscale), want, rtol=1e-4, atol=1e-3)
+
+
+def test_nothing_to_multiply():
+    packed = pack_codes(jnp.zeros((4, 256), jnp.uint8))
+    assert ternary_matmul(jnp.zeros((0, 256)), packed, jnp.float32(1)).shape == (0, 4)
+    q, scale = normalize_and_quantize(jnp.zeros((0, 256)))
+    assert q.shape == (0, 256)
+    assert scale.shape == (0,)
+
+
+@pytest.mark.parametrize("with_vectors", [True, False])
+def test_normalize_and_quantize(with_vectors):
+    """Within half a step of float64, and the scale of the largest."""
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(2 + 3 * rng.standard_normal((2, 3, 300)), jnp.bfloat16)
+    gain, shift = (jnp.asarray(rng.standard_normal(300), jnp.bfloat16) for _ in range(2))
+    vectors = (gain, shift) if with_vectors else (None, None)
+    q, scale = normalize_and_quantize(x, *vectors)
+    wide = np.asarray(x, np.float64)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+    if with_vectors:
+        wide = wide * (1 + np.asarray(gain, np.float64)) + np.asarray(shift, np.float64)
+    largest = np.abs(wide).max(-1)
+    np.testing.assert_allclose(np.asarray(scale), largest / 127, rtol=1e-5)
+    assert q.dtype == jnp.int8
+    assert np.abs(np.asarray(q) - wide / largest[..., None] * 127).max() <= 0.5 + 1e-3
+
+
+def test_normalize_and_quantize_under_vmap():
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.standard_normal((3, 5, 64)), jnp.float32)
+    gain = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
+    q, scale = jax.vmap(normalize_and_quantize)(x, gain)
+    for i in range(3):
+        want_q, want_scale = normalize_and_quantize(x[i], gain[i])
+        np.testing.assert_array_equal(np.asarray(q[i]), np.asarray(want_q))
+        np.testing.assert_allclose(np.asarray(scale[i]), np.asarray(want_scale), rtol=1e-6)

@@ -1,0 +1,6 @@
+"""`python -m pallas_kernels`."""
+
+from pallas_kernels.cli import app
+
+if __name__ == "__main__":
+    app(prog_name="python -m pallas_kernels")

@@ -1,0 +1,100 @@
+"""Which arguments the ops refuse, whatever the backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.backends import BACKENDS
+from pallas_kernels.packing import GROUP, group_count, packed_width
+
+ACTIVATION_BITS = (8, 16)
+
+
+def check_matmul(
+    x: Any,
+    packed: Any,
+    scale: Any,
+    bias: Any,
+    activation_bits: int,
+    backend: str | None,
+    token_scale: Any = None,
+    gate: Any = None,
+    residual: Any = None,
+) -> None:
+    """Refuses what no backend could multiply.
+
+    Raises:
+      ValueError: naming the argument, what was expected and what was found.
+    """
+    check_backend(backend)
+    if activation_bits not in ACTIVATION_BITS:
+        raise ValueError(f"activation_bits must be 8 or 16, got {activation_bits!r}")
+    quantized = x.dtype == jnp.int8
+    if x.ndim < 1 or not (quantized or jnp.issubdtype(x.dtype, jnp.floating)):
+        raise ValueError(
+            f"x must be floating or int8 with at least one axis, got {x.dtype} of shape {x.shape}"
+        )
+    if quantized and activation_bits != 8:
+        raise ValueError(f"x of int8 needs activation_bits=8, got {activation_bits}")
+    if quantized != (token_scale is not None):
+        found = "none" if token_scale is None else f"one for x of {x.dtype}"
+        raise ValueError(f"token_scale belongs to x of int8, and x of int8 needs it; got {found}")
+    if packed.ndim != 2 or packed.dtype != jnp.uint8:
+        raise ValueError(
+            f"packed must be uint8 (N, Kp), got {packed.dtype} of shape {packed.shape}"
+        )
+    columns, rows = x.shape[-1], packed.shape[0]
+    if packed.shape[1] != packed_width(columns):
+        raise ValueError(
+            f"packed must have {packed_width(columns)} bytes a row for the {columns} inputs of x, "
+            f"got {packed.shape[1]}"
+        )
+    grouped = (rows, group_count(columns))
+    if scale.shape not in ((), (rows,), grouped):
+        raise ValueError(
+            f"scale must have shape () or ({rows},) or {grouped} (groups of {GROUP} inputs), got "
+            f"{scale.shape}"
+        )
+    if not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise ValueError(f"scale must be floating, got {scale.dtype}")
+    leading = x.shape[:-1]
+    for name, value, shape in (
+        ("bias", bias, (rows,)),
+        ("token_scale", token_scale, leading),
+        ("gate", gate, (rows,)),
+        ("residual", residual, (*leading, rows)),
+    ):
+        if value is not None:
+            check_floating(name, value, shape)
+
+
+def check_modulation(x: Any, gain: Any, shift: Any, backend: str | None) -> None:
+    """Refuses rows that cannot be quantised.
+
+    Raises:
+      ValueError: naming the argument, what was expected and what was found.
+    """
+    check_backend(backend)
+    if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x must be floating with at least one axis, got {x.dtype} of shape {x.shape}"
+        )
+    for name, value in (("gain", gain), ("shift", shift)):
+        if value is not None:
+            check_floating(name, value, x.shape[-1:])
+
+
+def check_backend(backend: str | None) -> None:
+    """Refuses an unknown name."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def check_floating(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Refuses another shape, and what is not floating."""
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating, got {value.dtype}")

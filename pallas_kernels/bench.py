@@ -1,0 +1,193 @@
+"""Times of every backend and of the dense products they replace, in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import api, reference
+from pallas_kernels.backends import BACKENDS, device_of, why_not
+from pallas_kernels.packing import group_count, pack_codes, unpack_codes
+from pallas_kernels.tiles import Problem
+from pallas_kernels.timing import input_sets, median_ms
+
+# (tokens, inputs, outputs): the products of one step of a 12-billion image transformer at
+# 1024 x 1024, its modulation, and a size for a CPU.
+MANY = tuple(
+    (4608, k, n)
+    for k, n in (
+        (3072, 9216),
+        (3072, 3072),
+        (3072, 12288),
+        (12288, 3072),
+        (3072, 21504),
+        (15360, 3072),
+    )
+)
+FEW = tuple((m, k, n) for m in (1, 16) for k, n in ((3072, 18432), (3072, 9216)))
+SMALL = ((256, 512, 512),)
+
+# What is timed.
+BF16_DOT, INT8_DOT = "bf16 dot", "int8 dot"
+A16, A8, A8_PRODUCT, QUANTIZE = "A16", "A8", "A8 product", "quantize"
+NORMALIZE = "normalize, quantize"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One time.
+
+    Attributes:
+      m, k, n: tokens, inputs, outputs.
+      what: "bf16 dot" and "int8 dot" (to int32) are XLA's, of dense weights; "A16" and "A8" are
+        the op from bfloat16 to bfloat16 with scale and bias; "A8 product" is that of activations
+        quantised before; "quantize" and "normalize, quantize" are those of the m x k activations.
+      backend: "xla" or one of `BACKENDS`.
+      ms: median, of one call.
+      tops: 1e12 operations a second, two for each weight and token; 0 where nothing is multiplied.
+    """
+
+    m: int
+    k: int
+    n: int
+    what: str
+    backend: str
+    ms: float
+    tops: float
+
+
+def backends_here() -> dict[str, str | None]:
+    """Each backend, and why it cannot run on the default device; None if it can."""
+    device = device_of(None)
+    return {name: why_not(name, device, jnp.bfloat16, jnp.bfloat16, 16) for name in BACKENDS}
+
+
+def weights(key: Any, n: int, k: int, grouped: bool = False) -> tuple[Any, Any, Any]:
+    """Random (packed, scale, bias)."""
+    codes, scale, bias = jax.random.split(key, 3)
+    shape = (n, group_count(k)) if grouped else (n,)
+    return (
+        pack_codes(jax.random.randint(codes, (n, k), 0, 3, jnp.uint8)),
+        jax.random.uniform(scale, shape, jnp.float32, 0.01, 0.05),
+        jax.random.normal(bias, (n,), jnp.bfloat16),
+    )
+
+
+def activations(key: Any, m: int, k: int) -> Any:
+    """Random (m, k) bfloat16."""
+    return jax.random.normal(key, (m, k), jnp.bfloat16)
+
+
+def time_shape(
+    m: int, k: int, n: int, *, backends: tuple[str, ...], repeats: int, dense: bool = True
+) -> Iterator[Row]:
+    """Times one shape; rows come as they are measured.
+
+    Args:
+      m, k, n: tokens, inputs, outputs.
+      backends: of `BACKENDS`, all of which can run here.
+      repeats: timings of each median.
+      dense: whether XLA's dense products are timed too.
+    """
+    problem = Problem(m, n, k, 8)
+    keys = jax.random.split(jax.random.key(m + n + k), input_sets(n * k / 4 + 3 * m * k))
+    make = jax.jit(lambda key: (activations(key, m, k), *weights(jax.random.fold_in(key, 1), n, k)))
+    sets = [make(key) for key in keys]
+
+    def timed(what: str, backend: str, function: Callable[..., Any], arguments: list[Any]) -> Row:
+        ms = median_ms(function, arguments, repeats=repeats)
+        multiplies = what not in (QUANTIZE, NORMALIZE)
+        return _row(problem, what, backend, ms, multiplies)
+
+    if dense:
+        yield from _dense(sets, k, timed)
+    quantized = [(*_quantize(s[0]), *s[1:]) for s in sets]
+    for name in backends:
+        yield timed(A16, name, _op(name, 16), sets)
+        yield timed(A8, name, _op(name, 8), sets)
+        yield timed(A8_PRODUCT, name, _quantized_op(name), quantized)
+        if name != "triton":
+            yield timed(QUANTIZE, name, _quantizer(name), [s[:1] for s in sets])
+            yield timed(
+                NORMALIZE, name, _normalizer(name), [(s[0], s[0][0], s[0][0]) for s in sets]
+            )
+
+
+def _dense(sets: list[Any], k: int, timed: Callable[..., Row]) -> Iterator[Row]:
+    contract_last = (((1,), (1,)), ((), ()))
+
+    def to_int32(x: Any, w: Any) -> Any:
+        return jax.lax.dot_general(x, w, contract_last, preferred_element_type=jnp.int32)
+
+    signs = jax.jit(lambda packed: unpack_codes(packed, k).astype(jnp.int8) - 1)
+    dense = [(s[0], signs(s[1])) for s in sets]
+    wide = [(x, w.astype(jnp.bfloat16)) for x, w in dense]
+    yield timed(BF16_DOT, "xla", lambda x, w: jax.lax.dot_general(x, w, contract_last), wide)
+    del wide
+    yield timed(INT8_DOT, "xla", to_int32, [(_quantize(x)[0], w) for x, w in dense])
+
+
+_quantize = jax.jit(reference.quantize_activations)
+
+
+def _op(backend: str, bits: int) -> Callable[..., Any]:
+    def run(x: Any, packed: Any, scale: Any, bias: Any) -> Any:
+        return api.ternary_matmul(x, packed, scale, bias, activation_bits=bits, backend=backend)
+
+    return run
+
+
+def _quantized_op(backend: str) -> Callable[..., Any]:
+    def run(q: Any, token_scale: Any, packed: Any, scale: Any, bias: Any) -> Any:
+        bits: dict[str, Any] = {"activation_bits": 8, "backend": backend}
+        return api.ternary_matmul(q, packed, scale, bias, token_scale=token_scale, **bits)
+
+    return run
+
+
+def _quantizer(backend: str) -> Callable[..., Any]:
+    return lambda x: api.quantize_activations(x, backend=backend)
+
+
+def _normalizer(backend: str) -> Callable[..., Any]:
+    return lambda x, gain, shift: api.normalize_and_quantize(x, gain, shift, backend=backend)
+
+
+def _row(problem: Problem, what: str, backend: str, ms: float, multiplies: bool) -> Row:
+    m, n, k = problem.m, problem.n, problem.k
+    tops = 2e-9 * m * n * k / ms if multiplies else 0.0
+    return Row(m=m, k=k, n=n, what=what, backend=backend, ms=ms, tops=tops)
+
+
+def ratio_to_dense(rows: list[Row], what: str, backend: str) -> dict[tuple[int, int, int], float]:
+    """How many times as fast as XLA's dense product, for each shape that has both.
+
+    "A8 product" is compared with the int8 dot, everything else with the bf16 dot.
+    """
+    dense = INT8_DOT if what == A8_PRODUCT else BF16_DOT
+    base = {(r.m, r.k, r.n): r.ms for r in rows if r.what == dense}
+    ours = {(r.m, r.k, r.n): r.ms for r in rows if r.what == what and r.backend == backend}
+    return {shape: base[shape] / ours[shape] for shape in ours if shape in base}
+
+
+def geometric_mean(values: list[float]) -> float:
+    """Of positive numbers."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Lines for a terminal."""
+    lines = [f"{'shape':>20}  {'what':20} {'backend':8} {'ms':>9} {'TOP/s':>7}  over XLA's dense"]
+    for row in rows:
+        ratio = ratio_to_dense(rows, row.what, row.backend).get((row.m, row.k, row.n))
+        compared = ratio is not None and row.tops and row.backend != "xla"
+        lines.append(
+            f"{f'{row.m}x{row.k}->{row.n}':>20}  {row.what:20} {row.backend:8} {row.ms:9.4f} "
+            f"{row.tops:7.0f}  " + (f"{ratio:.2f}x" if compared else "")
+        )
+    return lines

@@ -1,0 +1,287 @@
+"""The command line. Nothing heavy is imported until a command runs, so `--help` is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json as json_module
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="pallas_kernels",
+    help="Products with packed ternary weights: prove, time and tune the backends of this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Backend = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="mosaic, triton or jax; may be repeated.", show_default="every one that can run here"
+    ),
+]
+Shape = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="TOKENSxINPUTSxOUTPUTS, such as 4608x3072x9216; may be repeated.",
+        show_default="a large image transformer's; on a CPU one small shape",
+    ),
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Timings that each median is over.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Also write the JSON to this file.", show_default="none"),
+]
+
+
+@app.command()
+def check(
+    backend: Backend = None,
+    seed: Annotated[int, typer.Option(help="Of the random arguments.")] = 0,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare every backend with exact integers and float64; exit code 1 if one is wrong.
+
+    Without a GPU the Mosaic kernels run in Pallas' interpret mode, on a few small cases: all of
+    them but the decoding of codes in registers.
+
+    \b
+    Examples:
+      python -m pallas_kernels check
+      python -m pallas_kernels check --backend mosaic --json
+    """
+    with exit_on_bad_input():
+        from pallas_kernels import checking
+
+        runs = check_runs(backend)
+        outcomes = []
+        for name, cases, multiply in runs:
+            for case in cases:
+                outcome = checking.check(case, name, multiply, seed)
+                outcomes.append(outcome)
+                if not json:
+                    verdict = "ok" if outcome.passed else "WRONG"
+                    repeats = "" if outcome.repeats else ", other bits in a second run"
+                    share = f"error {outcome.error:.3f} of the bound{repeats}"
+                    typer.echo(f"{verdict:5}  {name:20}  {case!s:58}  {share}")
+    passed = all(outcome.passed for outcome in outcomes)
+    rows = [
+        {"backend": o.backend, "case": str(o.case), "error": o.error, "repeats": o.repeats}
+        | {"passed": o.passed}
+        for o in outcomes
+    ]
+    report({"passed": passed, "cases": rows}, out, json, quiet)
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    shape: Shape = None,
+    backend: Backend = None,
+    few: Annotated[
+        bool, typer.Option("--few", help="Also products of 1 and 16 tokens, without --shape.")
+    ] = False,
+    repeats: Repeats = 10,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time every backend, and XLA's dense bf16 and int8 products, at the same shapes.
+
+    \b
+    Examples:
+      python -m pallas_kernels bench --out bench.json
+      python -m pallas_kernels bench --shape 4608x3072x9216 --backend mosaic
+    """
+    with exit_on_bad_input():
+        from pallas_kernels import bench as measuring
+
+        names = kernels_here(backend, or_jax=True)
+        shapes = shapes_of(shape, few=few)
+        rows = []
+        for m, k, n in shapes:
+            for row in measuring.time_shape(m, k, n, backends=names, repeats=repeats):
+                rows.append(row)
+                if not quiet:
+                    typer.echo(f"{m}x{k}->{n} {row.what} {row.backend}: {row.ms:.4f} ms", err=True)
+        if not json:
+            typer.echo("\n".join(measuring.table(rows)))
+    report({"rows": [dataclasses.asdict(row) for row in rows]}, out, json, quiet)
+
+
+@app.command()
+def tune(
+    shape: Shape = None,
+    backend: Backend = None,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(help="Of the activations; may be repeated.", show_default="8 and 16"),
+    ] = None,
+    grouped: Annotated[
+        bool, typer.Option("--grouped", help="For a scale per group of 128 inputs.")
+    ] = False,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="The table to extend.", show_default="the package's, of this device"),
+    ] = None,
+    repeats: Repeats = 5,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try tiles for products, and put the fastest into the table of this kind of device.
+
+    \b
+    Examples:
+      python -m pallas_kernels tune --shape 4608x3072x9216 --bits 8
+    """
+    with exit_on_bad_input():
+        from pallas_kernels import tile_table
+        from pallas_kernels.backends import describe, device_of
+        from pallas_kernels.tiles import Problem
+
+        for value in bits or ():
+            if value not in (8, 16):
+                raise BadInput(f"--bits must be 8 or 16, got {value}")
+        names = kernels_here(backend, or_jax=False)
+        device = describe(device_of(None))
+        entries, failures = [], []
+        for m, k, n in shapes_of(shape, few=False):
+            for name in names:
+                for width in bits or (8, 16):
+                    problem = Problem(m, n, k, width, grouped)
+                    entry, failed = tune_one(name, problem, device, repeats, quiet)
+                    failures += failed
+                    entries += [entry] if entry else []
+        where = tile_table.write_entries(device.kind, entries, table) if entries else None
+        if not json:
+            for entry in entries:
+                typer.echo(json_module.dumps(entry.to_json()))
+    found = {
+        "table": None if where is None else where.name,
+        "entries": [entry.to_json() for entry in entries],
+        "failures": failures,
+    }
+    report(found, out, json, quiet)
+
+
+def tune_one(name: str, problem: Any, device: Any, repeats: int, quiet: bool) -> tuple[Any, list]:
+    """The entry that was found, and the tiles that could not run."""
+    from pallas_kernels import tuning
+
+    trials = []
+    for trial in tuning.search(name, problem, device, repeats=repeats):
+        trials.append(trial)
+        if not quiet:
+            result = f"{trial.ms:.4f} ms" if trial.ms else f"failed: {trial.failure}"
+            typer.echo(f"{name} {problem} {trial.tile}: {result}", err=True)
+    failed = [f"{name} {problem} {t.tile}: {t.failure}" for t in trials if t.ms is None]
+    return tuning.fastest(name, problem, trials), failed
+
+
+class BadInput(ValueError):
+    """What was wrong with the command line: one line naming it, what was expected and found."""
+
+
+@contextlib.contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """One line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except BadInput as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def shapes_of(texts: list[str] | None, *, few: bool) -> tuple[tuple[int, int, int], ...]:
+    """(tokens, inputs, outputs) of each --shape; without one, what suits the device.
+
+    Raises:
+      BadInput: a text that is no shape.
+    """
+    from pallas_kernels import bench as measuring
+    from pallas_kernels.backends import compute_capability, device_of
+
+    if texts:
+        shapes = []
+        for text in texts:
+            match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+            if match is None:
+                raise BadInput(
+                    f"--shape must be TOKENSxINPUTSxOUTPUTS, such as 4608x3072x9216, got {text!r}"
+                )
+            shapes.append((int(match[1]), int(match[2]), int(match[3])))
+        return tuple(shapes)
+    if compute_capability(device_of(None)) is None:
+        return measuring.SMALL
+    return (*measuring.FEW, *measuring.MANY) if few else measuring.MANY
+
+
+def kernels_here(names: list[str] | None, *, or_jax: bool) -> tuple[str, ...]:
+    """The backends that are asked for, or all that can run here.
+
+    Raises:
+      BadInput: an unknown one, one that cannot run here, or none at all.
+    """
+    from pallas_kernels.bench import backends_here
+
+    reasons = backends_here()
+    if not or_jax:
+        reasons["jax"] = "it has no tiles"
+    for name in names or ():
+        if name not in reasons:
+            raise BadInput(f"--backend must be one of {', '.join(reasons)}, got {name!r}")
+        if reasons[name]:
+            raise BadInput(f"--backend {name} cannot be used here: {reasons[name]}")
+    chosen = tuple(names or (name for name, reason in reasons.items() if reason is None))
+    if not chosen:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise BadInput(f"no backend can be used here ({why})")
+    return chosen
+
+
+def check_runs(names: list[str] | None) -> list[tuple[str, Any, Any]]:
+    """(name, cases, multiply) of each backend that is to be checked."""
+    from pallas_kernels import checking
+    from pallas_kernels.bench import backends_here
+
+    interpret = backends_here()["mosaic"] is not None and (names is None or "mosaic" in names)
+    asked = None if names is None else [n for n in names if n != "mosaic" or not interpret]
+    chosen = kernels_here(asked, or_jax=True) if asked is None or asked else ()
+    runs: list[tuple[str, Any, Any]] = [
+        (name, checking.CASES, checking.public_op(name)) for name in chosen
+    ]
+    if interpret:
+        multiply = checking.interpreted_mosaic()
+        runs.append(("mosaic, interpreted", checking.SMALL_CASES, multiply))
+    return runs
+
+
+def report(content: dict[str, Any], out: Path | None, json: bool, quiet: bool) -> None:
+    """Adds where it was measured; prints and writes it, as is asked for."""
+    import jax
+
+    device = jax.devices()[0]
+    full = {"device": device.device_kind, "jax": jax.__version__, **content}
+    text = json_module.dumps(full, indent=2)
+    if json:
+        typer.echo(text)
+    if out is not None:
+        out.write_text(text + "\n", encoding="utf-8")
+        if not quiet:
+            typer.echo(f"written: {out}", err=True)

@@ -1,0 +1,128 @@
+"""What the Mosaic GPU kernels need from JAX under names that change between its versions.
+
+Everything that depends on the version of JAX is in this file. Imported late: it loads Pallas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax.experimental import pallas as pl
+
+
+def interpret_params() -> Any:
+    """Parameters of Pallas' GPU interpret mode: public since JAX 0.11."""
+    public = getattr(plgpu, "InterpretGPUParams", None)
+    if public is not None:
+        return public()
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+def transpose_ref(ref: Any) -> Any:
+    """A two-dimensional reference with its axes exchanged: a method since JAX 0.11."""
+    if hasattr(plgpu, "transform_ref"):
+        return plgpu.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0))
+
+
+def accumulator(shape: tuple[int, int], dtype: Any) -> Any:
+    """Registers that the tensor cores sum in, for `pl.run_scoped`."""
+    # Public, but for a type checker not exported.
+    return plgpu.ACC(shape, dtype)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def read(ref: Any, layout: Any, native: bool) -> Any:
+    """A reference's values, in registers of this layout."""
+    return plgpu.load(ref, (), layout=layout, optimized=False) if native else ref[...]
+
+
+def tiled(rows: int, columns: int, dtype: Any, swizzle: int, leading: tuple[int, ...] = ()) -> Any:
+    """Shared memory in the tiling that the tensor cores and the copy engine share.
+
+    Args:
+      rows, columns: of one buffer; rows a multiple of 8, columns of `swizzle` bytes.
+      dtype: of the elements.
+      swizzle: bytes of a tile's row.
+      leading: leading axes, such as the stages.
+    """
+    size = jax.numpy.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM((*leading, rows, columns), dtype, transforms=transforms)
+
+
+def whole(size: int, unit: int) -> int:
+    """`size`, rounded up to a multiple of `unit` unless it is less than one."""
+    return size if size <= unit else -(-size // unit) * unit
+
+
+def whole_tiles(x: Any, columns: int, block: tuple[int, int] | None = None) -> Any:
+    """A matrix with zeros added, so that each axis is within one tile or a multiple of it.
+
+    The copy engine cuts off what lies outside of an array, but Pallas wants whole tiles of one that
+    is swizzled: 8 rows of `columns`. Interpret mode of JAX 0.10 cuts nothing off: there, `block`
+    is what is copied at once, and the matrix becomes a multiple of it.
+    """
+    if block is None:
+        sizes = [whole(size, unit) for size, unit in zip(x.shape, (8, columns), strict=True)]
+    else:
+        sizes = [-(-size // unit) * unit for size, unit in zip(x.shape, block, strict=True)]
+    more = [(0, new - old) for new, old in zip(sizes, x.shape, strict=True)]
+    return jax.numpy.pad(x, more) if any(after for _, after in more) else x
+
+
+def store_transposed(ref: Any, value: Any, native: bool) -> None:
+    """Writes `value` (outputs, tokens), in the accumulator's layout, to `ref` (tokens, outputs)."""
+    if not native:
+        ref[...] = value.T
+        return
+    if value.dtype.itemsize != 2:
+        # Only 16-bit values have an instruction that transposes on the way to shared memory.
+        value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+    transpose_ref(ref)[...] = value
+
+
+def multiply(acc: Any, a: Any, b: Any, spare: Any) -> None:
+    """`acc += a @ b.T`, without waiting for it.
+
+    Args:
+      acc: (rows, tokens), an accumulator of the tensor cores.
+      a: (rows, K), values in registers.
+      b: (tokens, K), in shared memory.
+      spare: empty on a GPU. Interpret mode has neither operands in registers nor transposed
+        references: there, two buffers of this warpgroup, (rows, K) and (K, tokens).
+    """
+    if spare:
+        left, right = spare
+        left[...] = a
+        right[...] = b[...].T
+        plgpu.wgmma(acc, left, right)
+    else:
+        plgpu.wgmma(acc, a, transpose_ref(b))
+
+
+def spare_operands(groups: int, rows: int, columns: int, tokens: int, dtype: Any) -> list[Any]:
+    """What `multiply` needs in interpret mode, for every warpgroup."""
+    return [
+        plgpu.SMEM((groups, rows, columns), dtype),
+        plgpu.SMEM((groups, columns, tokens), dtype),
+    ]
+
+
+__all__ = [
+    "accumulator",
+    "interpret_params",
+    "multiply",
+    "pl",
+    "plgpu",
+    "read",
+    "spare_operands",
+    "store_transposed",
+    "tiled",
+    "transpose_ref",
+    "whole",
+    "whole_tiles",
+]

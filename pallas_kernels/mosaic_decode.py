@@ -1,0 +1,123 @@
+"""Packed codes to operands of Hopper's tensor cores, in registers.
+
+A thread holds a few bytes of the packed tile, each with the codes of four planes (see `packing`),
+and turns them into one plane's operand by a shift and a mask: nothing moves between threads.
+
+Pallas offers no arithmetic on 8-bit registers, so this is written for the level below it
+(`inline_mgpu`), which Pallas' interpret mode does not run. There, `decode_plane` is the same
+function in plain JAX: what interpret mode checks is everything around the decoding, and the
+decoding itself is checked on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mosaic_api import plgpu
+from pallas_kernels.tiles import CODE, SIGN
+
+
+def packed_layout(dtype: Any) -> Any:
+    """Which thread must hold which packed byte, for operands of `dtype`."""
+    return plgpu.Layout.WGMMA_8BIT if dtype == jnp.int8 else plgpu.Layout.WGMMA
+
+
+def decode_plane(packed: Any, plane: int, dtype: Any, kind: str, native: bool) -> Any:
+    """One plane of a packed tile.
+
+    Args:
+      packed: (rows, 64) uint8, in `packed_layout(dtype)`.
+      plane: 0 to 3.
+      dtype: int8 or bfloat16.
+      kind: `CODE` or `SIGN`; bfloat16 is always `SIGN`.
+      native: for a GPU, not for interpret mode.
+
+    Returns:
+      (rows, 64) of `dtype`, in the same layout.
+    """
+    if not native:
+        codes = ((packed >> (2 * plane)) & 3).astype(jnp.int8)
+        return (codes if kind == CODE else codes - 1).astype(dtype)
+
+    from jax.experimental.mosaic import gpu as mgpu
+
+    layout = packed_layout(dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(packed.shape, dtype, layout=layout)
+    )
+    def decode(_: Any, packed: Any) -> Any:
+        decode_all = _int8_words if dtype == jnp.int8 else _bfloat16_words
+        words = decode_all(list(packed.registers.flat), plane, kind)
+        registers = np.empty(packed.registers.size, object)
+        registers[:] = words
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(packed.registers.shape),
+            _layout=packed.layout,
+            _is_signed=True if dtype == jnp.int8 else None,
+        )
+
+    # The decorator takes away the first argument, which its types do not say.
+    return decode(packed)  # pyright: ignore[reportCallIssue]
+
+
+def mlir(*names: str) -> list[Any]:
+    """Modules of MLIR's Python bindings, from where JAX itself has them."""
+    from jax.experimental.mosaic.gpu import utils
+
+    return [getattr(utils, name) for name in names]
+
+
+def _constant(value: int) -> Any:
+    """A 32-bit word, from its unsigned value."""
+    ir, arith = mlir("ir", "arith")
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (value >> 31 << 32)))
+
+
+def _int8_words(registers: list[Any], plane: int, kind: str) -> list[Any]:
+    """Four packed bytes of each register to four int8."""
+    from jax.experimental.mosaic.gpu import utils
+
+    ir, arith = mlir("ir", "arith")
+    words = []
+    for register in registers:
+        word = utils.bitcast(register, ir.IntegerType.get_signless(32))
+        if plane:
+            word = arith.shrui(word, _constant(2 * plane))
+        word = arith.andi(word, _constant(0x03030303))
+        if kind == SIGN:
+            # One less in each byte. The top bits, set before and cleared after, keep a byte from
+            # borrowing of its neighbour; where it would have borrowed, it becomes 255, which is -1.
+            top = _constant(0x80808080)
+            word = arith.xori(arith.subi(arith.ori(word, top), _constant(0x01010101)), top)
+        words.append(utils.bitcast(word, register.type))
+    return words
+
+
+def _bfloat16_words(registers: list[Any], plane: int, kind: str) -> list[Any]:
+    """Two packed bytes of each register to two bfloat16."""
+    from jax.experimental.mosaic.gpu import utils
+
+    ir, arith, llvm = mlir("ir", "arith", "llvm")
+    if kind != SIGN:
+        raise ValueError(f"bfloat16 operands are signs, got kind={kind!r}")
+    i32 = ir.IntegerType.get_signless(32)
+    spread = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
+    two = ir.VectorType.get((2,), ir.BF16Type.get())
+    words = []
+    for first, second in zip(registers[::2], registers[1::2], strict=True):
+        # Two registers share one until they are decoded: they are alive through all four planes.
+        low, high = (utils.bitcast(arith.extui(spread, r), i32) for r in (first, second))
+        both = arith.ori(low, arith.shli(high, _constant(8)))
+        for shift in (2 * plane, 2 * plane + 8):
+            word = arith.shrui(both, _constant(shift)) if shift else both
+            # 128 + code, exactly: bfloat16 has steps of one from 128 to 256. Less 129: the sign.
+            word = arith.ori(arith.andi(word, _constant(0x00030003)), _constant(0x43004300))
+            operands = [word, _constant(0x43014301)]
+            sign: Any = llvm.inline_asm(i32, operands, "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r")
+            words.append(utils.bitcast(sign, two))
+    return words

@@ -1,0 +1,145 @@
+"""What happens to a tile of sums in registers, on Hopper, before it is written."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_api import pl, plgpu, read, transpose_ref
+
+LAYOUT = plgpu.Layout.WGMMA
+
+
+class Operands(NamedTuple):
+    """Arrays outside of a kernel, references to them inside; None for what there is not.
+
+    Attributes:
+      scale: (N,) float32, or (G, N) for a scale per group.
+      bias: (N,).
+      token_scale: (M,) float32, of int8 activations.
+      row_sum: (M,) int32, the sums of int8 activations; if the weight is decoded to codes.
+      gate: (N,), a factor.
+      residual: (M, N), a summand.
+    """
+
+    scale: Any = None
+    bias: Any = None
+    token_scale: Any = None
+    row_sum: Any = None
+    gate: Any = None
+    residual: Any = None
+
+    def given(self) -> list[Any]:
+        """What there is, in order."""
+        return [value for value in self if value is not None]
+
+    def take(self, refs: list[Any]) -> Operands:
+        """References in place of what there is; they are removed from the front of `refs`."""
+        return Operands(*(None if value is None else refs.pop(0) for value in self))
+
+    def padded(self, tokens: int, outputs: int) -> Operands:
+        """With zeros up to `tokens` and `outputs`: kernels read whole tiles of these."""
+
+        def pad(value: Any, *sizes: int) -> Any:
+            if value is None:
+                return None
+            first = value.ndim - len(sizes)
+            more = [(0, 0)] * first + [
+                (0, max(size - old, 0))
+                for size, old in zip(sizes, value.shape[first:], strict=True)
+            ]
+            return jnp.pad(value, more) if any(after for _, after in more) else value
+
+        return Operands(
+            scale=pad(self.scale, outputs),
+            bias=pad(self.bias, outputs),
+            token_scale=pad(self.token_scale, tokens),
+            row_sum=pad(self.row_sum, tokens),
+            gate=pad(self.gate, outputs),
+            residual=pad(self.residual, tokens, outputs),
+        )
+
+
+class Window(NamedTuple):
+    """Which part of the result a warpgroup computes.
+
+    Attributes:
+      output, token: where it starts.
+      shape: (outputs, tokens).
+      native: for a GPU, not for interpret mode.
+    """
+
+    output: Any
+    token: Any
+    shape: tuple[int, int]
+    native: bool
+
+    def cast(self, value: Any) -> Any:
+        """In the accumulators' layout."""
+        return plgpu.layout_cast(value, LAYOUT) if self.native else value
+
+    def per_output(self, ref: Any) -> Any:
+        """(N,) as float32 over the window: the same for all tokens."""
+        at = ref.at[pl.ds(self.output, self.shape[0])]
+        values = read(at, LAYOUT.reduce(1), self.native).astype(jnp.float32)
+        return self.cast(lax.broadcast_in_dim(values, self.shape, (0,)))
+
+    def per_token(self, ref: Any) -> Any:
+        """(M,) over the window, in its own dtype: the same for all outputs."""
+        at = ref.at[pl.ds(self.token, self.shape[1])]
+        values = read(at, LAYOUT.reduce(0), self.native)
+        return self.cast(lax.broadcast_in_dim(values, self.shape, (1,)))
+
+
+def scaled(sums: Any, ops: Operands, window: Window, *, gelu: bool, scale_done: bool) -> Any:
+    """Scales, bias, GELU and gate.
+
+    Args:
+      sums: (outputs, tokens) int32 or float32.
+      ops: references; the residual is left to `add_residual`.
+      scale_done: the weight's scale is in already.
+
+    Returns:
+      (outputs, tokens) float32, in the order of operations of `reference`.
+    """
+    y = sums
+    if ops.row_sum is not None:
+        y = y - window.per_token(ops.row_sum)
+    y = y.astype(jnp.float32)
+    if not scale_done:
+        y = y * window.per_output(ops.scale)
+    if ops.token_scale is not None:
+        y = y * window.per_token(ops.token_scale)
+    if ops.bias is not None:
+        y = y + window.per_output(ops.bias)
+    if gelu:
+        y = tanh_gelu(y)
+    if ops.gate is not None:
+        y = y * window.per_output(ops.gate)
+    return y
+
+
+def add_residual(y: Any, ref: Any, window: Window) -> Any:
+    """`y` (outputs, tokens) and the residual (tokens, outputs) of the window; None adds nothing."""
+    if ref is None:
+        return y
+    outputs, tokens = window.shape
+    at = ref.at[pl.ds(window.token, tokens), pl.ds(window.output, outputs)]
+    if window.native:
+        # Pairs of outputs lie side by side in memory, pairs of tokens in the accumulators.
+        turned = plgpu.Layout.WGMMA_TRANSPOSED
+        values = plgpu.load(transpose_ref(at), (), layout=turned, optimized=False)
+        return y + plgpu.layout_cast(values.astype(jnp.float32), LAYOUT)
+    return y + at[...].T.astype(jnp.float32)
+
+
+def tanh_gelu(y: Any) -> Any:
+    """GELU in its tanh form, as y times a sigmoid: 1 + tanh(u) = 2 sigmoid(2 u).
+
+    The tensor cores wait for this. The sigmoid is the square of a reciprocal root, for which there
+    is one instruction, as there is for the exponential; a division would be ten.
+    """
+    root = lax.rsqrt(jnp.exp((y + y * y * y * 0.044715) * -1.5957691216057308) + 1.0)
+    return y * root * root

@@ -1,0 +1,157 @@
+"""The measured tiles: one JSON file per kind of device, in `tuned/` beside this file.
+
+    {
+      "device_kind": "NVIDIA H200",              // as JAX names it
+      "entries": [
+        {"backend": "mosaic",
+         "m": 4608, "n": 21504, "k": 3072, "activation_bits": 8, "grouped": false,
+         "kernel": "many", "tile": {"along_n": true},
+         "ms": 0.4038, "jax": "0.11.2", "date": "2026-01-31"},
+        …
+      ]
+    }
+
+`kernel` names the kind of tile (`KERNELS`); fields of it that are not named have their default. An
+entry is for its own m, n and k: which tile is best depends on how evenly the tiles go into the
+multiprocessors. What no entry is for goes by the rules of `tiles`. `python -m pallas_kernels tune`
+writes entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.tiles import (
+    AnyTile,
+    FewTile,
+    Problem,
+    Tile,
+    TritonTile,
+    mosaic_rule,
+    triton_rule,
+)
+
+KERNELS: dict[str, type[AnyTile]] = {"many": Tile, "few": FewTile, "triton": TritonTile}
+FOLDER = Path(__file__).parent / "tuned"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """What tiles are chosen for.
+
+    Attributes:
+      kind: JAX's `device_kind`.
+      multiprocessors: of a GPU; 0 of anything else.
+    """
+
+    kind: str
+    multiprocessors: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A measured tile: for which product on which backend, its time, and when it was measured."""
+
+    backend: str
+    problem: Problem
+    tile: AnyTile
+    ms: float
+    jax: str
+    date: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the file; the tile's fields that have their default are left out."""
+        tile = {
+            field.name: getattr(self.tile, field.name)
+            for field in dataclasses.fields(self.tile)
+            if getattr(self.tile, field.name) != field.default
+        }
+        measured = {"ms": float(f"{self.ms:.4g}"), "jax": self.jax, "date": self.date}
+        problem = dataclasses.asdict(self.problem)
+        kernel = next(name for name, kind in KERNELS.items() if kind is type(self.tile))
+        return {"backend": self.backend, **problem, "kernel": kernel, "tile": tile, **measured}
+
+
+def mosaic_tile(problem: Problem, device: Device) -> Tile | FewTile:
+    """The Mosaic tile of a product: the table's, or what the rules say."""
+    entry = find("mosaic", problem, device.kind)
+    if entry is not None and not isinstance(entry.tile, TritonTile):
+        return entry.tile
+    return mosaic_rule(problem, device.multiprocessors)
+
+
+def triton_tile(problem: Problem, device: Device) -> TritonTile:
+    """The Triton tile of a product: the table's, or what the rules say."""
+    entry = find("triton", problem, device.kind)
+    if entry is not None and isinstance(entry.tile, TritonTile):
+        return entry.tile
+    return triton_rule(problem)
+
+
+def find(backend: str, problem: Problem, device_kind: str) -> Entry | None:
+    """The entry of exactly this product, if there is one."""
+    return _index(file_of(device_kind)).get((backend, problem))
+
+
+def file_of(device_kind: str) -> Path:
+    """Where the entries of a kind of device are, whether or not there are any."""
+    return FOLDER / f"{re.sub('[^a-z0-9]+', '-', device_kind.lower()).strip('-')}.json"
+
+
+@functools.cache
+def _index(path: Path) -> dict[tuple[str, Problem], Entry]:
+    if not path.exists():
+        return {}
+    return {(entry.backend, entry.problem): entry for entry in read_entries(path)}
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The entries of a table.
+
+    Raises:
+      ValueError: the file is not such a table; names the file and what is wrong.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+        return [_from_json(dict(entry)) for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected a table of tiles, as `python -m pallas_kernels tune` writes it, "
+            f"got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _from_json(data: dict[str, Any]) -> Entry:
+    tile = KERNELS[data.pop("kernel")](**data.pop("tile"))
+    names = [field.name for field in dataclasses.fields(Problem)]
+    return Entry(problem=Problem(**{name: data.pop(name) for name in names}), tile=tile, **data)
+
+
+def write_entries(device_kind: str, new: list[Entry], path: Path | None = None) -> Path:
+    """Puts entries into a table, in place of those of the same products.
+
+    Args:
+      device_kind: as JAX names it.
+      new: the entries.
+      path: None takes the package's own table.
+
+    Returns:
+      The path of the table.
+    """
+    path = path or file_of(device_kind)
+    old = read_entries(path) if path.exists() else []
+    entries = {(entry.backend, entry.problem): entry for entry in [*old, *new]}
+    ordered = sorted(entries.values(), key=lambda e: (e.backend, dataclasses.astuple(e.problem)))
+    lines = ",\n    ".join(json.dumps(entry.to_json()) for entry in ordered)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'{{\n  "device_kind": {json.dumps(device_kind)},\n  "entries": [\n    {lines}\n  ]\n}}\n',
+        encoding="utf-8",
+    )
+    _index.cache_clear()
+    return path

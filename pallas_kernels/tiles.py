@@ -1,0 +1,177 @@
+"""Which tiles a product is cut into: what a tile is, and the rules for what no table has.
+
+`tile_table` holds the measured ones. Nothing here imports Pallas or Triton.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.packing import BLOCK_BYTES
+
+# What a decoded code is: the code itself (0, 1, 2; the sum of the activations is taken off later),
+# or the sign that it stands for.
+CODE, SIGN = "code", "sign"
+
+# What a block can have on Hopper, less a kilobyte for barriers and alignment.
+SHARED_BYTES = 226 * 1024
+
+# Up to here, reading the codes takes longer than multiplying by them.
+FEW_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What decides about the tile: y (m, n) from x (m, k).
+
+    Attributes:
+      m, n, k: tokens, outputs, inputs.
+      activation_bits: 8 or 16.
+      grouped: whether the weight has a scale per group.
+    """
+
+    m: int
+    n: int
+    k: int
+    activation_bits: int
+    grouped: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Of the Mosaic kernel for many rows: two warpgroups share the tokens, each has own outputs.
+
+    Attributes:
+      rows: outputs of one compute warpgroup; 64 or 128.
+      tokens: of a tile; a multiple of 16 (int8) or 8, at most 256.
+      planes: of activations in one stage: 1, 2 or 4 times 64 inputs.
+      stages: of activations.
+      code_stages: of packed codes, 256 inputs each.
+      store: tokens that are written at once, of a 16-bit result; half as many of a 32-bit one.
+      band: tiles that are worked through together, for the cache's sake.
+      along_n: whether a band runs along the outputs; along the tokens otherwise.
+      lag: 1 keeps the products of a stage running while the next stage is begun; 0 does not.
+      flight: how many of a stage's products may run at once; None for all.
+      decode: `CODE` or `SIGN`. `CODE` is for activations that the op itself makes int8 of, without
+        groups; elsewhere signs are decoded whatever this says.
+    """
+
+    rows: int = 128
+    tokens: int = 128
+    planes: int = 4
+    stages: int = 4
+    code_stages: int = 4
+    store: int = 32
+    band: int = 8
+    along_n: bool = False
+    lag: int = 0
+    flight: int | None = None
+    decode: str = CODE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewTile:
+    """Of the Mosaic kernel for a few rows.
+
+    Attributes:
+      tokens: of a tile; a power of two from 8 on.
+      groups: warpgroups of a block, which share the inputs out among them.
+      stages: of each, 256 inputs.
+    """
+
+    tokens: int
+    groups: int = 4
+    stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TritonTile:
+    """Of the Triton kernel: outputs, tokens, tiles of tokens in a band, and Triton's own two."""
+
+    outputs: int = 128
+    tokens: int = 128
+    band: int = 8
+    warps: int = 8
+    stages: int = 3
+
+
+AnyTile = Tile | FewTile | TritonTile
+
+# (rows, tokens) of a Mosaic tile, and how fast it is thought to be in the middle of a large
+# product, the largest being 1. The last two are guesses, for products of few tiles.
+_SIZES = (((128, 128), 1.0), ((128, 144), 1.0), ((64, 128), 0.8), ((64, 64), 0.55))
+
+
+def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile:
+    """The Mosaic tile of a product that no table has."""
+    if problem.m <= FEW_ROWS and not problem.grouped:
+        return _few(problem.m, problem.activation_bits)
+    if problem.grouped:
+        # Two sums per element are in registers: half a tile, and no register is spilled.
+        tokens, planes = (
+            (64 if problem.m <= 64 else 128),
+            (4 if problem.activation_bits == 8 else 2),
+        )
+        return Tile(rows=64, tokens=tokens, planes=planes, decode=SIGN)
+    if problem.activation_bits == 16:
+        return Tile(planes=2, stages=4, decode=SIGN)
+
+    def cost(size: tuple[tuple[int, int], float]) -> float:
+        (rows, tokens), speed = size
+        tiles = -(-problem.m // tokens) * -(-problem.n // (2 * rows))
+        return -(-tiles // max(multiprocessors, 1)) * rows * tokens / speed
+
+    (rows, tokens), _ = min(_SIZES, key=cost)
+    along_n = -(-problem.n // (2 * rows)) > -(-problem.m // tokens)
+    if tokens == 144:
+        # 144 tokens take more registers, and more shared memory.
+        return Tile(tokens=144, store=48, stages=3, code_stages=3, flight=1, along_n=along_n)
+    return Tile(rows=rows, tokens=tokens, along_n=along_n)
+
+
+def _few(m: int, activation_bits: int) -> FewTile:
+    tokens = max(8, _power(m))
+    # Within shared memory.
+    return FewTile(tokens=tokens, groups=4 if tokens * activation_bits <= 512 else 2)
+
+
+def triton_rule(problem: Problem) -> TritonTile:
+    """The Triton tile of a product that no table has."""
+    if problem.m <= FEW_ROWS:
+        # Two accumulators of 64 tokens are more registers than four warps have.
+        warps = 8 if problem.grouped and problem.m > 32 else 4
+        return TritonTile(outputs=64, tokens=max(16, _power(problem.m)), warps=warps)
+    # Two sums per element are in registers.
+    tokens = 64 if problem.grouped else 128
+    # Three stages of 16-bit activations are more than the 99 KiB that Ada has.
+    return TritonTile(tokens=tokens, stages=3 if problem.activation_bits == 8 else 2)
+
+
+def shared_bytes(tile: Tile | FewTile, activation_bits: int) -> int:
+    """Shared memory of a Mosaic block with a 16-bit result, but for its barriers.
+
+    Args:
+      tile: how the product is cut up.
+      activation_bits: 8 or 16.
+    """
+    plane = BLOCK_BYTES * activation_bits // 8
+    if isinstance(tile, FewTile):
+        stage = tile.tokens * 4 * plane + 64 * BLOCK_BYTES
+        sums, result = 64 * tile.tokens * 4, 64 * tile.tokens * 2
+        return tile.groups * tile.stages * stage + (tile.groups - 1) * sums + result
+    activations = tile.stages * tile.tokens * tile.planes * plane
+    codes = tile.code_stages * 2 * tile.rows * BLOCK_BYTES
+    return activations + codes + 2 * 2 * tile.store * tile.rows * 2
+
+
+def fit_store(tile: Tile, out_dtype: Any) -> int:
+    """Tokens written at once for a result of `out_dtype`: the same bytes for each."""
+    return tile.store if jnp.dtype(out_dtype).itemsize == 2 else tile.store // 2
+
+
+def _power(m: int) -> int:
+    """The least power of two that is not less than m."""
+    return 1 << max(m - 1, 0).bit_length()

@@ -1,0 +1,154 @@
+"""The search for the tile of a product: which are tried, and which is fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import mosaic, reference, triton_matmul
+from pallas_kernels.bench import activations, weights
+from pallas_kernels.tile_table import Device, Entry
+from pallas_kernels.tiles import (
+    SHARED_BYTES,
+    SIGN,
+    AnyTile,
+    FewTile,
+    Problem,
+    Tile,
+    TritonTile,
+    mosaic_rule,
+    shared_bytes,
+    triton_rule,
+)
+from pallas_kernels.timing import input_sets, median_ms
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One tile and its time in milliseconds, or why it could not run."""
+
+    tile: AnyTile
+    ms: float | None
+    failure: str = ""
+
+
+def candidates(backend: str, problem: Problem, device: Device) -> list[AnyTile]:
+    """What is tried: first what the rules say, then what has been fast for such products."""
+    if backend == "triton":
+        first = triton_rule(problem)
+        return list(dict.fromkeys([first, *_triton(first)]))
+    rule = mosaic_rule(problem, device.multiprocessors)
+    tried = _few(rule) if isinstance(rule, FewTile) else _many(problem)
+    bits = problem.activation_bits
+    fitting = [tile for tile in tried if shared_bytes(tile, bits) <= SHARED_BYTES]
+    return list(dict.fromkeys([rule, *fitting]))
+
+
+def _triton(rule: TritonTile) -> list[TritonTile]:
+    change = dataclasses.replace
+    return [
+        change(rule, stages=2),
+        change(rule, stages=4),
+        change(rule, tokens=64),
+        change(rule, tokens=256),
+        change(rule, outputs=64),
+        change(rule, band=16),
+    ]
+
+
+def _few(rule: FewTile) -> list[FewTile]:
+    shapes = ((4, 2), (4, 3), (2, 2), (2, 3), (1, 4))
+    return [FewTile(tokens=rule.tokens, groups=groups, stages=s) for groups, s in shapes]
+
+
+def _many(problem: Problem) -> list[Tile]:
+    if problem.grouped:
+        sizes: tuple[dict[str, Any], ...] = (
+            {"tokens": 64},
+            {"tokens": 64, "stages": 6},
+            {"tokens": 64, "planes": 2},
+            {"tokens": 64, "planes": 2, "stages": 6},
+            {"tokens": 128, "rows": 64},
+            {"tokens": 128, "rows": 64, "planes": 2},
+            {"tokens": 96, "rows": 64},
+        )
+        return [Tile(**size, decode=SIGN) for size in sizes]
+    if problem.activation_bits == 16:
+        sizes = (
+            {"planes": 2},
+            {"planes": 1, "stages": 8},
+            # Half the decoding for each product: 256 tokens share what is decoded.
+            {"rows": 64, "tokens": 256, "planes": 1, "stages": 5},
+            {"rows": 64, "tokens": 192, "planes": 1, "stages": 6, "lag": 1},
+            {"rows": 64, "tokens": 192, "planes": 1, "stages": 6},
+            {"rows": 64, "tokens": 256, "planes": 1, "stages": 5, "flight": 1},
+        )
+        return [
+            Tile(**size, along_n=along_n, decode=SIGN)
+            for along_n in (False, True)
+            for size in sizes
+        ]
+    sizes = (
+        {},
+        {"planes": 2, "stages": 8, "lag": 1},
+        {"tokens": 144, "stages": 3, "code_stages": 3, "store": 48, "flight": 1},
+        {"rows": 64, "tokens": 256, "planes": 2, "stages": 4, "lag": 1},
+        {"rows": 64, "tokens": 128, "stages": 5},
+        {"rows": 64, "tokens": 64, "stages": 6},
+    )
+    tiles = [Tile(**size, along_n=along_n) for along_n in (False, True) for size in sizes]
+    return [*tiles, Tile(band=16), Tile(band=16, along_n=True)]
+
+
+def arguments(problem: Problem) -> list[tuple[Any, ...]]:
+    """Sets of (x, packed, scale, bias, token_scale) to rotate; 8-bit activations are quantised."""
+    m, n, k = problem.m, problem.n, problem.k
+
+    def make(key: Any) -> tuple[Any, ...]:
+        given = weights(key, n, k, problem.grouped)
+        x, token_scale = activations(jax.random.fold_in(key, 1), m, k), None
+        if problem.activation_bits == 8:
+            x, token_scale = reference.quantize_activations(x)
+        return (x, *given, token_scale)
+
+    itemsize = problem.activation_bits // 8
+    keys = jax.random.split(jax.random.key(0), input_sets(n * k / 4 + itemsize * m * k))
+    return [jax.jit(make)(key) for key in keys]
+
+
+def multiplier(backend: str, problem: Problem, device: Device, tile: Any) -> Callable[..., Any]:
+    """The product alone, with a given tile."""
+    module: Any = triton_matmul if backend == "triton" else mosaic
+    settings = {"activation_bits": problem.activation_bits, "out_dtype": jnp.bfloat16}
+    return lambda *arrays: module.ternary_matmul(*arrays, **settings, device=device, tile=tile)
+
+
+def search(backend: str, problem: Problem, device: Device, *, repeats: int) -> Iterator[Trial]:
+    """Times every candidate, in order."""
+    sets = arguments(problem)
+    for tile in candidates(backend, problem, device):
+        try:
+            ms = median_ms(multiplier(backend, problem, device, tile), sets, repeats=repeats)
+        # A tile beyond the device's registers or shared memory fails in as many ways as there are
+        # compilers below; the search goes on, and says which.
+        except Exception as error:
+            yield Trial(tile=tile, ms=None, failure=f"{type(error).__name__}: {error}"[:200])
+        else:
+            yield Trial(tile=tile, ms=ms)
+
+
+def fastest(backend: str, problem: Problem, trials: list[Trial]) -> Entry | None:
+    """The table's entry for what was found; None if nothing ran."""
+    timed = [(trial.ms, trial.tile) for trial in trials if trial.ms is not None]
+    if not timed:
+        return None
+    ms, tile = min(timed, key=lambda pair: pair[0])
+    today = datetime.date.today().isoformat()
+    return Entry(
+        backend=backend, problem=problem, tile=tile, ms=ms, jax=jax.__version__, date=today
+    )

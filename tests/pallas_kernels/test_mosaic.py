@@ -1,0 +1,138 @@
+"""The Mosaic GPU kernels in Pallas' GPU interpret mode, at small tiles.
+
+Interpret mode runs the copies, barriers, products and epilogues of every warpgroup. It does not run
+the decoding of codes in registers, which `mosaic_decode` replaces there: `-m gpu` tests do.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import mosaic, pack_codes, quantize_activations, reference
+from pallas_kernels.checking import SMALL_CASES, Case, check, interpreted_mosaic
+from pallas_kernels.mosaic_api import interpret_params
+from pallas_kernels.mosaic_epilogue import Operands
+from pallas_kernels.mosaic_few import product_few
+from pallas_kernels.mosaic_matmul import decodes_to, product
+from pallas_kernels.mosaic_quantize import Modulation, quantize_rows
+from pallas_kernels.tile_table import Device
+from pallas_kernels.tiles import CODE, SIGN, FewTile, Tile
+
+SMALL = {"rows": 64, "tokens": 32, "store": 32, "stages": 3, "code_stages": 2}
+FEW_BLOCKS = {"multiprocessors": 1, "per_multiprocessor": 2}
+FLOAT32 = jnp.dtype(jnp.float32)
+
+
+def integers(m, k, n, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-127, 128, (m, k)).astype(np.int8)
+    x[0] = 127
+    x[m // 2] = 0
+    codes = rng.integers(0, 3, (n, k), np.uint8)
+    exact = x.astype(np.int64) @ (codes.astype(np.int64) - 1).T
+    return jnp.asarray(x), pack_codes(jnp.asarray(codes)), exact.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tile", "shape"),
+    [
+        (Tile(**SMALL), (20, 320, 72)),
+        (Tile(**SMALL, decode=SIGN), (32, 256, 8)),
+        (Tile(**SMALL | {"stages": 4}, planes=2, lag=1), (32, 512, 8)),
+        (Tile(**SMALL, flight=1, band=1), (33, 256, 8)),
+        (Tile(**SMALL, along_n=True, band=1), (20, 256, 136)),
+    ],
+    ids=["codes", "signs", "lag", "flight", "along_n"],
+)
+def test_sums_of_int8_are_exact(tile, shape):
+    x, packed, exact = integers(*shape)
+    wants_sum = decodes_to(tile, x.dtype, False) == CODE
+    operands = Operands(
+        scale=jnp.ones(shape[2], jnp.float32),
+        row_sum=x.astype(jnp.int32).sum(-1) if wants_sum else None,
+    )
+    # Two blocks in one case only: interpret mode compiles the kernel for every warpgroup.
+    settings = {"multiprocessors": 2 if tile.flight else 1, "interpret": interpret_params()}
+    y = product(x, packed, operands, out_dtype=FLOAT32, tile=tile, **settings)
+    np.testing.assert_array_equal(np.asarray(y), exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 768, 72), (9, 256, 64), (20, 512, 8)])
+def test_sums_of_a_few_rows_are_exact(shape):
+    x, packed, exact = integers(*shape)
+    operands = Operands(scale=jnp.ones(shape[2], jnp.float32))
+    tile = FewTile(tokens=16, groups=2)
+    settings = {"tile": tile, "interpret": interpret_params()}
+    y = product_few(x, packed, operands, out_dtype=FLOAT32, **settings)
+    np.testing.assert_array_equal(np.asarray(y), exact)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *SMALL_CASES[2:],
+        Case(m=9, n=72, k=256, activation_bits=16, out_dtype="float32"),
+        Case(m=9, n=8, k=256, activation_bits=16, granularity="group", out_dtype="float32"),
+        Case(m=6, n=8, k=256, granularity="tensor", codes="2"),
+    ],
+    ids=str,
+)
+def test_the_backend_is_as_exact_as_its_roundings(case):
+    """Rows of zeros, inf and NaN and saturated ones are among the activations."""
+    outcome = check(case, "mosaic", interpreted_mosaic(), runs=1)
+    assert outcome.passed, outcome
+
+
+def test_results_repeat():
+    case = Case(m=5, n=40, k=320, activation_bits=16)
+    outcome = check(case, "mosaic", interpreted_mosaic(), runs=2)
+    assert outcome.passed, outcome
+
+
+def test_activations_that_are_quantised_already():
+    """The same bits as quantising inside of the op."""
+    x, packed, _ = integers(4, 256, 8)
+    x = x.astype(jnp.bfloat16) * 0.37
+    settings = {
+        "activation_bits": 8,
+        "out_dtype": FLOAT32,
+        "device": Device(kind="interpreted", multiprocessors=1),
+        "interpret": interpret_params(),
+    }
+    scale = jnp.float32(0.1)
+    whole = mosaic.ternary_matmul(x, packed, scale, **settings)
+    q, token_scale = quantize_activations(x)
+    parts = mosaic.ternary_matmul(q, packed, scale, None, token_scale, **settings)
+    np.testing.assert_array_equal(np.asarray(parts), np.asarray(whole))
+
+
+def test_quantised_rows_are_those_of_plain_jax():
+    x = jax.random.normal(jax.random.key(0), (7, 512), jnp.bfloat16)
+    x = x.at[2].set(0).at[3, 5].set(jnp.inf).at[4].set(1e-40).at[5, 0].set(jnp.nan)
+    q, scale, row_sum = quantize_rows(x, **FEW_BLOCKS, interpret=interpret_params())
+    want_q, want_scale = quantize_activations(x)
+    finite = np.isfinite(np.asarray(want_scale))
+    assert finite.sum() == 5
+    np.testing.assert_array_equal(np.asarray(q)[finite], np.asarray(want_q)[finite])
+    np.testing.assert_array_equal(np.asarray(scale), np.asarray(want_scale))
+    np.testing.assert_array_equal(
+        np.asarray(row_sum)[finite], np.asarray(want_q, np.int32).sum(-1)[finite]
+    )
+
+
+@pytest.mark.parametrize("with_vectors", [True, False])
+def test_normalised_rows_are_those_of_plain_jax(with_vectors):
+    """But for values that lie halfway between two integers, up to the order of float32 sums."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = 3 + 2 * jax.random.normal(keys[0], (5, 256), jnp.bfloat16)
+    vectors = [jax.random.normal(key, (256,), jnp.bfloat16) for key in keys[1:]]
+    gain, shift = vectors if with_vectors else (None, None)
+    norm = Modulation(gain=gain, shift=shift, eps=1e-6)
+    interpret = interpret_params()
+    q, scale, _ = quantize_rows(x, **FEW_BLOCKS, norm=norm, interpret=interpret)
+    want_q, want_scale = reference.normalize_and_quantize(x, gain, shift, 1e-6)
+    np.testing.assert_allclose(np.asarray(scale), np.asarray(want_scale), rtol=1e-6)
+    different = np.asarray(q) != np.asarray(want_q)
+    assert different.mean() < 1e-3
+    assert np.abs(np.asarray(q, np.int32) - np.asarray(want_q)).max() <= 1

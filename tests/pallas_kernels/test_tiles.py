@@ -1,0 +1,159 @@
+"""The rules for tiles, and the table of measured ones."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import tile_table, tuning
+from pallas_kernels.tile_table import Device, Entry
+from pallas_kernels.tiles import (
+    SHARED_BYTES,
+    FewTile,
+    Problem,
+    Tile,
+    TritonTile,
+    fit_store,
+    mosaic_rule,
+    shared_bytes,
+    triton_rule,
+)
+
+H200 = Device(kind="NVIDIA H200", multiprocessors=132)
+PROBLEMS = [
+    Problem(m, n, k, bits, grouped)
+    for m in (1, 9, 64, 65, 512, 4608, 100_000)
+    for n, k in ((3072, 3072), (21504, 3072), (8, 256))
+    for bits in (8, 16)
+    for grouped in (False, True)
+]
+
+
+def assert_fits(tile, problem):
+    assert shared_bytes(tile, problem.activation_bits) <= SHARED_BYTES
+    if isinstance(tile, Tile):
+        assert tile.tokens % tile.store == 0
+        assert tile.tokens % 8 == 0
+        assert tile.tokens <= 256
+        assert fit_store(tile, jnp.float32) % 8 == 0
+        assert tile.planes >= 2 or not problem.grouped
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_rules_give_tiles_that_fit(problem):
+    tile = mosaic_rule(problem, 132)
+    assert_fits(tile, problem)
+    assert isinstance(tile, FewTile) == (problem.m <= 64 and not problem.grouped)
+    if isinstance(tile, FewTile):
+        assert tile.tokens >= problem.m
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_what_is_tried_fits(problem):
+    tried = tuning.candidates("mosaic", problem, H200)
+    assert tried[0] == mosaic_rule(problem, 132)
+    assert len(set(tried)) == len(tried) > 1
+    for tile in tried:
+        assert_fits(tile, problem)
+
+
+def test_shared_memory_is_counted():
+    # 4 stages of 128 x 256, 4 of 256 x 64, and 2 x 2 buffers of 32 x 128 16-bit results.
+    assert shared_bytes(Tile(), 8) == 131_072 + 65_536 + 32_768
+    # 8 stages of 16 x 256 16-bit inputs and 64 x 64 codes, three sums of 64 x 16, and the result.
+    few = FewTile(tokens=16)
+    assert shared_bytes(few, 16) == 8 * (8192 + 4096) + 3 * 4096 + 2048
+
+
+def test_fewer_tokens_are_cut_into_more_tiles():
+    """512 tokens of the largest tile would leave most multiprocessors without work."""
+    tile = mosaic_rule(Problem(512, 3072, 3072, 8), 132)
+    assert tile.rows * tile.tokens < 128 * 128
+
+
+def test_the_table_comes_before_the_rules():
+    entries = tile_table.read_entries(tile_table.file_of("NVIDIA H200"))
+    mosaic = [entry for entry in entries if entry.backend == "mosaic"]
+    assert mosaic
+    for entry in mosaic:
+        assert tile_table.mosaic_tile(entry.problem, H200) == entry.tile
+        assert_fits(entry.tile, entry.problem)
+    problem = mosaic[0].problem
+    elsewhere = Device(kind="another GPU", multiprocessors=132)
+    assert tile_table.mosaic_tile(problem, elsewhere) == mosaic_rule(problem, 132)
+
+
+def test_triton_without_an_entry():
+    problem = Problem(4608, 8, 256, 16)
+    assert tile_table.triton_tile(problem, H200) == triton_rule(problem)
+
+
+def test_writing_replaces_and_keeps(tmp_path):
+    path = tmp_path / "gpu.json"
+    first, second = Problem(4608, 8, 256, 8), Problem(1, 8, 256, 16)
+    when = {"jax": "0.0.0", "date": "2026-01-31"}
+    entries = [
+        Entry(backend="mosaic", problem=first, tile=Tile(along_n=True), ms=2.0, **when),
+        Entry(backend="mosaic", problem=second, tile=FewTile(tokens=8, groups=2), ms=1.0, **when),
+        Entry(backend="triton", problem=first, tile=TritonTile(warps=4), ms=3.0, **when),
+    ]
+    tile_table.write_entries("a GPU", entries, path)
+    faster = Entry(backend="mosaic", problem=first, tile=Tile(band=16), ms=1.5, **when)
+    tile_table.write_entries("a GPU", [faster], path)
+    assert sorted(tile_table.read_entries(path), key=repr) == sorted(
+        [faster, *entries[1:]], key=repr
+    )
+    data = json.loads(path.read_text())
+    assert data["device_kind"] == "a GPU"
+    assert data["entries"][1]["tile"] == {"band": 16}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[", "got JSONDecodeError"), ("{}", "got KeyError: 'entries'")],
+)
+def test_what_is_no_table(tmp_path, text, message):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"broken.json: expected a table of tiles.*{message}"):
+        tile_table.read_entries(path)
+
+
+def test_an_unknown_field_of_a_tile(tmp_path):
+    path = tmp_path / "gpu.json"
+    problem = {"m": 1, "n": 1, "k": 1, "activation_bits": 8, "grouped": False}
+    entry = {"backend": "mosaic", **problem, "kernel": "many", "tile": {"row": 64}}
+    entry |= {"ms": 1.0, "jax": "0", "date": "2026-01-31"}
+    path.write_text(json.dumps({"entries": [entry]}))
+    with pytest.raises(ValueError, match="unexpected keyword argument 'row'"):
+        tile_table.read_entries(path)
+
+
+def test_the_fastest_trial_is_kept():
+    problem = Problem(1, 8, 256, 8)
+    trials = [
+        tuning.Trial(tile=FewTile(tokens=8), ms=2.0),
+        tuning.Trial(tile=FewTile(tokens=8, groups=2), ms=1.0),
+        tuning.Trial(tile=FewTile(tokens=8, groups=1), ms=None, failure="too large"),
+    ]
+    assert tuning.fastest("mosaic", problem, trials).tile.groups == 2
+    assert tuning.fastest("mosaic", problem, trials[2:]) is None
+
+
+def test_a_tile_that_cannot_run_does_not_stop_the_search(monkeypatch):
+    problem = Problem(4, 8, 256, 8)
+
+    def multiplier(backend, problem, device, tile):
+        def run(x, packed, scale, bias, token_scale):
+            if tile.stages == 3:
+                raise RuntimeError("beyond shared memory")
+            return x
+
+        return run
+
+    monkeypatch.setattr(tuning, "multiplier", multiplier)
+    trials = list(tuning.search("mosaic", problem, H200, repeats=1))
+    failed = [trial for trial in trials if trial.ms is None]
+    assert {trial.tile.stages for trial in failed} == {3}
+    assert failed[0].failure == "RuntimeError: beyond shared memory"
+    assert len(trials) > len(failed)

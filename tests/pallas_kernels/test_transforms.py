@@ -1,0 +1,130 @@
+"""vmap and grad around a compute function that knows neither."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels import api, mosaic, pack_codes, reference, ternary_matmul
+from pallas_kernels.tile_table import Device
+
+N, K = 24, 300
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """The op as on the Mosaic backend, with plain JAX in the place of the kernel."""
+    shapes = []
+
+    def fake(*arrays, activation_bits, gelu, out_dtype, device):
+        shapes.append(arrays[0].shape)
+        y = reference.ternary_matmul(*arrays, activation_bits=activation_bits, gelu=gelu)
+        return y.astype(out_dtype)
+
+    monkeypatch.setattr(mosaic, "ternary_matmul", fake)
+    # A device kind of its own: the op keeps what it made for another test.
+    device = Device(kind=f"fake {id(shapes)}", multiprocessors=4)
+
+    def product(x, packed, scale, bias=None, gate=None, residual=None, *, bits=8, gelu=False):
+        compute = api._product("mosaic", bits, jnp.dtype(jnp.float32), gelu, device)
+        return compute(x, packed, scale, bias, None, gate, residual)
+
+    product.shapes = shapes
+    return product
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "x": jnp.asarray(rng.standard_normal((3, 5, K)), jnp.float32),
+        "packed": pack_codes(jnp.asarray(rng.integers(0, 3, (N, K), np.uint8))),
+        "scale": jnp.asarray(rng.uniform(0.1, 0.2, N), jnp.float32),
+        "gate": jnp.asarray(rng.standard_normal((3, N)), jnp.float32),
+        "residual": jnp.asarray(rng.standard_normal((3, 5, N)), jnp.float32),
+    }
+
+
+def test_a_batch_of_activations_becomes_rows(op, arrays):
+    packed, scale = arrays["packed"], arrays["scale"]
+    y = jax.vmap(lambda x, r: op(x, packed, scale, residual=r))(arrays["x"], arrays["residual"])
+    # The last of what is traced is what runs.
+    assert op.shapes[-1] == (15, K)
+    want = ternary_matmul(
+        arrays["x"], packed, scale, residual=arrays["residual"], activation_bits=8, backend="jax"
+    )
+    np.testing.assert_allclose(np.asarray(y), np.asarray(want), rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_of_residuals_alone(op, arrays):
+    x, packed, scale = arrays["x"][0], arrays["packed"], arrays["scale"]
+    y = jax.vmap(lambda r: op(x, packed, scale, residual=r))(arrays["residual"])
+    alone = jnp.stack([op(x, packed, scale, residual=r) for r in arrays["residual"]])
+    np.testing.assert_allclose(np.asarray(y), np.asarray(alone), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_batch_of_gates_is_worked_through(op, arrays, size):
+    packed, scale = arrays["packed"], arrays["scale"]
+    x, gate = arrays["x"][:size], arrays["gate"][:size]
+    y = jax.vmap(lambda x, g: op(x, packed, scale, gate=g))(x, gate)
+    alone = jnp.stack([op(v, packed, scale, gate=g) for v, g in zip(x, gate, strict=True)])
+    np.testing.assert_allclose(np.asarray(y), np.asarray(alone), rtol=1e-6, atol=1e-6)
+
+
+def test_vmap_of_vmap(op, arrays):
+    packed, scale = arrays["packed"], arrays["scale"]
+    y = jax.vmap(jax.vmap(lambda x: op(x[None], packed, scale)[0]))(arrays["x"])
+    want = jnp.stack([op(x, packed, scale) for x in arrays["x"]])
+    np.testing.assert_allclose(np.asarray(y), np.asarray(want), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_are_those_of_16_bit_activations(op, arrays, gelu):
+    packed, scale, x = arrays["packed"], arrays["scale"], arrays["x"][0]
+    gate, residual = arrays["gate"][0], arrays["residual"][0]
+    weights = jnp.cos(jnp.arange(5 * N, dtype=jnp.float32)).reshape(5, N)
+
+    def loss(x, scale, gate, residual):
+        return jnp.sum(weights * op(x, packed, scale, None, gate, residual, gelu=gelu))
+
+    def dense(x, scale, gate, residual):
+        y = reference.ternary_matmul(
+            x, packed, scale, None, None, gate, residual, activation_bits=16, gelu=gelu
+        )
+        return jnp.sum(weights * y)
+
+    places = (0, 1, 2, 3)
+    ours = jax.jit(jax.grad(loss, places))(x, scale, gate, residual)
+    want = jax.grad(dense, places)(x, scale, gate, residual)
+    for got, expected in zip(ours, want, strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_through_vmap(op, arrays):
+    packed, scale = arrays["packed"], arrays["scale"]
+
+    def one(x):
+        return op(x, packed, scale).sum()
+
+    inside = jax.vmap(jax.grad(one))(arrays["x"])
+    outside = jax.grad(lambda x: jax.vmap(one)(x).sum())(arrays["x"])
+    np.testing.assert_allclose(np.asarray(inside), np.asarray(outside), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(op, arrays, check_vma):
+    mesh = Mesh(np.asarray(jax.devices()[:3]), ("data",))
+    packed, scale = arrays["packed"], arrays["scale"]
+    x = arrays["x"].reshape(15, K)
+    sharded = jax.shard_map(
+        lambda x: op(x, packed, scale),
+        mesh=mesh,
+        in_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec("data"),
+        check_vma=check_vma,
+    )
+    y = jax.jit(sharded)(x)
+    want = ternary_matmul(x, packed, scale, activation_bits=8, backend="jax")
+    np.testing.assert_allclose(np.asarray(y), np.asarray(want), rtol=1e-6, atol=1e-6)
