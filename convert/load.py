@@ -18,8 +18,8 @@ from convert.source import Component, open_source, parameters
 from convert.tensors import Reader, read_whole
 from flux_jax.components import Config, abstract_module
 from flux_jax.configs import SchedulerConfig
-from flux_jax.sharding import DEFAULT_RULES, Rules, shardings
-from flux_jax.tree import parameter_path, split_flat
+from flux_jax.sharding import DEFAULT_RULES, Rules, flat_shardings
+from flux_jax.tree import split_flat, to_flat
 
 # Host copies that may be waiting for their transfer to a device.
 _HOST_BYTES = 512 << 20
@@ -104,12 +104,10 @@ def _shardings(
     module: nnx.Module, mesh: Mesh | None, rules: Rules | None
 ) -> dict[str, jax.sharding.Sharding]:
     """Where each parameter goes, by dotted path."""
-    state = nnx.state(module, nnx.Param)
     if mesh is None:
-        one = SingleDeviceSharding(jax.devices()[0])
-        return {parameter_path(path): one for path, _ in nnx.to_flat_state(state)}
-    tree = shardings(state, mesh, DEFAULT_RULES if rules is None else rules)
-    return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(tree)}
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        return dict.fromkeys(to_flat(module), one)
+    return flat_shardings(module, mesh, DEFAULT_RULES if rules is None else rules)
 
 
 def _transfer(reader: Reader, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:

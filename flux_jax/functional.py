@@ -92,7 +92,7 @@ def common_sharding(leaves: list[Any]) -> Sharding:
     """
     sharding = leaves[0].sharding
     if sharding is None:
-        return SingleDeviceSharding(jax.devices()[0])
+        return SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return sharding

@@ -2,26 +2,33 @@
 
 A module names its axes ("embed", "heads", ...) and knows no mesh. `DEFAULT_RULES` says where each
 name goes; a mesh without an axis, or a dimension that the axis does not divide, leaves that
-dimension replicated.
+dimension replicated. Activations are named the same way (`constrain`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 from flux_jax.errors import UserError
+from flux_jax.tree import parameter_path
 
-Rules = Mapping[str, str | None]
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Output features of the wide products over `tensor` (heads stay whole), the residual width over
-# `fsdp`. Convolutions are small and stay replicated.
+# `fsdp`. Convolutions are small and stay replicated. Devices that share parameters by `fsdp` each
+# have examples of their own: a layer's weights are gathered where they are used.
 DEFAULT_RULES: Rules = {
+    "batch": ("data", "fsdp"),
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
@@ -33,33 +40,86 @@ DEFAULT_RULES: Rules = {
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh with the axes of `MESH_AXES` over the first data x fsdp x tensor devices.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are laid out.
+
+    Attributes:
+      data: parts of the batch; None for as many as there are devices left.
+      fsdp: parts of the batch, and of the parameters' residual width.
+      tensor: parts of the parameters' wide dimensions.
+    """
+
+    data: int | None = None
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
+            if not whole and not (name == "data" and size is None):
+                raise UserError(f"mesh axis {name} must be a whole number above 0, got {size!r}")
+
+
+def read_mesh(text: str) -> MeshConfig:
+    """A mesh as a command line has it: "data=4,fsdp=2".
 
     Raises:
-      UserError: if fewer devices are there.
+      UserError: an axis that does not exist or comes twice, or a size that is no number.
     """
-    wanted = data * fsdp * tensor
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in MESH_AXES or name in sizes or not size.strip().isdecimal():
+            raise UserError(
+                f"a mesh is written AXIS=SIZE,... with axes of {', '.join(MESH_AXES)}, each at "
+                f"most once, as data=4,fsdp=2; got {text!r}"
+            )
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
+
+
+def make_mesh(*, data: int | None = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh with the axes of `MESH_AXES` over the first data x fsdp x tensor devices.
+
+    The devices of a process are neighbours in the last axes, whose traffic is the heaviest.
+
+    Args:
+      data: None for as many as there are devices left by the other axes.
+      fsdp, tensor: see `MeshConfig`.
+
+    Raises:
+      UserError: fewer devices are there, or a process would have none of the mesh's.
+    """
     devices = jax.devices()
+    inner = fsdp * tensor
+    data = max(len(devices) // inner, 1) if data is None else data
+    wanted = data * inner
+    shown = f"a mesh of data={data} fsdp={fsdp} tensor={tensor}"
     if len(devices) < wanted:
+        raise UserError(f"{shown} needs {wanted} devices, {len(devices)} are here")
+    chosen = devices[:wanted]
+    processes = {device.process_index for device in chosen}
+    if len(processes) < jax.process_count():
         raise UserError(
-            f"a mesh of data={data} fsdp={fsdp} tensor={tensor} needs {wanted} devices, "
-            f"{len(devices)} are here"
+            f"{shown} uses {wanted} of {len(devices)} devices, which leaves out "
+            f"{jax.process_count() - len(processes)} of {jax.process_count()} processes: start "
+            f"fewer, or make the mesh larger"
         )
-    return Mesh(np.array(devices[:wanted]).reshape(data, fsdp, tensor), MESH_AXES)
+    return Mesh(np.array(chosen).reshape(data, fsdp, tensor), MESH_AXES)
 
 
 def partition_spec(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...] | None,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     rules: Rules = DEFAULT_RULES,
 ) -> PartitionSpec:
-    """Where one parameter lies on a mesh.
+    """Where one array lies on a mesh.
 
     Args:
-      shape: of the parameter.
-      axes: the logical name of each dimension; None for a replicated parameter.
+      shape: of the array.
+      axes: the logical name of each dimension; None for a replicated array.
       mesh: the device mesh.
       rules: logical name to mesh axis.
 
@@ -68,14 +128,47 @@ def partition_spec(
     """
     if axes is None:
         return PartitionSpec()
-    entries: list[str | None] = []
+    entries: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for size, name in zip(shape, axes, strict=True):
         if name is not None and name not in rules:
             raise UserError(f"no sharding rule for logical axis {name!r}; rules: {sorted(rules)}")
-        axis = None if name is None else rules[name]
-        divides = axis in mesh.axis_names and size % mesh.shape[axis] == 0
-        entries.append(axis if divides and axis not in entries else None)
+        rule = None if name is None else rules[name]
+        wanted = (rule,) if isinstance(rule, str) else rule or ()
+        found = tuple(axis for axis in wanted if axis in mesh.axis_names and axis not in used)
+        if not found or size % math.prod(mesh.shape[axis] for axis in found):
+            entries.append(None)
+            continue
+        used.update(found)
+        entries.append(found[0] if len(found) == 1 else found)
     return PartitionSpec(*entries)
+
+
+def constrain(
+    x: Shaped[Array, "*shape"], axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES
+) -> Shaped[Array, "*shape"]:
+    """Tell the compiler where an activation lies; without `mesh_in_scope`, x as it is.
+
+    Args:
+      x: an activation.
+      axes: the logical name of each dimension.
+      rules: logical name to mesh axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Under `pmap` and `shard_map` an axis is the caller's, and x already a part.
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh, rules))
+
+
+@contextlib.contextmanager
+def mesh_in_scope(mesh: Mesh | None) -> Iterator[None]:
+    """While a function is traced: the mesh that `constrain` means. None changes nothing."""
+    if mesh is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
 
 
 def shardings(state: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
@@ -93,3 +186,17 @@ def shardings(state: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
         return variable.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def flat_shardings(
+    module: nnx.Module, mesh: Mesh, rules: Rules = DEFAULT_RULES
+) -> dict[str, NamedSharding]:
+    """Where each parameter of a module goes, by dotted path.
+
+    Args:
+      module: concrete, or from `nnx.eval_shape`.
+      mesh: the device mesh.
+      rules: logical name to mesh axis.
+    """
+    tree = shardings(nnx.state(module, nnx.Param), mesh, rules)
+    return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(tree)}

@@ -23,9 +23,13 @@ from flux_jax.attention import attention
 from flux_jax.configs import FluxConfig
 from flux_jax.layers import DType, Linear, layer_norm, param, rms_norm
 from flux_jax.rope import Rotation, rotary_angles, rotate, sinusoidal_embedding
+from flux_jax.sharding import constrain
 
 _EPS = 1e-6
 _TIME_CHANNELS = 256
+# Of the residual streams: examples over devices. Without it the compiler may rather split the
+# width, as the weights are, and move activations where it should gather weights.
+_STREAM = ("batch", None, None)
 
 
 class Modulations(NamedTuple):
@@ -300,7 +304,7 @@ class FluxTransformer(nnx.Module):
         vec = self.time_in(sinusoidal_embedding(timesteps, _TIME_CHANNELS))
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(sinusoidal_embedding(guidance, _TIME_CHANNELS))
-        return vec + self.vector_in(y)
+        return constrain(vec + self.vector_in(y), ("batch", None))
 
     def modulations(self, vec: Float[Array, "B C"]) -> Modulations:
         """Every block's modulation vectors for one conditioning vector."""
@@ -336,14 +340,15 @@ class FluxTransformer(nnx.Module):
             jnp.concatenate((txt_ids, img_ids), axis=0), self.config.axes_dim, self.config.theta
         )
         wrap = jax.checkpoint if remat else (lambda block: block)
-        img, txt = self.img_in(img), self.txt_in(txt)
+        img, txt = constrain(self.img_in(img), _STREAM), constrain(self.txt_in(txt), _STREAM)
         for block, block_mods in zip(self.double_blocks, mods.double, strict=True):
             img, txt = wrap(block)(img, txt, block_mods, rotation)
+            img, txt = constrain(img, _STREAM), constrain(txt, _STREAM)
             if on_block is not None:
                 on_block(jnp.concatenate((txt, img), axis=1))
         x = jnp.concatenate((txt, img), axis=1)
         for block, block_mods in zip(self.single_blocks, mods.single, strict=True):
-            x = wrap(block)(x, block_mods, rotation)
+            x = constrain(wrap(block)(x, block_mods, rotation), _STREAM)
             if on_block is not None:
                 on_block(x)
         return self.final_layer(x[:, txt.shape[1] :], mods.final)

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flux_jax.rope import image_ids, text_ids
+from flux_jax.sharding import flat_shardings, mesh_in_scope
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import Flat, split_flat, to_flat
 from ternary.config import DistillConfig
@@ -35,6 +37,17 @@ class PromptSet(NamedTuple):
 
     txt: Float[Array, "N T K"]
     pooled: Float[Array, "N P"]
+
+
+class PromptRows(NamedTuple):
+    """The encoded prompts of given states, row by row, for one group or (A, ...) for several.
+
+    Attributes:
+      txt, pooled: as in `PromptSet`.
+    """
+
+    txt: Float[Array, "*A B T K"]
+    pooled: Float[Array, "*A B P"]
 
 
 class TrainState(NamedTuple):
@@ -110,12 +123,15 @@ def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
 class StepFunction:
     """One training step as a pure function of (state, teacher's parameters, prompts).
 
+    The prompts are all that the trajectories draw from, or the rows that this step's groups need.
+
     Args:
       teacher, student: transformers of one configuration; the student's linears are fake-ternary.
       config: how to train.
       trajectories: where states come from.
       grid: image tokens (rows, columns); by default, of a square.
       axis_name: the `pmap` axis over which gradients and metrics are averaged, if any.
+      mesh: the devices that share the work under `jit`, if they are several.
     """
 
     def __init__(
@@ -127,8 +143,11 @@ class StepFunction:
         *,
         grid: tuple[int, int] | None = None,
         axis_name: str | None = None,
+        mesh: Mesh | None = None,
     ):
         self.config = config
+        self._mesh = mesh
+        self._places = None if mesh is None else flat_shardings(student, mesh)
         self.trajectories = trajectories
         self.axis_name = axis_name
         side = math.isqrt(trajectories.tokens[0])
@@ -144,7 +163,7 @@ class StepFunction:
         self._guided = teacher.config.guidance_embed
 
     def _velocity(
-        self, model: FluxTransformer, states: States, text: PromptSet, *, blocks: bool, remat: bool
+        self, model: FluxTransformer, states: States, text: PromptRows, *, blocks: bool, remat: bool
     ) -> tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]]:
         dtype = model.img_in.weight.dtype
         grid = jnp.asarray(image_ids(*self._grid))
@@ -172,10 +191,10 @@ class StepFunction:
         )
 
     def teacher_velocity(
-        self, teacher: Flat, states: States, prompts: PromptSet
+        self, teacher: Flat, states: States, prompts: PromptSet | PromptRows
     ) -> tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]]:
         """The teacher's velocity, and its blocks' outputs if they are to be compared."""
-        text = _take(prompts, states.prompt)
+        text = _text(prompts, states)
         blocks = self.config.block_loss > 0.0
         return self._velocity(self._teacher(teacher), states, text, blocks=blocks, remat=False)
 
@@ -183,7 +202,7 @@ class StepFunction:
         self,
         params: Flat,
         states: States,
-        prompts: PromptSet,
+        prompts: PromptSet | PromptRows,
         target: tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]],
     ) -> tuple[Float[Array, ""], tuple[Float[Array, "B I P"], Metrics]]:
         """The loss at some states; also the student's velocity there and the metrics."""
@@ -192,7 +211,7 @@ class StepFunction:
         velocity, blocks = self._velocity(
             model,
             states,
-            _take(prompts, states.prompt),
+            _text(prompts, states),
             blocks=bool(wanted_blocks),
             remat=self.config.remat,
         )
@@ -204,32 +223,19 @@ class StepFunction:
         return loss, (velocity, Metrics(loss, error, relative, block_error, jnp.float32(0)))
 
     def __call__(
-        self, state: TrainState, teacher: Flat, prompts: PromptSet
+        self, state: TrainState, teacher: Flat, prompts: PromptSet | PromptRows
     ) -> tuple[TrainState, Metrics]:
-        """One optimiser step over `accumulate` groups."""
-        groups = state.pool.x.shape[0]
-        count = self.config.accumulate
-        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+        """One optimiser step over `accumulate` groups.
 
-        def one(carry: tuple[Pool, Flat], index: Int[Array, ""]) -> tuple[Any, Metrics]:
-            pool, sums = carry
-            group = (state.step * count + index) % groups
-            states = self.trajectories.states(pool, group)
-            target = jax.lax.stop_gradient(self.teacher_velocity(teacher, states, prompts))
-            (_, (velocity, metrics)), grads = jax.value_and_grad(self.loss, has_aux=True)(
-                state.params, states, prompts, target
-            )
-            pool = self.trajectories.advance(pool, group, target[0], velocity)
-            sums = jax.tree.map(lambda a, g: a + g.astype(jnp.float32) / count, sums, grads)
-            return (pool, sums), metrics
-
-        (pool, grads), metrics = jax.lax.scan(one, (state.pool, sums), jnp.arange(count))
-        metrics = jax.tree.map(jnp.mean, metrics)
-        if self.axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), self.axis_name)
-        metrics = metrics._replace(grad_norm=optax.tree.norm(grads))
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-        params: Flat = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
+        Args:
+          state: before the step.
+          teacher: parameters of the teacher.
+          prompts: all of them, or (accumulate, B, ...) rows for the states of the step's groups.
+        """
+        with mesh_in_scope(self._mesh):
+            grads, pool, metrics = self._gradients(state, teacher, prompts)
+            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+            params: Flat = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
         decay = self.config.ema
         ema = (
             jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
@@ -237,6 +243,46 @@ class StepFunction:
             else {}
         )
         return TrainState(params, ema, optimizer, pool, state.step + 1), metrics
+
+    def _gradients(
+        self, state: TrainState, teacher: Flat, prompts: PromptSet | PromptRows
+    ) -> tuple[Flat, Pool, Metrics]:
+        """Mean gradients of the step's groups, and the pool after their Euler steps."""
+        groups = state.pool.x.shape[0]
+        count = self.config.accumulate
+        sums = self._placed(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
+
+        def one(
+            carry: tuple[Pool, Flat], turn: tuple[Int[Array, ""], PromptRows | None]
+        ) -> tuple[Any, Metrics]:
+            (pool, sums), (index, rows) = carry, turn
+            text = prompts if rows is None else rows
+            group = (state.step * count + index) % groups
+            states = self.trajectories.states(pool, group)
+            target = jax.lax.stop_gradient(self.teacher_velocity(teacher, states, text))
+            (_, (velocity, metrics)), grads = jax.value_and_grad(self.loss, has_aux=True)(
+                state.params, states, text, target
+            )
+            pool = self.trajectories.advance(pool, group, target[0], velocity)
+            grads = self._placed(grads)
+            sums = jax.tree.map(lambda a, g: a + g.astype(jnp.float32) / count, sums, grads)
+            return (pool, sums), metrics
+
+        rows = prompts if isinstance(prompts, PromptRows) else None
+        (pool, grads), metrics = jax.lax.scan(one, (state.pool, sums), (jnp.arange(count), rows))
+        metrics = jax.tree.map(jnp.mean, metrics)
+        if self.axis_name is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), self.axis_name)
+        return grads, pool, metrics._replace(grad_norm=optax.tree.norm(grads))
+
+    def _placed(self, tree: Flat) -> Flat:
+        """Something of the parameters' shapes, split over the devices as they are.
+
+        Said of the gradients, lest each device sum up whole ones before it takes its part.
+        """
+        if self._places is None:
+            return tree
+        return {n: jax.lax.with_sharding_constraint(v, self._places[n]) for n, v in tree.items()}
 
     def start(self, params: Flat, seed: int | Int[Array, ""] = 0) -> TrainState:
         """The state before the first step, from the student's parameters, which are copied.
@@ -255,24 +301,40 @@ class StepFunction:
             step=jnp.int32(0),
         )
 
-    def spread(self, pool: Pool, teacher: Flat, prompts: PromptSet) -> Pool:
-        """Lead each trajectory of a fresh pool, by the teacher, to its place in time.
+    def lead(
+        self, pool: Pool, group: Int[Array, ""], teacher: Flat, prompts: PromptSet | PromptRows
+    ) -> Pool:
+        """Lead each trajectory of a fresh group, by the teacher, to its place in time.
 
-        So the first training step sees all noise levels, as every later one does.
+        Args:
+          pool: all trajectories.
+          group: which group.
+          teacher: parameters of the teacher.
+          prompts: all of them, or the rows of this group's states.
         """
-        targets = self.trajectories.stagger(pool)
+        targets = self.trajectories.stagger(pool)[group]
 
-        def group_of(pool: Pool, step_and_group: tuple[Array, Array]) -> tuple[Pool, None]:
-            step, group = step_and_group
+        def step_of(pool: Pool, step: Int[Array, ""]) -> tuple[Pool, None]:
             states = self.trajectories.states(pool, group)
             velocity, _ = self.teacher_velocity(teacher, states, prompts)
-            moving = step < targets[group]
+            moving = step < targets
             return self.trajectories.advance(pool, group, velocity, velocity, moving), None
 
         steps = min(self.trajectories.config.sampling_steps) - 1
-        groups = pool.x.shape[0]
-        turns = jnp.arange(steps * groups)
-        pool, _ = jax.lax.scan(group_of, pool, (turns // groups, turns % groups))
+        with mesh_in_scope(self._mesh):
+            pool, _ = jax.lax.scan(step_of, pool, jnp.arange(steps))
+        return pool
+
+    def spread(self, pool: Pool, teacher: Flat, prompts: PromptSet) -> Pool:
+        """`lead` for every group.
+
+        So the first training step sees all noise levels, as every later one does.
+        """
+
+        def one(pool: Pool, group: Int[Array, ""]) -> tuple[Pool, None]:
+            return self.lead(pool, group, teacher, prompts), None
+
+        pool, _ = jax.lax.scan(one, pool, jnp.arange(pool.x.shape[0]))
         return pool
 
 
@@ -297,8 +359,10 @@ def latent_names(student: FluxTransformer) -> frozenset[str]:
     return frozenset(name for name in to_flat(student) if name.rpartition(".")[0] in layers)
 
 
-def _take(prompts: PromptSet, rows: Int[Array, " B"]) -> PromptSet:
-    return PromptSet(*(jnp.take(field, rows, axis=0) for field in prompts))
+def _text(prompts: PromptSet | PromptRows, states: States) -> PromptRows:
+    if isinstance(prompts, PromptRows):
+        return prompts
+    return PromptRows(*(jnp.take(field, states.prompt, axis=0) for field in prompts))
 
 
 def _relative_error(ours: Float[Array, "B L C"], theirs: Float[Array, "B L C"]) -> Array:

@@ -169,7 +169,7 @@ class TernaryCheckpoint:
         """
         module = self.abstract_module(dtype)
         rebuild, flat = split_flat(module)
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = dict.fromkeys(flat, one) if place is None else place(module)
         arrays = {}
         for name, shape in flat.items():

@@ -154,6 +154,14 @@ class StoredTensors:
 
         return read_whole(self._reader, name)
 
+    def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
+        """Rows of a tensor, from `start` on, into an array of its dtype.
+
+        Raises:
+          UserError: they cannot be read.
+        """
+        self._reader.read_into(name, start, out)
+
     def close(self) -> None:
         self._reader.close()
 
