@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +55,21 @@ def distill(
             show_default="some of PROMPTS",
         ),
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="How the devices are laid out, as data=4,fsdp=2.",
+            show_default="the settings', or all devices as data",
+        ),
+    ] = None,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Join the other processes of this job: SLURM's, Open MPI's, or those named by "
+            "COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID.",
+        ),
+    ] = False,
     show: Annotated[
         bool, typer.Option("--show-config", help="Print the settings as YAML, and end.")
     ] = False,
@@ -72,23 +89,32 @@ def distill(
         --set distill.steps=200
       python -m ternary distill --teacher black-forest-labs/FLUX.1-dev --prompts prompts.txt \\
         --start CALIBRATED --config run.yaml --out RUN
+      srun python -m ternary distill --distributed --mesh fsdp=8 --teacher ~/flux-dev \\
+        --prompts prompts.txt --config run.yaml --out RUN
     """
     with exit_on_user_error():
         # Late: JAX takes a second, and --help should not.
         from ternary.distillation.run_config import read_run_config, to_yaml
 
         settings = read_run_config(config, change or ())
+        if mesh is not None:
+            from flux_jax.sharding import read_mesh
+
+            settings = dataclasses.replace(settings, mesh=read_mesh(mesh))
         if show:
             typer.echo(to_yaml(settings), nl=False)
             return
         from flux_jax.compile_cache import enable_compilation_cache
+        from flux_jax.processes import Processes, joined_processes
         from ternary.distillation.run import distill
         from ternary.distillation.task import Task
 
         enable_compilation_cache()
         task = Task(teacher=teacher, prompts=prompts, start=start, held_out=held_out)
-        outcome = distill(task, out, settings, progress=not quiet)
-        if not quiet:
+        job = joined_processes() if distributed else contextlib.nullcontext(Processes())
+        with job as processes:
+            outcome = distill(task, out, settings, progress=not quiet)
+        if not quiet and processes.first:
             parts = [f"{outcome.student}: {outcome.steps:,} steps, loss {outcome.loss:.5f}"]
             if outcome.median_psnr is not None:
                 parts.append(f"held-out pictures {outcome.median_psnr:.2f} dB (median)")

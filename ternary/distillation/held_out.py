@@ -21,12 +21,10 @@ class Comparison:
     Attributes:
       images: (N, H, W, 3) in [0, 1], the student's.
       psnr: (N,) dB against the teacher's image from the same noise.
-      score: composition score of the student, where the prompts have one; None otherwise.
     """
 
     images: Float[np.ndarray, "N H W 3"]
     psnr: Float[np.ndarray, " N"]
-    score: float | None = None
 
     @property
     def median_psnr(self) -> float:

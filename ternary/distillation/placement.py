@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Shaped
 
 from flux_jax.sharding import flat_shardings, partition_spec
 from flux_jax.transformer import FluxTransformer
@@ -54,7 +53,7 @@ def state_shardings(state: TrainState, student: FluxTransformer, mesh: Mesh) -> 
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = flat_shardings(student, mesh)
 
-    def following(path: tuple[Any, ...], leaf: Shaped[Any, "..."]) -> NamedSharding:
+    def following(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = getattr(path[-1], "key", None)
         # Adafactor's row and column sums are vectors, a few thousandths of the parameters.
         alike = name in params and leaf.shape == state.params[name].shape

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 
 from flux_jax.errors import UserError
+from flux_jax.sharding import MeshConfig
 from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig
 from ternary.policy import Policy
 
@@ -18,12 +19,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides what a run computes.
+    """Everything that decides what a run computes, and the mesh it computes it on.
 
     Attributes:
       quant, policy: what becomes ternary, and how.
       trajectory: where the states come from.
       distill: how the student is trained.
+      mesh: how the devices are laid out; a run may go on on another.
       batch_size: states of one group of trajectories, over all devices.
       seed: of every draw.
       height, width: pixels of the pictures whose trajectories are followed; None for the model's.
@@ -42,6 +44,7 @@ class RunConfig:
     policy: Policy = Policy()
     trajectory: TrajectoryConfig = TrajectoryConfig()
     distill: DistillConfig = DistillConfig()
+    mesh: MeshConfig = MeshConfig()
     batch_size: int = 8
     seed: int = 0
     height: int | None = None

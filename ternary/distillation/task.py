@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import yaml
 
@@ -80,7 +80,7 @@ def split_prompts(task: Task, config: RunConfig) -> Prompts:
 
 
 def open_folder(out: Path, task: Task, config: RunConfig) -> None:
-    """Make a run's folder, or see that it holds this very run.
+    """Make a run's folder, or see that it holds this very run, on whichever mesh.
 
     Raises:
       UserError: it was begun with other settings, or cannot be written to.
@@ -91,7 +91,8 @@ def open_folder(out: Path, task: Task, config: RunConfig) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            changed = differences(yaml.safe_load(path.read_text()), yaml.safe_load(text))
+            before, now = yaml.safe_load(path.read_text()), yaml.safe_load(text)
+            changed = differences({**before, "mesh": None}, {**now, "mesh": None})
             if changed:
                 raise UserError(
                     f"{out} holds a run with other settings ({'; '.join(changed[:4])}): go on "
@@ -107,6 +108,11 @@ def open_folder(out: Path, task: Task, config: RunConfig) -> None:
 
 def calibrated_start(folder: Path, params: Flat, config: RunConfig) -> Flat:
     """The latent weights of a calibration, for the student that these settings describe.
+
+    Args:
+      folder: of the calibration.
+      params: shapes of the student's parameters; their shardings say where each goes.
+      config: of the run.
 
     Raises:
       UserError: they are of another student.
@@ -124,4 +130,10 @@ def calibrated_start(folder: Path, params: Flat, config: RunConfig) -> Flat:
     shapes = {name: tuple(value.shape) for name, value in params.items()}
     if {name: tuple(flat.spec(name).shape) for name in flat} != shapes:
         raise UserError(f"{folder} was calibrated for another transformer than the teacher's")
-    return {name: jnp.asarray(flat[name]) for name in params}
+    arrays: Flat = {}
+    for name, wanted in params.items():
+        host = flat[name]
+        arrays[name] = jax.make_array_from_callback(
+            host.shape, wanted.sharding, lambda index, host=host: host[index]
+        )
+    return arrays

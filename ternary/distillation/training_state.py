@@ -75,7 +75,9 @@ class StateStore:
           UserError: a checkpoint that is damaged or of another structure.
         """
         step = self.latest
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _named(like)
+        )
         try:
             named = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:

@@ -1,0 +1,151 @@
+"""What a run writes for people: tables, TensorBoard, pictures and the progress bar.
+
+Of several processes only the first writes; the others go through the same motions, since what is
+looked at may need them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from flux_jax import images
+from flux_jax.composition.prompts import EvalPrompt
+from flux_jax.composition.score import score_images
+from ternary.distillation.held_out import HeldOut, grid
+from ternary.distillation.metrics import Board, Table
+from ternary.distillation.run_config import RunConfig
+from ternary.distillation.step import Metrics, learning_rate
+
+SHOWN = 16
+METRICS = ("step", *Metrics._fields, "learning_rate", "states_per_second")
+HELD_OUT = ("step", "median_psnr_db", "low_psnr_db", "score", "teacher_score")
+
+
+class Report:
+    """One process's part of a run's report.
+
+    Args:
+      out: the run's folder.
+      config: settings.
+      judged: the held-out prompts with what they claim, or none.
+      done: steps that are in a checkpoint; None before the first.
+      writes: whether this process is the one that writes.
+      progress: whether to show a progress bar on stderr.
+
+    Attributes:
+      loss: of the last step that was looked at.
+      held_out: the last row of `held_out.csv`, or nothing.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: RunConfig,
+        judged: Sequence[EvalPrompt],
+        *,
+        done: int | None,
+        writes: bool,
+        progress: bool,
+    ):
+        self.loss = float("nan")
+        self.held_out: dict[str, Any] = {}
+        self._config, self._judged = config, judged
+        self._rate = learning_rate(config.distill)
+        self._samples = out / "samples"
+        self._parts = contextlib.ExitStack()
+        self._files: tuple[Table, Table, Board] | None = None
+        if writes:
+            step = done or 0
+            # The drawing of step 0 is made before any checkpoint.
+            drawn = Table(out / "held_out.csv", HELD_OUT, -1 if done is None else step)
+            metrics = Table(out / "metrics.csv", METRICS, step)
+            self._files = (metrics, drawn, Board(out / "tensorboard", step))
+            for part in self._files:
+                self._parts.callback(part.close)
+        self._bar: tqdm | None = None
+        self._shown, self._done = progress and writes, done or 0
+
+    def begin(self) -> None:
+        """Show the progress bar."""
+        bar = tqdm(
+            total=self._config.distill.steps,
+            initial=self._done,
+            unit="step",
+            desc="distill",
+            disable=not self._shown,
+        )
+        self._bar = self._parts.enter_context(bar)
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        self._parts.close()
+
+    def rows(self, done: int, pending: Sequence[Metrics], since: float) -> list[dict[str, Any]]:
+        """The metrics of the last steps, as rows of `metrics.csv`; waits for them.
+
+        Args:
+          done: steps taken.
+          pending: metrics of the last of them.
+          since: `time.perf_counter()` before those.
+        """
+        values: list[Any] = jax.device_get(list(pending))
+        states = self._config.batch_size * self._config.distill.accumulate
+        speed = len(values) * states / (time.perf_counter() - since)
+        rows: list[dict[str, Any]] = []
+        for number, metrics in enumerate(values, done - len(values) + 1):
+            row: dict[str, Any] = {"step": number}
+            row |= {name: float(np.asarray(value)) for name, value in metrics._asdict().items()}
+            # The schedule counts the steps before this one.
+            row["learning_rate"] = float(np.asarray(self._rate(number - 1)))
+            row["states_per_second"] = round(speed, 2)
+            rows.append(row)
+        return rows
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows of metrics, and move the bar."""
+        self.loss = rows[-1]["loss"]
+        if self._files is None:
+            return
+        metrics, _, board = self._files
+        metrics.add(rows)
+        means = {n: float(np.mean([row[n] for row in rows])) for n in METRICS if n != "step"}
+        board.scalars(rows[-1]["step"], {f"train/{name}": v for name, v in means.items()})
+        if self._bar is not None:
+            self._bar.update(len(rows))
+            speed = means["states_per_second"]
+            self._bar.set_postfix_str(f"loss {means['loss']:.5f}, {speed:,.0f} states/s")
+
+    def draw(self, step: int, student: Any, pictures: HeldOut) -> None:
+        """Held-out pictures of a step: the grid, and how far they are from the teacher's."""
+        found = pictures.compare(student)
+        self.held_out = {
+            "step": step,
+            "median_psnr_db": round(found.median_psnr, 3),
+            "low_psnr_db": round(float(np.percentile(found.psnr, 10)), 3),
+            "score": self._score(found.images),
+            "teacher_score": self._score(pictures.teacher),
+        }
+        if self._files is None:
+            return
+        _, drawn, board = self._files
+        chosen = np.linspace(0, len(found.psnr) - 1, min(SHOWN, len(found.psnr))).astype(int)
+        picture = grid(pictures.teacher[chosen], found.images[chosen])
+        self._samples.mkdir(exist_ok=True)
+        picture.save(self._samples / f"step_{step:06d}.png")
+        drawn.add([self.held_out])
+        numbers = {n: v for n, v in self.held_out.items() if n != "step" and v is not None}
+        board.scalars(step, {f"held_out/{n}": v for n, v in numbers.items()})
+        board.image(step, "held_out/teacher_and_student", picture)
+
+    def _score(self, pictures: np.ndarray) -> float | None:
+        if not self._judged:
+            return None
+        return score_images(list(images.to_uint8(pictures)), self._judged).overall.passed
