@@ -56,6 +56,14 @@ LAYOUTS = {
             ("first_step_s", "first step, compilation included"),
         ),
     ),
+    "scaling_plan": Layout(
+        title="distilling FLUX.1-dev, GiB a device",
+        columns=(
+            ("held", "held between steps"),
+            ("work", "intermediate values"),
+            ("peak", "peak"),
+        ),
+    ),
     "composition": Layout(
         title="composition score, 720 held-out prompts, guidance 3.5, 28 steps",
         rows=(

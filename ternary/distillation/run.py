@@ -97,9 +97,13 @@ def distill(
     processes.wait("the folder")
     run = _Run(task, out, config, prompts, mesh, processes, progress)
     try:
-        return run.go()
-    finally:
-        run.close()
+        outcome = run.go()
+    except BaseException:
+        # With others, which may be gone, there is nothing to wait for.
+        run.close(store=processes.count == 1)
+        raise
+    run.close()
+    return outcome
 
 
 class _Run:
@@ -130,9 +134,10 @@ class _Run:
         )
         self._table: TextTable | None = None
 
-    def close(self) -> None:
+    def close(self, *, store: bool = True) -> None:
         self.report.close()
-        self.store.close()
+        if store:
+            self.store.close()
         if self._table is not None:
             self._table.close()
 

@@ -1,0 +1,165 @@
+"""Memory a device for distilling FLUX.1-dev on meshes of up to 512 devices, planned by XLA.
+
+    python -m benchmarks.scaling_plan
+
+Nothing runs: the training step is compiled ahead for simulated CPU devices, from shapes alone, and
+XLA says what a device would hold. Compiled at full width with one and two blocks of each kind, and
+extrapolated to 19 and 38: blocks of a kind are alike, so what a second one adds, each further one
+adds. What is the run's (latent weights, moments, gradients) is exact; the intermediate values are
+those of XLA's CPU backend, which computes bf16 products in float32 and has no fused attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.common import RESULTS, Figure, Result
+
+DEVICES = 512
+DEPTHS = ((1, 1), (2, 1), (1, 2))
+FULL = (19, 38)
+# Name of a row: (data, fsdp, tensor).
+MESHES = {
+    "8 devices, fsdp 8": (1, 8, 1),
+    "64 devices, data 8, fsdp 8": (8, 8, 1),
+    "64 devices, fsdp 64": (1, 64, 1),
+    "512 devices, data 64, fsdp 8": (64, 8, 1),
+    "512 devices, data 8, fsdp 64": (8, 64, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """What one device holds.
+
+    Attributes:
+      arguments: state, teacher and text before a step.
+      work: everything else during it.
+    """
+
+    arguments: float
+    work: float
+
+
+def planned(
+    depth: int, singles: int, axes: tuple[int, int, int], *, tokens: int, text: int, width: int
+) -> Bytes:
+    """Compile one step, for one state a device.
+
+    Args:
+      depth, singles: blocks of each kind.
+      axes: data, fsdp, tensor.
+      tokens: image tokens, a square.
+      text: text tokens.
+      width: of the model, a multiple of 128; 3072 for FLUX.1-dev.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from flux_jax.configs import FluxConfig, SchedulerConfig
+    from flux_jax.sharding import flat_shardings, make_mesh
+    from flux_jax.transformer import FluxTransformer
+    from flux_jax.tree import split_flat
+    from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig
+    from ternary.distillation.placement import (
+        Start,
+        abstract_student,
+        batch_split,
+        with_shardings,
+    )
+    from ternary.distillation.step import PromptRows, StepFunction
+    from ternary.distillation.trajectory import Trajectories
+    from ternary.policy import Policy
+
+    data, fsdp, tensor = axes
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    flux = dataclasses.replace(
+        FluxConfig.dev(),
+        depth=depth,
+        depth_single_blocks=singles,
+        hidden_size=width,
+        num_heads=width // 128,
+    )
+    teacher = nnx.eval_shape(lambda: FluxTransformer(flux, rngs=nnx.Rngs(0)))
+    config = DistillConfig(remat=True)
+    quant, policy = QuantConfig(learned_scale=True), Policy()
+    student = abstract_student(teacher, quant, policy, config)
+    batch = data * fsdp
+    trajectories = Trajectories(
+        TrajectoryConfig(),
+        SchedulerConfig.dev(),
+        tokens=(tokens, flux.in_channels),
+        batch_size=batch,
+        prompts=7232,
+    )
+    step = StepFunction(teacher, student, config, trajectories, mesh=mesh)
+    start = Start(step, teacher, student, quant, policy, seed=0, mesh=mesh)
+    shapes = (
+        (1, batch, text, flux.context_in_dim),
+        (1, batch, flux.vec_in_dim),
+    )
+    rows = PromptRows(
+        *(
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=batch_split(shape, mesh))
+            for shape in shapes
+        )
+    )
+    weights = with_shardings(split_flat(teacher)[1], flat_shardings(teacher, mesh))
+    program = jax.jit(step, donate_argnums=0, out_shardings=(start.shardings, None))
+    stats = program.lower(start.abstract(), weights, rows).compile().memory_analysis()
+    made = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return Bytes(arguments=stats.argument_size_in_bytes, work=stats.temp_size_in_bytes + made)
+
+
+def extrapolated(found: dict[tuple[int, int], Bytes], full: tuple[int, int] = FULL) -> Bytes:
+    """From `DEPTHS` to the full depth: a base, and so much for each block of a kind."""
+
+    def line(part: str) -> float:
+        one, more_double, more_single = (getattr(found[depth], part) for depth in DEPTHS)
+        double, single = more_double - one, more_single - one
+        return one + (full[0] - 1) * double + (full[1] - 1) * single
+
+    return Bytes(arguments=line("arguments"), work=line("work"))
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="Image tokens, a square number.")] = 4096,
+    text: Annotated[int, typer.Option(help="Text tokens.")] = 512,
+    width: Annotated[int, typer.Option(help="Of the model; 3072 for FLUX.1-dev.")] = 3072,
+    mesh: Annotated[list[str] | None, typer.Option(help="Only these rows.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
+) -> None:
+    """Plan every mesh and write the figures."""
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise typer.BadParameter(f"image tokens must be a square number, got {tokens}")
+    # Before anything imports JAX.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    figures: dict[str, Figure] = {}
+    for name in mesh or MESHES:
+        found = {
+            depth: planned(*depth, MESHES[name], tokens=tokens, text=text, width=width)
+            for depth in DEPTHS
+        }
+        whole = extrapolated(found)
+        for measure, value in (
+            ("held", whole.arguments),
+            ("work", whole.work),
+            ("peak", whole.arguments + whole.work),
+        ):
+            note = "extrapolated from 1 and 2 blocks of each kind, at full width"
+            figures[f"{name}/{measure}"] = Figure(value=value / 2**30, unit="GiB", note=note)
+        print(f"{name}: {(whole.arguments + whole.work) / 2**30:.1f} GiB", flush=True)
+    result = Result(benchmark="scaling_plan", device="simulated CPU devices", figures=figures)
+    print(f"written: {result.write(out).name}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
