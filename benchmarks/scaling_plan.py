@@ -15,7 +15,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -101,19 +101,15 @@ def planned(
     )
     step = StepFunction(teacher, student, config, trajectories, mesh=mesh)
     start = Start(step, teacher, student, quant, policy, seed=0, mesh=mesh)
-    shapes = (
-        (1, batch, text, flux.context_in_dim),
-        (1, batch, flux.vec_in_dim),
-    )
-    rows = PromptRows(
-        *(
-            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=batch_split(shape, mesh))
-            for shape in shapes
-        )
-    )
+    shapes = ((1, batch, text, flux.context_in_dim), (1, batch, flux.vec_in_dim))
+    places: list[Any] = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=batch_split(shape, mesh))
+        for shape in shapes
+    ]
+    rows = PromptRows(*places)
     weights = with_shardings(split_flat(teacher)[1], flat_shardings(teacher, mesh))
     program = jax.jit(step, donate_argnums=0, out_shardings=(start.shardings, None))
-    stats = program.lower(start.abstract(), weights, rows).compile().memory_analysis()
+    stats: Any = program.lower(start.abstract(), weights, rows).compile().memory_analysis()
     made = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Bytes(arguments=stats.argument_size_in_bytes, work=stats.temp_size_in_bytes + made)
 

@@ -102,7 +102,7 @@ def load_component(
 
 def _shardings(
     module: nnx.Module, mesh: Mesh | None, rules: Rules | None
-) -> dict[str, jax.sharding.Sharding]:
+) -> Mapping[str, jax.sharding.Sharding]:
     """Where each parameter goes, by dotted path."""
     if mesh is None:
         one = SingleDeviceSharding(jax.local_devices()[0])

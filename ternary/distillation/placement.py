@@ -50,11 +50,11 @@ def state_shardings(state: TrainState, student: FluxTransformer, mesh: Mesh) -> 
       student: of the same parameters; its axes are asked for.
       mesh: the devices.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
     params = flat_shardings(student, mesh)
 
     def following(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = getattr(path[-1], "key", None)
+        name = str(getattr(path[-1], "key", ""))
         # Adafactor's row and column sums are vectors, a few thousandths of the parameters.
         alike = name in params and leaf.shape == state.params[name].shape
         return params[name] if alike else everywhere

@@ -86,7 +86,7 @@ class PromptFeed:
         # Devices that share their states share the rows: read once a process.
         read: dict[int, tuple[Any, ...]] = {}
         for shard in rows.addressable_shards:
-            start = shard.index[1].start or 0
+            start = _start(shard.index)
             if start not in read:
                 read[start] = self._table.take(np.asarray(shard.data))
         tokens, width, pooled = self._table.shape
@@ -96,9 +96,14 @@ class PromptFeed:
             return jax.make_array_from_callback(
                 shape,
                 batch_split(shape, self._mesh),
-                lambda index: read[index[1].start or 0][field],
+                lambda index: read[_start(index)][field],
             )
 
         return PromptRows(
             placed(0, (count, self._batch, tokens, width)), placed(1, (count, self._batch, pooled))
         )
+
+
+def _start(index: Any) -> int:
+    """The first state of a part; a part that is the whole does not say."""
+    return index[1].start or 0
