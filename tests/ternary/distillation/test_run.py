@@ -249,7 +249,7 @@ def test_inputs_are_refused(whole, teacher, prompts, settings, tmp_path):
     assert "cannot read the settings" in refused(
         teacher, prompts, tmp_path / "c", "--config", tmp_path / "none.yaml"
     )
-    assert "must be a multiple of the 8 devices, got 3" in refused(
+    assert "must be a multiple of the 8 devices of data and fsdp, got 3" in refused(
         teacher, prompts, tmp_path / "d", "--set", "batch_size=3"
     )
 
