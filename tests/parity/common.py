@@ -52,6 +52,17 @@ def load(folder: Path, component: str, dtype: str) -> Any:
     return load_checkpoint(folder, dtype=jnp.dtype(dtype)).modules[component]
 
 
+def ours(model: Any, component: str, dtype: str, folder: Path, **saving: Any) -> Any:
+    """Our module with a torch model's weights, saved as its library does.
+
+    The model's own weights are rounded to `dtype` first, but it stays a float32 model.
+    """
+    if dtype == "bfloat16":
+        round_to_bfloat16(model)
+    model.save_pretrained(folder, **saving)
+    return load(folder, component, dtype)
+
+
 def run(function: Callable[..., Any], module: nnx.Module, *args: Any) -> Any:
     """`function(module, *args)`, compiled with the weights as arguments."""
     return ModuleFunction(function).bind(module)(*map(jnp.asarray, args))

@@ -16,14 +16,7 @@ from convert.rules import backward_plan
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import AutoencoderConfig
 from flux_jax.tree import to_flat
-from tests.parity.common import (
-    TOLERANCE,
-    load,
-    perturb_vectors,
-    relative_error,
-    round_to_bfloat16,
-    run,
-)
+from tests.parity.common import TOLERANCE, ours, perturb_vectors, relative_error, run
 from tests.random_module import random_module
 
 CONFIGS = {
@@ -65,11 +58,8 @@ def models(request, tmp_path_factory):
     raw = autoencoder_map.config_to_hf(CONFIGS[name])
     model = diffusers.AutoencoderKL.from_config(raw).eval()
     perturb_vectors(model, seed=1)
-    if dtype == "bfloat16":
-        round_to_bfloat16(model)
     folder = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(folder)
-    return name, dtype, model, load(folder, "vae", dtype)
+    return name, dtype, model, ours(model, "vae", dtype, folder)
 
 
 def record(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:

@@ -11,14 +11,7 @@ from safetensors.numpy import load_file, save_file
 from convert.maps import clip as clip_map
 from flux_jax.clip import CLIPTextEncoder
 from flux_jax.configs import CLIPTextConfig
-from tests.parity.common import (
-    TOLERANCE,
-    load,
-    perturb_vectors,
-    relative_error,
-    round_to_bfloat16,
-    run,
-)
+from tests.parity.common import TOLERANCE, load, ours, perturb_vectors, relative_error, run
 
 EOS = 97
 CONFIGS = {
@@ -58,11 +51,8 @@ def models(request, tmp_path_factory):
     """Config, dtype, transformers' model and ours with the same weights."""
     name, dtype = request.param
     model = reference(CONFIGS[name])
-    if dtype == "bfloat16":
-        round_to_bfloat16(model)
     folder = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(folder)
-    return CONFIGS[name], dtype, model, load(folder, "text_encoder", dtype)
+    return CONFIGS[name], dtype, model, ours(model, "text_encoder", dtype, folder)
 
 
 def token_ids(config: CLIPTextConfig, batch: int, length: int) -> np.ndarray:

@@ -11,14 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from convert.maps import t5 as t5_map
 from flux_jax.configs import T5Config
 from flux_jax.t5 import T5Encoder, relative_buckets
-from tests.parity.common import (
-    TOLERANCE,
-    load,
-    perturb_vectors,
-    relative_error,
-    round_to_bfloat16,
-    run,
-)
+from tests.parity.common import TOLERANCE, ours, perturb_vectors, relative_error, run
 
 CONFIGS = {
     "tiny": T5Config.tiny(),
@@ -45,11 +38,8 @@ def models(request, tmp_path_factory):
     theirs = transformers.T5Config(**t5_map.config_to_hf(CONFIGS[name]))
     model = transformers.T5EncoderModel(theirs).eval()
     perturb_vectors(model, seed=1)
-    if dtype == "bfloat16":
-        round_to_bfloat16(model)
     folder = tmp_path_factory.mktemp("t5")
-    model.save_pretrained(folder)
-    return CONFIGS[name], dtype, model, load(folder, "text_encoder_2", dtype)
+    return CONFIGS[name], dtype, model, ours(model, "text_encoder_2", dtype, folder)
 
 
 def layer_by_layer(encoder: T5Encoder, ids):

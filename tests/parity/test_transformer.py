@@ -13,14 +13,7 @@ from convert.maps import transformer as transformer_map
 from flux_jax.configs import FluxConfig
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.transformer import FluxTransformer
-from tests.parity.common import (
-    TOLERANCE,
-    load,
-    perturb_vectors,
-    relative_error,
-    round_to_bfloat16,
-    run,
-)
+from tests.parity.common import TOLERANCE, ours, perturb_vectors, relative_error, run
 
 CONFIGS = {
     "tiny": dataclasses.replace(FluxConfig.tiny(), depth=2, depth_single_blocks=2),
@@ -56,11 +49,13 @@ def models(request, tmp_path_factory):
     fields = transformer_map.config_to_hf(CONFIGS[name])
     model = diffusers.FluxTransformer2DModel.from_config(fields).eval()
     perturb_vectors(model, seed=1)
-    if dtype == "bfloat16":
-        round_to_bfloat16(model)
     folder = tmp_path_factory.mktemp("transformer")
-    model.save_pretrained(folder, max_shard_size="1MB")
-    return CONFIGS[name], dtype, model, load(folder, "transformer", dtype)
+    return (
+        CONFIGS[name],
+        dtype,
+        model,
+        ours(model, "transformer", dtype, folder, max_shard_size="1MB"),
+    )
 
 
 def draw(config, batch, height, width, length, seed=0):
