@@ -47,8 +47,13 @@ def _set_environment() -> None:
     if os.environ.setdefault("FLUX_JAX_TEST_PLATFORM", chosen) == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
         flags = os.environ.get("XLA_FLAGS", "")
-        if "xla_force_host_platform_device_count" not in flags:
-            flags = f"{flags} --xla_force_host_platform_device_count=8".strip()
+        # The tests spend their time on compiling small programs, a third of it on optimising them.
+        for flag, value in (
+            ("--xla_force_host_platform_device_count", 8),
+            ("--xla_backend_optimization_level", 0),
+        ):
+            if flag not in flags:
+                flags = f"{flags} {flag}={value}".strip()
         environment["XLA_FLAGS"] = flags
     if "PYTEST_XDIST_WORKER" in os.environ:
         # One process a core: torch's thread pools would fight over them.
