@@ -52,9 +52,9 @@ def ternary_matmul(
 
     Differentiable in everything floating. The gradient is that of the product with 16-bit
     activations: the rounding to int8 counts as the identity. Under `vmap`, a batch of x,
-    `token_scale`, `gate` and `residual` becomes more rows; a batch of weights is a loop. An array that is
-    spread over several devices is left to plain JAX, which XLA partitions: use `jax.shard_map` for
-    kernels on each.
+    `token_scale`, `gate` and `residual` becomes more rows; a batch of weights is a loop. An array
+    that is spread over several devices is left to plain JAX, which XLA partitions: use
+    `jax.shard_map` for kernels on each.
 
     Args:
       x: (..., K), floating; at least one axis. Or int8, already quantised, with `token_scale`.
