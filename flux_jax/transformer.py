@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flux_jax.attention import attention
+from flux_jax.attention import Implementation, attention
 from flux_jax.configs import FluxConfig
 from flux_jax.inputs import EPS, Input, Joined, Modulated
 from flux_jax.layers import DType, Linear, param, rms_norm
@@ -130,11 +130,16 @@ class Modulation(nnx.Module):
 
 
 class DoubleStreamBlock(nnx.Module):
-    """Image and text streams with their own weights, joined in one attention."""
+    """Image and text streams with their own weights, joined in one attention.
+
+    Attributes:
+      attention: which implementation; None for the default.
+    """
 
     def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.num_heads = config.num_heads
+        self.attention: Implementation | None = None
         self.img_mod = Modulation(config, 6, **kwargs)
         self.img_attn = SelfAttention(config, **kwargs)
         self.img_mlp = MLP(config, **kwargs)
@@ -169,7 +174,8 @@ class DoubleStreamBlock(nnx.Module):
         q, k, v = (
             jnp.concatenate((t, i), axis=1) for t, i in zip(txt_parts, img_parts, strict=True)
         )
-        attended = attention(rotate(q, rotation), rotate(k, rotation), v)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        attended = attention(q, k, v, implementation=self.attention)
         attended = attended.reshape(*attended.shape[:2], -1)
         txt_length = txt.shape[1]
 
@@ -181,12 +187,17 @@ class DoubleStreamBlock(nnx.Module):
 
 
 class SingleStreamBlock(nnx.Module):
-    """Text and image in one sequence; attention and MLP side by side."""
+    """Text and image in one sequence; attention and MLP side by side.
+
+    Attributes:
+      attention: which implementation; None for the default.
+    """
 
     def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         width = config.hidden_size
         self.num_heads = config.num_heads
+        self.attention: Implementation | None = None
         self.linear1 = Linear(width, 3 * width + config.mlp_hidden, axes=("mlp", "embed"), **kwargs)
         self.linear2 = Linear(width + config.mlp_hidden, width, axes=("embed", "mlp"), **kwargs)
         self.norm = QKNorm(config.head_dim, **kwargs)
@@ -200,7 +211,8 @@ class SingleStreamBlock(nnx.Module):
         width = x.shape[-1]
         hidden = self.linear1.hidden(Modulated(x, shift, scale), start=3 * width)
         q, k, v = split_heads(hidden.array[..., : 3 * width], self.norm, self.num_heads)
-        attended = attention(rotate(q, rotation), rotate(k, rotation), v).reshape(x.shape)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        attended = attention(q, k, v, implementation=self.attention).reshape(x.shape)
         return self.linear2(Joined(attended, hidden), gate=gate, residual=x)
 
 
