@@ -2,19 +2,32 @@
 
 On an NVIDIA GPU in 16 bits the cuDNN flash kernel runs (549 TFLOP/s at FLUX's shape on one H200,
 against 148 for the plain XLA path); elsewhere plain XLA, in chunks of queries once the score
-matrix would be large.
+matrix would be large. The others are in `flux_jax.attention_kernels`; `benchmarks/attention.py`
+compares them.
+
+    cudnn      cuDNN's flash attention, through JAX
+    mosaic     JAX's own Pallas Mosaic GPU kernel, for Hopper; in float16
+    tokamax    tokamax's Mosaic GPU kernel, where that library is installed
+    cudnn_fp8  cuDNN's 8-bit flash attention, for Hopper: q, k, v, weights and result in float8
+    xla_fp8    plain JAX with the roundings of cudnn_fp8, anywhere: to see what they cost a picture
+    xla        plain JAX, anywhere
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Implementation = Literal["cudnn", "xla"]
+from flux_jax import attention_kernels as kernels
+
+Implementation = Literal["cudnn", "mosaic", "tokamax", "cudnn_fp8", "xla_fp8", "xla"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 # Largest score matrix (batch x heads x queries x keys) that the XLA path materialises at once:
 # 256 MiB in float32.
@@ -43,43 +56,73 @@ def attention(
 
     Args:
       q, k, v: queries, keys and values.
-      bias: added to the scores before the softmax.
+      bias: added to the scores before the softmax; "cudnn" and "xla" only.
       scale: of the scores; 1 / sqrt(D) by default.
-      causal: whether a query sees only the keys up to its own position.
-      implementation: "cudnn", "xla", or None for `default_implementation`. A named one never
-        falls back.
+      causal: whether a query sees only the keys up to its own position; "cudnn" and "xla" only.
+      implementation: one of `IMPLEMENTATIONS`, or None for `default_implementation`. A named one
+        never falls back.
 
     Returns:
       (B, Lq, H, D), in q's dtype.
+
+    Raises:
+      NotImplementedError: the implementation that is asked for cannot compute this here; says why.
     """
     if implementation is None:
         implementation = "xla" if bias is not None else default_implementation(q)
+    elif reason := why_not(implementation, q, k, masked=bias is not None or causal):
+        raise NotImplementedError(f"attention {implementation!r} cannot run here: {reason}")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    batch, queries, heads, _ = q.shape
-    scores = batch * heads * queries * k.shape[1]
-    if implementation == "xla" and scores > _MAX_SCORES and bias is None and not causal:
-        return _chunked_attention(q, k, v, scale, math.ceil(scores / _MAX_SCORES))
-    return jax.nn.dot_product_attention(
-        q, k, v, bias=bias, scale=scale, is_causal=causal, implementation=implementation
-    )
+    masked: dict[str, Any] = {"bias": bias, "is_causal": causal}
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn", **masked)
+    if implementation in kernels.KERNELS:
+        return kernels.KERNELS[implementation](q, k, v, scale).astype(q.dtype)
+    dtype = q.dtype
+    if implementation == "xla_fp8":
+        (q, dq), (k, dk), (v, dv) = (kernels.to_float8(x) for x in (q, k, v))
+        some = functools.partial(kernels.float8_twin, scale=scale * dq * dk, v_scale=dv)
+    else:
+        some = functools.partial(
+            jax.nn.dot_product_attention, scale=scale, implementation="xla", **masked
+        )
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
+    if scores <= _MAX_SCORES or bias is not None or causal:
+        return some(q, k, v).astype(dtype)
+    return _chunked(some, q, k, v, math.ceil(scores / _MAX_SCORES)).astype(dtype)
 
 
-def _chunked_attention(
+def why_not(implementation: str, q: Any, k: Any, *, masked: bool) -> str | None:
+    """Why an implementation cannot compute such an attention on this machine; None if it can.
+
+    Args:
+      implementation: a name; an unknown one is a reason.
+      q, k: queries and keys; shapes and dtypes are enough.
+      masked: whether there is a bias or a causal mask.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        return f"it must be one of {', '.join(IMPLEMENTATIONS)}"
+    if implementation == "xla":
+        return None
+    if masked and implementation != "cudnn":
+        return "it takes neither a bias nor a causal mask"
+    if implementation == "xla_fp8":
+        return None
+    return kernels.why_not(implementation, q, k)
+
+
+def _chunked(
+    function: Callable[..., Array],
     q: Float[Array, "B Lq H D"],
     k: Float[Array, "B Lk H D"],
     v: Float[Array, "B Lk H D"],
-    scale: float,
     chunks: int,
 ) -> Float[Array, "B Lq H D"]:
-    """XLA attention over one chunk of queries at a time; the gradient recomputes the scores."""
+    """Attention over one chunk of queries at a time; the gradient recomputes the scores."""
     batch, queries, heads, width = q.shape
     size = math.ceil(queries / chunks)
     padded = jnp.pad(q, ((0, 0), (0, size * chunks - queries), (0, 0), (0, 0)))
     blocks = padded.reshape(batch, chunks, size, heads, width).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def one_chunk(block: Float[Array, "B c H D"]) -> Float[Array, "B c H D"]:
-        return jax.nn.dot_product_attention(block, k, v, scale=scale, implementation="xla")
-
+    one_chunk = jax.checkpoint(lambda block: function(block, k, v))
     out = jax.lax.map(one_chunk, blocks).swapaxes(0, 1)
     return out.reshape(batch, size * chunks, heads, width)[:, :queries]

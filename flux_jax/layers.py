@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from flux_jax.inputs import Hidden, Input, dense, layer_norm, surround
+
 Axes = tuple[str | None, ...]
 DType = Any
 
@@ -42,11 +44,43 @@ def along_last(vector: Float[Array, " C"], ndim: int) -> Float[Array, "*one C"]:
     return vector.reshape((1,) * (ndim - 1) + vector.shape)
 
 
-class Linear(nnx.Module):
-    """`y = x @ weight.T + bias`; the one linear of every block.
+class AnyLinear(nnx.Module):
+    """What a block may ask of a linear, whatever its weight is kept as.
 
-    A quantised layer takes its place by offering the same call: `ternary` swaps the module, the
-    block does not know.
+    A block states what surrounds a product: how its input comes about (`flux_jax.inputs`), and that
+    the result is gated and added to a residual stream. Each kind of linear computes together what
+    pays for it. `ternary` swaps the module; the block does not know.
+    """
+
+    def __call__(
+        self,
+        x: Input,
+        *,
+        gate: Float[Array, "B N"] | None = None,
+        residual: Float[Array, "*L N"] | None = None,
+    ) -> Float[Array, "*L N"]:
+        """`residual + gate * (x @ weight.T + bias)`, or without the two.
+
+        Args:
+          x: (..., in_features), or a statement of it.
+          gate: one vector for each of the first axis of x; with `residual`.
+          residual: (..., out_features); with `gate`.
+
+        Returns:
+          (..., out_features).
+        """
+        raise NotImplementedError
+
+    def hidden(self, x: Input, start: int = 0) -> Hidden:
+        """`gelu(self(x)[..., start:])`, for the next linear; the columns before as they are.
+
+        The GELU is left to whoever reads the result, or computed with the product.
+        """
+        return Hidden(self(x), start)
+
+
+class Linear(AnyLinear):
+    """`y = x @ weight.T + bias`; the one linear of every block.
 
     Attributes:
       weight: (out_features, in_features).
@@ -69,18 +103,19 @@ class Linear(nnx.Module):
         zeros = jax.nn.initializers.zeros
         self.bias = param(zeros, rngs, (out_features,), dtype, axes[:1]) if bias else None
 
-    def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
-        """Computes in the weight's dtype, accumulating in float32.
-
-        Args:
-          x: (..., in_features).
-
-        Returns:
-          (..., out_features), in the weight's dtype.
-        """
+    def __call__(
+        self,
+        x: Input,
+        *,
+        gate: Float[Array, "B N"] | None = None,
+        residual: Float[Array, "*L N"] | None = None,
+    ) -> Float[Array, "*L N"]:
+        """See `AnyLinear`; in the weight's dtype, accumulating in float32."""
         weight = self.weight[...]
+        x = dense(x)
         y = jax.lax.dot_general(x.astype(weight.dtype), weight, (((x.ndim - 1,), (1,)), ((), ())))
-        return y if self.bias is None else y + along_last(self.bias[...], y.ndim)
+        y = y if self.bias is None else y + along_last(self.bias[...], y.ndim)
+        return surround(y, gate, residual)
 
 
 # Up to this many rows, the gradient of a look-up is a product with one-hot rows. A scatter adds
@@ -131,15 +166,6 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B C"]:
         return lookup(self.weight[...], ids)
-
-
-def layer_norm(x: Float[Array, "*B C"], eps: float) -> Float[Array, "*B C"]:
-    """LayerNorm without scale and bias, in float32; returns x's dtype."""
-    x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, axis=-1, keepdims=True)
-    centred = x32 - mean
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 import flux_jax
 from flux_jax import arguments, images
+from flux_jax.attention import Implementation
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import SchedulerConfig
 from flux_jax.denoise import denoise
 from flux_jax.errors import UserError
 from flux_jax.fingerprint import component_digest, fingerprint
+from flux_jax.kernels import use_kernels
 from flux_jax.latents import PATCH
 from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
@@ -86,6 +88,8 @@ class FluxPipeline:
         text_encoders: TextEncoders | None = None,
         transformer: FluxTransformer | None = None,
         vae: Autoencoder | None = None,
+        kernels: str | None = None,
+        attention: Implementation | None = None,
     ) -> FluxPipeline:
         """A pipeline from a checkpoint, its weights straight onto the device or mesh.
 
@@ -99,6 +103,7 @@ class FluxPipeline:
           vae_tiling: see the class.
           text_encoders, transformer, vae: used in place of the checkpoint's, which are then not
             read; `TextEncoders()` for none.
+          kernels, attention: as in `use_kernels`.
 
         Raises:
           UserError: a checkpoint that cannot be loaded, or a dtype that cannot be computed in.
@@ -113,7 +118,25 @@ class FluxPipeline:
         given = {"transformer": transformer, "vae": vae}
         models = {name: module for name, module in given.items() if module is not None}
         parts = load_image_parts(path, dtype=dtype, mesh=mesh, given=models)
-        return cls(text_encoders=text_encoders, vae_tiling=vae_tiling, name=str(path), **parts)
+        pipe = cls(text_encoders=text_encoders, vae_tiling=vae_tiling, name=str(path), **parts)
+        pipe.use_kernels(kernels=kernels, attention=attention)
+        return pipe
+
+    def use_kernels(
+        self, *, kernels: str | None = None, attention: Implementation | None = None
+    ) -> None:
+        """Which kernels compute the steps from now on.
+
+        Args:
+          kernels: of linears with packed ternary weights: "mosaic" (Hopper), "triton" (Ampere and
+            newer), or "jax", the reference, anywhere. None leaves the choice to `pallas_kernels`.
+          attention: "cudnn", "mosaic", "tokamax", "cudnn_fp8", "xla_fp8" or "xla"; see
+            `flux_jax.attention`. None takes cuDNN on a GPU, XLA elsewhere.
+
+        Raises:
+          UserError: no such name, or what it names cannot run here; says why.
+        """
+        use_kernels(self.transformer, kernels=kernels, attention_by=attention)
 
     def encode_prompt(
         self, prompt: str | Sequence[str], *, max_sequence_length: int | None = None

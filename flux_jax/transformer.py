@@ -10,7 +10,6 @@ before its loop.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,13 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flux_jax.attention import attention
+from flux_jax.attention import Implementation, attention
 from flux_jax.configs import FluxConfig
-from flux_jax.layers import DType, Linear, layer_norm, param, rms_norm
+from flux_jax.inputs import EPS, Input, Joined, Modulated
+from flux_jax.layers import DType, Linear, param, rms_norm
 from flux_jax.rope import Rotation, rotary_angles, rotate, sinusoidal_embedding
 from flux_jax.sharding import constrain
 
-_EPS = 1e-6
 _TIME_CHANNELS = 256
 # Of the residual streams: examples over devices. Without it the compiler may rather split the
 # width, as the weights are, and move activations where it should gather weights.
@@ -45,32 +44,6 @@ class Modulations(NamedTuple):
     double: tuple[tuple[Float[Array, "B 6 C"], Float[Array, "B 6 C"]], ...]
     single: tuple[Float[Array, "B 3 C"], ...]
     final: Float[Array, "B 2 C"]
-
-
-def modulate(
-    x: Float[Array, "B L C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
-) -> Float[Array, "B L C"]:
-    """`(1 + scale) * layer_norm(x) + shift`, in float32; returns x's dtype."""
-    shift, scale = shift.astype(jnp.float32)[:, None, :], scale.astype(jnp.float32)[:, None, :]
-    return ((1.0 + scale) * layer_norm(x.astype(jnp.float32), _EPS) + shift).astype(x.dtype)
-
-
-def add_gated(
-    x: Float[Array, "B L C"], gate: Float[Array, "B C"], y: Float[Array, "B L C"]
-) -> Float[Array, "B L C"]:
-    """`x + gate * y`."""
-    return x + gate[:, None, :] * y
-
-
-def gelu(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    """The tanh form of GELU, in float32; returns x's dtype.
-
-    Written with a sigmoid, `(1 + tanh(u)) / 2 = sigmoid(2 u)`: half the instructions of XLA's tanh,
-    which weighs where a pass over the MLP's activations should only be bound by memory.
-    """
-    x32 = x.astype(jnp.float32)
-    inner = 2.0 * math.sqrt(2.0 / math.pi) * (x32 + 0.044715 * x32 * x32 * x32)
-    return (x32 * jax.nn.sigmoid(inner)).astype(x.dtype)
 
 
 class MLPEmbedder(nnx.Module):
@@ -93,7 +66,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(jax.nn.initializers.ones, rngs, (width,), dtype, (None,))
 
     def __call__(self, x: Float[Array, "B L H D"]) -> Float[Array, "B L H D"]:
-        return rms_norm(x, self.scale[...], _EPS)
+        return rms_norm(x, self.scale[...], EPS)
 
 
 class QKNorm(nnx.Module):
@@ -137,8 +110,11 @@ class MLP(nnx.Module):
             config.mlp_hidden, config.hidden_size, axes=("embed", "mlp"), **kwargs
         )
 
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        return self.out_layer(gelu(self.in_layer(x)))
+    def __call__(
+        self, x: Input, gate: Float[Array, "B C"], residual: Float[Array, "B L C"]
+    ) -> Float[Array, "B L C"]:
+        """`residual + gate * mlp(x)`."""
+        return self.out_layer(self.in_layer.hidden(x), gate=gate, residual=residual)
 
 
 class Modulation(nnx.Module):
@@ -154,11 +130,16 @@ class Modulation(nnx.Module):
 
 
 class DoubleStreamBlock(nnx.Module):
-    """Image and text streams with their own weights, joined in one attention."""
+    """Image and text streams with their own weights, joined in one attention.
+
+    Attributes:
+      attention: which implementation; None for the default.
+    """
 
     def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.num_heads = config.num_heads
+        self.attention: Implementation | None = None
         self.img_mod = Modulation(config, 6, **kwargs)
         self.img_attn = SelfAttention(config, **kwargs)
         self.img_mlp = MLP(config, **kwargs)
@@ -186,31 +167,37 @@ class DoubleStreamBlock(nnx.Module):
         (i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2) = _rows(mods[0])
         (t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2) = _rows(mods[1])
 
-        img_qkv = self.img_attn.qkv(modulate(img, i_shift1, i_scale1))
-        txt_qkv = self.txt_attn.qkv(modulate(txt, t_shift1, t_scale1))
+        img_qkv = self.img_attn.qkv(Modulated(img, i_shift1, i_scale1))
+        txt_qkv = self.txt_attn.qkv(Modulated(txt, t_shift1, t_scale1))
         img_parts = split_heads(img_qkv, self.img_attn.norm, self.num_heads)
         txt_parts = split_heads(txt_qkv, self.txt_attn.norm, self.num_heads)
         q, k, v = (
             jnp.concatenate((t, i), axis=1) for t, i in zip(txt_parts, img_parts, strict=True)
         )
-        attended = attention(rotate(q, rotation), rotate(k, rotation), v)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        attended = attention(q, k, v, implementation=self.attention)
         attended = attended.reshape(*attended.shape[:2], -1)
         txt_length = txt.shape[1]
 
-        img = add_gated(img, i_gate1, self.img_attn.proj(attended[:, txt_length:]))
-        img = add_gated(img, i_gate2, self.img_mlp(modulate(img, i_shift2, i_scale2)))
-        txt = add_gated(txt, t_gate1, self.txt_attn.proj(attended[:, :txt_length]))
-        txt = add_gated(txt, t_gate2, self.txt_mlp(modulate(txt, t_shift2, t_scale2)))
+        img = self.img_attn.proj(attended[:, txt_length:], gate=i_gate1, residual=img)
+        img = self.img_mlp(Modulated(img, i_shift2, i_scale2), i_gate2, img)
+        txt = self.txt_attn.proj(attended[:, :txt_length], gate=t_gate1, residual=txt)
+        txt = self.txt_mlp(Modulated(txt, t_shift2, t_scale2), t_gate2, txt)
         return img, txt
 
 
 class SingleStreamBlock(nnx.Module):
-    """Text and image in one sequence; attention and MLP side by side."""
+    """Text and image in one sequence; attention and MLP side by side.
+
+    Attributes:
+      attention: which implementation; None for the default.
+    """
 
     def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         width = config.hidden_size
         self.num_heads = config.num_heads
+        self.attention: Implementation | None = None
         self.linear1 = Linear(width, 3 * width + config.mlp_hidden, axes=("mlp", "embed"), **kwargs)
         self.linear2 = Linear(width + config.mlp_hidden, width, axes=("embed", "mlp"), **kwargs)
         self.norm = QKNorm(config.head_dim, **kwargs)
@@ -222,11 +209,11 @@ class SingleStreamBlock(nnx.Module):
         """One block over the joined sequence, text first."""
         shift, scale, gate = _rows(mods)
         width = x.shape[-1]
-        projected = self.linear1(modulate(x, shift, scale))
-        qkv, hidden = projected[..., : 3 * width], projected[..., 3 * width :]
-        q, k, v = split_heads(qkv, self.norm, self.num_heads)
-        attended = attention(rotate(q, rotation), rotate(k, rotation), v).reshape(x.shape)
-        return add_gated(x, gate, self.linear2(jnp.concatenate((attended, gelu(hidden)), axis=-1)))
+        hidden = self.linear1.hidden(Modulated(x, shift, scale), start=3 * width)
+        q, k, v = split_heads(hidden.array[..., : 3 * width], self.norm, self.num_heads)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        attended = attention(q, k, v, implementation=self.attention).reshape(x.shape)
+        return self.linear2(Joined(attended, hidden), gate=gate, residual=x)
 
 
 class LastLayer(nnx.Module):
@@ -246,7 +233,7 @@ class LastLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B I C"], mods: Float[Array, "B 2 C"]
     ) -> Float[Array, "B I in"]:
-        return self.linear(modulate(x, *_rows(mods)))
+        return self.linear(Modulated(x, *_rows(mods)))
 
 
 class FluxTransformer(nnx.Module):

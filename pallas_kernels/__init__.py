@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pallas_kernels.api import normalize_and_quantize as normalize_and_quantize
     from pallas_kernels.api import quantize_activations as quantize_activations
+    from pallas_kernels.api import quantize_columns as quantize_columns
     from pallas_kernels.api import ternary_matmul as ternary_matmul
     from pallas_kernels.backends import BACKENDS as BACKENDS
     from pallas_kernels.packing import BLOCK_BYTES as BLOCK_BYTES
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
     from pallas_kernels.packing import pack_codes as pack_codes
     from pallas_kernels.packing import packed_width as packed_width
     from pallas_kernels.packing import unpack_codes as unpack_codes
+    from pallas_kernels.reference import Columns as Columns
+    from pallas_kernels.reference import Quantized as Quantized
 
 _PACKING = ("BLOCK_BYTES", "BLOCK_CODES", "GROUP", "group_count")
 _HOME = {
     "normalize_and_quantize": "api",
     "quantize_activations": "api",
+    "quantize_columns": "api",
     "ternary_matmul": "api",
     "BACKENDS": "backends",
+    **dict.fromkeys(("Columns", "Quantized"), "reference"),
     **dict.fromkeys((*_PACKING, "pack_codes", "packed_width", "unpack_codes"), "packing"),
 }
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

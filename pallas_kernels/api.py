@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import reference
-from pallas_kernels.arguments import check_matmul, check_modulation
+from pallas_kernels.arguments import check_columns, check_matmul, check_modulation
 from pallas_kernels.backends import choose, describe, device_of, is_spread
-from pallas_kernels.reference import Activations, Scale
+from pallas_kernels.reference import Activations, Columns, Quantized, Scale
 from pallas_kernels.tile_table import Device
 from pallas_kernels.transforms import differentiable, foldable
 
-Quantized = tuple[Int8[Array, "*B K"], Float[Array, "*B"]]
+# One for all tokens, or one for each of their first axis.
+Vectors = Float[Array, " N"] | Float[Array, "B N"]
 
 
 def ternary_matmul(
@@ -28,8 +31,9 @@ def ternary_matmul(
     out_dtype: Any = None,
     backend: str | None = None,
     token_scale: Float[Array, "*B"] | None = None,
+    row_sum: Int32[Array, "*B"] | None = None,
     gelu: bool = False,
-    gate: Float[Array, " N"] | None = None,
+    gate: Vectors | None = None,
     residual: Float[Array, "*B N"] | None = None,
 ) -> Float[Array, "*B N"]:
     """`residual + gate * gelu(x @ (scale * weight).T + bias)` for a packed ternary weight.
@@ -48,9 +52,9 @@ def ternary_matmul(
 
     Differentiable in everything floating. The gradient is that of the product with 16-bit
     activations: the rounding to int8 counts as the identity. Under `vmap`, a batch of x,
-    `token_scale` and `residual` becomes more rows; a batch of weights is a loop. An array that is
-    spread over several devices is left to plain JAX, which XLA partitions: use `jax.shard_map` for
-    kernels on each.
+    `token_scale`, `gate` and `residual` becomes more rows; a batch of weights is a loop. An array
+    that is spread over several devices is left to plain JAX, which XLA partitions: use
+    `jax.shard_map` for kernels on each.
 
     Args:
       x: (..., K), floating; at least one axis. Or int8, already quantised, with `token_scale`.
@@ -65,8 +69,10 @@ def ternary_matmul(
         PALLAS_KERNELS_AUTOMATIC=1 in the environment the first that can run on the device that x
         lies on (JAX's default device while tracing).
       token_scale: (...) float32, of x of int8, as `quantize_activations` returns it.
+      row_sum: (...) int32, the sums of x of int8, as `quantize_activations` returns them. Nothing
+        depends on it but the time that Mosaic takes to decode the weight.
       gelu: GELU in its tanh form.
-      gate: (N,), a factor.
+      gate: (N,), a factor; or (B, N), one for each of the first axis of x (an image of a batch).
       residual: (..., N), a summand.
 
     Returns:
@@ -76,7 +82,9 @@ def ternary_matmul(
       ValueError: shapes or dtypes that do not fit together, an unknown backend, or one that
         cannot run here.
     """
-    check_matmul(x, packed, scale, bias, activation_bits, backend, token_scale, gate, residual)
+    check_matmul(
+        *(x, packed, scale, bias, activation_bits, backend, token_scale, gate, residual, row_sum)
+    )
     if out_dtype is None:
         out_dtype = jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype
     out_dtype = jnp.dtype(out_dtype)
@@ -89,13 +97,22 @@ def ternary_matmul(
         # Nothing to launch a kernel for.
         name = "jax"
     product = _product(name, activation_bits, out_dtype, gelu, describe(device))
-    if token_scale is not None:
-        token_scale = token_scale.reshape(-1)
-    if residual is not None:
-        residual = residual.reshape(-1, packed.shape[0])
-    rows = x.reshape(-1, x.shape[-1])
-    y = product(rows, packed, scale, bias, token_scale, gate, residual)
-    return y.reshape(*x.shape[:-1], packed.shape[0])
+    rows, outputs = math.prod(x.shape[:-1]), packed.shape[0]
+
+    def flat(value: Any, *shape: int) -> Any:
+        return None if value is None else value.reshape(*shape)
+
+    y = product(
+        x.reshape(rows, x.shape[-1]),
+        packed,
+        scale,
+        bias,
+        flat(token_scale, rows),
+        _stacked(gate),
+        flat(residual, rows, outputs),
+        flat(row_sum, rows),
+    )
+    return y.reshape(*x.shape[:-1], outputs)
 
 
 def quantize_activations(x: Float[Array, "*B K"], *, backend: str | None = "jax") -> Quantized:
@@ -109,24 +126,44 @@ def quantize_activations(x: Float[Array, "*B K"], *, backend: str | None = "jax"
       backend: as in `ternary_matmul`; Triton's is plain JAX. None takes a kernel where there is
         one. The default is plain JAX, which XLA differentiates and partitions.
 
-    Returns:
-      (q, scale): int8 (..., K) in [-127, 127], and float32 (...).
-
     Raises:
       ValueError: x is not floating, or the backend is unknown or cannot run here.
     """
     check_modulation(x, None, None, backend)
-    name, device = _backend_of_rows(x, backend)
+    return quantize_columns([Columns(x, 0, x.shape[-1])], backend=backend)
+
+
+def quantize_columns(parts: Sequence[Columns], *, backend: str | None = None) -> Quantized:
+    """Columns of several arrays, joined, as int8 with one scale a token; read where they lie.
+
+    `quantize_activations` of `concatenate([gelu(array[..., start : start + size]), ...], -1)`, GELU
+    where a part says so, in one pass over memory and in float32: nothing is rounded to a 16-bit
+    type on the way. Where there is GELU, backends differ by the last bits of an exponential, so
+    that a value which is all but halfway between two integers can fall to either. For inference: it
+    has no gradient.
+
+    Args:
+      parts: with the same leading axes; K is the sum of their sizes.
+      backend: as in `ternary_matmul`; Triton's is plain JAX. The Mosaic kernel takes sizes that are
+        multiples of 128, plain JAX is used for others.
+
+    Raises:
+      ValueError: parts that do not fit together, or a backend that is unknown or cannot run here.
+    """
+    check_columns(parts, backend)
+    name, device = _backend_of_rows(parts[0].array, backend)
     if name != "mosaic":
-        return reference.quantize_activations(x)
-    q, scale = _quantizer(device)(x.reshape(-1, x.shape[-1]))
-    return q.reshape(x.shape), scale.reshape(x.shape[:-1])
+        return reference.quantize_columns(parts)
+    leading = parts[0].array.shape[:-1]
+    compute = _quantizer(tuple(part[1:] for part in parts), device)
+    done = compute(*(p.array.reshape(math.prod(leading), p.array.shape[-1]) for p in parts))
+    return _unfold(done, leading)
 
 
 def normalize_and_quantize(
     x: Float[Array, "*B K"],
-    gain: Float[Array, " K"] | None = None,
-    shift: Float[Array, " K"] | None = None,
+    gain: Vectors | None = None,
+    shift: Vectors | None = None,
     *,
     eps: float = 1e-6,
     backend: str | None = None,
@@ -140,22 +177,31 @@ def normalize_and_quantize(
 
     Args:
       x: (..., K).
-      gain: (K,), how much more than 1 the factor is; None for 0.
-      shift: (K,), a summand; None for 0.
+      gain: how much more than 1 the factor is: (K,), or (B, K), one for each of the first axis of
+        x (an image of a batch); None for 0.
+      shift: a summand, likewise.
       eps: added to the variance.
       backend: as in `ternary_matmul`; Triton's is plain JAX.
-
-    Returns:
-      (q, scale): int8 (..., K), and float32 (...), for `ternary_matmul(q, ..., token_scale=scale)`.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or a backend that is unknown or cannot run here.
     """
     check_modulation(x, gain, shift, backend)
     name, device = _backend_of_rows(x, backend)
-    rows = _normalizer(name, eps, device)
-    q, scale = rows(x.reshape(-1, x.shape[-1]), gain, shift)
-    return q.reshape(x.shape), scale.reshape(x.shape[:-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    done = _normalizer(name, eps, device)(rows, _stacked(gain), _stacked(shift))
+    return _unfold(done, x.shape[:-1])
+
+
+def _stacked(vectors: Any) -> Any:
+    """(N,) as (1, N); (B, N) and None as they are."""
+    return vectors[None] if vectors is not None and vectors.ndim == 1 else vectors
+
+
+def _unfold(rows: Quantized, leading: tuple[int, ...]) -> Quantized:
+    """Rows with the leading axes that they had."""
+    values = rows.values.reshape(*leading, rows.values.shape[-1])
+    return Quantized(values, rows.scale.reshape(leading), rows.row_sum.reshape(leading))
 
 
 def _backend_of_rows(x: Any, backend: str | None) -> tuple[str, Device]:
@@ -174,7 +220,7 @@ def _product(backend: str, activation_bits: int, out_dtype: Any, gelu: bool, dev
     bits: dict[str, Any] = {"activation_bits": activation_bits, "gelu": gelu}
 
     def plain(*arrays: Any) -> Any:
-        return reference.ternary_matmul(*arrays, **bits).astype(out_dtype)
+        return reference.ternary_matmul(*arrays[:-1], **bits).astype(out_dtype)
 
     def kernel(*arrays: Any) -> Any:
         if backend == "triton":
@@ -185,22 +231,27 @@ def _product(backend: str, activation_bits: int, out_dtype: Any, gelu: bool, dev
 
     def straight_through(x: Any, *others: Any) -> Any:
         through = 8 if x.dtype == jnp.int8 else 16
-        y = reference.ternary_matmul(x, *others, activation_bits=through, gelu=gelu)
+        y = reference.ternary_matmul(x, *others[:-1], activation_bits=through, gelu=gelu)
         return y.astype(out_dtype)
 
-    # x, token_scale and residual have rows. Plain JAX is batched by JAX.
-    compute = plain if backend == "jax" else foldable(kernel, per_row=(0, 4, 6))
+    # x, token_scale, residual and row_sum have rows, and gates runs of them. Plain JAX is batched
+    # by JAX.
+    fold = functools.partial(foldable, per_row=(0, 4, 6, 7), per_run=(5,))
+    compute = plain if backend == "jax" else fold(kernel)
     return differentiable(compute, straight_through)
 
 
 @functools.cache
-def _quantizer(device: Device) -> Any:
-    def quantize(x: Any) -> Any:
+def _quantizer(parts: tuple[tuple[int, int, bool], ...], device: Device) -> Any:
+    """Of arrays (M, W), the columns that each entry of `parts` names; on Mosaic."""
+
+    def quantize(*arrays: Any) -> Any:
         from pallas_kernels import mosaic
 
-        return mosaic.quantize(x, device=device)[:2]
+        columns = [Columns(array, *part) for array, part in zip(arrays, parts, strict=True)]
+        return mosaic.quantize(columns, device=device)
 
-    return foldable(quantize, per_row=(0,))
+    return foldable(quantize, per_row=tuple(range(len(parts))))
 
 
 @functools.cache
@@ -213,4 +264,4 @@ def _normalizer(backend: str, eps: float, device: Device) -> Any:
 
         return mosaic.normalize_and_quantize(x, gain, shift, eps=eps, device=device)
 
-    return foldable(kernel, per_row=(0,)) if backend == "mosaic" else plain
+    return foldable(kernel, per_row=(0,), per_run=(1, 2)) if backend == "mosaic" else plain

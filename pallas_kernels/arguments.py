@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from pallas_kernels.backends import BACKENDS
 from pallas_kernels.packing import GROUP, group_count, packed_width
+from pallas_kernels.reference import Columns
 
 ACTIVATION_BITS = (8, 16)
 
@@ -22,6 +24,7 @@ def check_matmul(
     token_scale: Any = None,
     gate: Any = None,
     residual: Any = None,
+    row_sum: Any = None,
 ) -> None:
     """Refuses what no backend could multiply.
 
@@ -60,14 +63,21 @@ def check_matmul(
     if not jnp.issubdtype(scale.dtype, jnp.floating):
         raise ValueError(f"scale must be floating, got {scale.dtype}")
     leading = x.shape[:-1]
-    for name, value, shape in (
-        ("bias", bias, (rows,)),
-        ("token_scale", token_scale, leading),
-        ("gate", gate, (rows,)),
-        ("residual", residual, (*leading, rows)),
+    for name, value, shapes in (
+        ("bias", bias, [(rows,)]),
+        ("token_scale", token_scale, [leading]),
+        ("gate", gate, vector_shapes(leading, rows)),
+        ("residual", residual, [(*leading, rows)]),
     ):
         if value is not None:
-            check_floating(name, value, shape)
+            check_floating(name, value, shapes)
+    if row_sum is not None and (
+        not quantized or row_sum.shape != leading or row_sum.dtype != jnp.int32
+    ):
+        raise ValueError(
+            f"row_sum must be int32 of shape {leading}, of x of int8, got {row_sum.dtype} of shape "
+            f"{row_sum.shape} for x of {x.dtype}"
+        )
 
 
 def check_modulation(x: Any, gain: Any, shift: Any, backend: str | None) -> None:
@@ -83,7 +93,33 @@ def check_modulation(x: Any, gain: Any, shift: Any, backend: str | None) -> None
         )
     for name, value in (("gain", gain), ("shift", shift)):
         if value is not None:
-            check_floating(name, value, x.shape[-1:])
+            check_floating(name, value, vector_shapes(x.shape[:-1], x.shape[-1]))
+
+
+def check_columns(parts: Sequence[Columns], backend: str | None) -> None:
+    """Refuses parts that are no columns of arrays with the same leading axes.
+
+    Raises:
+      ValueError: naming the part, what was expected and what was found.
+    """
+    check_backend(backend)
+    if not parts:
+        raise ValueError("parts must be one or more Columns, got none")
+    leading = parts[0].array.shape[:-1]
+    for index, part in enumerate(parts):
+        found = f"got {part.array.dtype} of shape {part.array.shape}"
+        if not jnp.issubdtype(part.array.dtype, jnp.floating):
+            raise ValueError(f"parts[{index}] must be floating, {found}")
+        if part.array.ndim < 1 or part.array.shape[:-1] != leading:
+            raise ValueError(f"parts[{index}] must have leading axes {leading}, {found}")
+        if not (0 <= part.start and 0 < part.size <= part.array.shape[-1] - part.start):
+            last = part.start + part.size
+            raise ValueError(f"parts[{index}] must have columns {part.start} to {last}, {found}")
+
+
+def vector_shapes(leading: tuple[int, ...], width: int) -> list[tuple[int, ...]]:
+    """What a vector for all tokens, or one for each of their first axis, may look like."""
+    return [(width,), *([(leading[0], width)] if leading else [])]
 
 
 def check_backend(backend: str | None) -> None:
@@ -92,9 +128,10 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def check_floating(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    """Refuses another shape, and what is not floating."""
-    if value.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+def check_floating(name: str, value: Any, shapes: list[tuple[int, ...]]) -> None:
+    """Refuses other shapes, and what is not floating."""
+    if value.shape not in shapes:
+        allowed = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{name} must have shape {allowed}, got {value.shape}")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got {value.dtype}")

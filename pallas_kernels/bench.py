@@ -143,7 +143,7 @@ def _op(backend: str, bits: int) -> Callable[..., Any]:
 
 
 def _quantized_op(backend: str) -> Callable[..., Any]:
-    def run(q: Any, token_scale: Any, packed: Any, scale: Any, bias: Any) -> Any:
+    def run(q: Any, token_scale: Any, _: Any, packed: Any, scale: Any, bias: Any) -> Any:
         bits: dict[str, Any] = {"activation_bits": 8, "backend": backend}
         return api.ternary_matmul(q, packed, scale, bias, token_scale=token_scale, **bits)
 

@@ -42,6 +42,7 @@ class Case:
       granularity: of the weight's scale: tensor, channel or group.
       out_dtype: of the result.
       gelu, extras: whether there are GELU; and gate and residual.
+      gates: how many runs of tokens have a gate of their own; m is a multiple.
       codes: "all", or the only code that the weight has.
       integers: x is int8, all scales are 1 and nothing follows: the sums themselves must come out.
     """
@@ -54,12 +55,14 @@ class Case:
     out_dtype: str = "bfloat16"
     gelu: bool = False
     extras: bool = False
+    gates: int = 1
     codes: str = "all"
     integers: bool = False
 
     def __str__(self) -> str:
         bits = "int8 sums" if self.integers else f"A{self.activation_bits}"
-        options = " gelu" * self.gelu + " gate residual" * self.extras
+        gates = f" {self.gates} gates" if self.gates > 1 else " gate"
+        options = " gelu" * self.gelu + f"{gates} residual" * self.extras
         codes = "" if self.codes == "all" else f" codes {self.codes}"
         shape = f"{self.m}x{self.k}->{self.n}"
         return f"{bits} {shape} {self.granularity} {self.out_dtype}{options}{codes}"
@@ -85,6 +88,10 @@ CASES = (
         for out in ("bfloat16", "float32")
     ),
     Case(m=90, n=520, k=768, granularity="group", gelu=True, extras=True),
+    # One gate a tile, and more than one.
+    Case(m=768, n=520, k=768, extras=True, gates=3),
+    Case(m=300, n=520, k=768, extras=True, gates=3),
+    Case(m=16, n=264, k=768, activation_bits=16, extras=True, gates=2),
 )
 # What interpret mode does in a minute.
 SMALL_CASES = (
@@ -93,6 +100,8 @@ SMALL_CASES = (
     Case(m=33, n=40, k=256, gelu=True, extras=True),
     Case(m=5, n=40, k=320, activation_bits=16, gelu=True, extras=True),
     Case(m=9, n=40, k=256, granularity="group", extras=True),
+    Case(m=64, n=40, k=256, extras=True, gates=2),
+    Case(m=30, n=40, k=256, extras=True, gates=2),
 )
 
 
@@ -149,7 +158,7 @@ def make(case: Case, seed: int = 0) -> Arrays:
     made |= {"x": jnp.asarray(x, jnp.bfloat16), "scale": jnp.asarray(scale)}
     made["bias"] = jnp.asarray(rng.standard_normal(case.n), jnp.bfloat16)
     if case.extras:
-        made["gate"] = jnp.asarray(rng.standard_normal(case.n), jnp.bfloat16)
+        made["gate"] = jnp.asarray(rng.standard_normal((case.gates, case.n)), jnp.bfloat16)
         made["residual"] = jnp.asarray(rng.standard_normal((case.m, case.n)), jnp.bfloat16)
     return made
 
@@ -162,7 +171,7 @@ def exact(case: Case, made: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """
     x, token_scale = made["x"], made["token_scale"]
     if case.activation_bits == 8 and not case.integers:
-        x, token_scale = reference.quantize_activations(x)
+        x, token_scale, _ = reference.quantize_activations(x)
     x = np.asarray(x).astype(np.float64)
     signs = made["codes"].astype(np.float64) - 1
     scale = np.asarray(made["scale"], np.float64)
@@ -185,7 +194,8 @@ def exact(case: Case, made: Arrays) -> tuple[np.ndarray, np.ndarray]:
             y = y / (1 + np.exp(-1.5957691216057308 * (y + 0.044715 * y**3)))
             bound = 1.2 * bound + GELU_ERROR * np.abs(y)
         if made["gate"] is not None:
-            gate = np.asarray(made["gate"], np.float64)
+            gates = np.asarray(made["gate"], np.float64)
+            gate = np.repeat(gates, case.m // len(gates), axis=0)
             residual = np.asarray(made["residual"], np.float64)
             y, bound = residual + gate * y, np.abs(gate) * bound
             bound = bound + 2 * FLOAT32 * (np.abs(y) + np.abs(residual))
@@ -234,7 +244,12 @@ def public_op(backend: str) -> Callable[..., Any]:
     from pallas_kernels.api import ternary_matmul
 
     def multiply(case: Case, **arrays: Any) -> Any:
-        return jax.jit(
+        # The op's gates go with the first axis.
+        for name in ("x", "token_scale", "residual"):
+            if arrays[name] is not None:
+                array = arrays[name]
+                arrays[name] = array.reshape(case.gates, -1, *array.shape[1:])
+        y = jax.jit(
             lambda arrays: ternary_matmul(
                 **arrays,
                 activation_bits=case.activation_bits,
@@ -243,6 +258,7 @@ def public_op(backend: str) -> Callable[..., Any]:
                 backend=backend,
             )
         )(arrays)
+        return y.reshape(case.m, case.n)
 
     return multiply
 

@@ -6,18 +6,17 @@ Kernels are imported where they are called: they load Pallas.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import reference
 from pallas_kernels.packing import BLOCK_CODES, GROUP, packed_width
-from pallas_kernels.reference import Activations, Scale
+from pallas_kernels.reference import Activations, Columns, Quantized, Scale
 from pallas_kernels.tile_table import Device, mosaic_tile
 from pallas_kernels.tiles import CODE, SIGN, FewTile, Problem, Tile
-
-Quantized = tuple[Int8[Array, "M K"], Float[Array, " M"], Int32[Array, " M"]]
 
 
 def ternary_matmul(
@@ -26,8 +25,9 @@ def ternary_matmul(
     scale: Scale,
     bias: Float[Array, " N"] | None = None,
     token_scale: Float[Array, " M"] | None = None,
-    gate: Float[Array, " N"] | None = None,
+    gate: Float[Array, "B N"] | None = None,
     residual: Float[Array, "M N"] | None = None,
+    row_sum: Int32[Array, " M"] | None = None,
     *,
     activation_bits: int,
     out_dtype: Any,
@@ -52,10 +52,26 @@ def ternary_matmul(
 
     (m, k), n = x.shape, packed.shape[0]
     grouped = scale.ndim == 2
-    tile = tile or mosaic_tile(Problem(m, n, k, activation_bits, grouped), device)
-    row_sum = None
     if activation_bits == 8 and token_scale is None:
-        x, token_scale, row_sum = quantize(x, device=device, interpret=interpret)
+        whole = [Columns(x, 0, k)]
+        x, token_scale, row_sum = quantize(whole, device=device, interpret=interpret)
+    chosen = tile or mosaic_tile(Problem(m, n, k, activation_bits, grouped), device)
+    if gate is not None and len(gate) > 1 and m // len(gate) % chosen.tokens:
+        # A tile has one gate: here, some tile would need two.
+        runs = [
+            ternary_matmul(
+                *(rows[0], packed, scale, bias, rows[1], gate[i : i + 1], *rows[2:]),
+                activation_bits=activation_bits,
+                out_dtype=out_dtype,
+                device=device,
+                gelu=gelu,
+                interpret=interpret,
+                tile=tile,
+            )
+            for i, rows in enumerate(_runs(len(gate), x, token_scale, residual, row_sum))
+        ]
+        return jnp.concatenate(runs)
+    tile = chosen
     operands = Operands(
         scale=kernel_scale(scale, n, k),
         bias=bias,
@@ -76,33 +92,38 @@ def ternary_matmul(
     )
 
 
-def quantize(x: Float[Array, "M K"], *, device: Device, interpret: Any = None) -> Quantized:
-    """x (M, K) to int8 (M, K), the tokens' scales (M,) and the sums of the int8 (M,)."""
+def _runs(count: int, *arrays: Any) -> list[tuple[Any, ...]]:
+    """`arrays` (or None) cut into `count` equal runs of rows."""
+    cut = [[None] * count if a is None else jnp.split(a, count) for a in arrays]
+    return list(zip(*cut, strict=True))
+
+
+def quantize(parts: Sequence[Columns], *, device: Device, interpret: Any = None) -> Quantized:
+    """As `pallas_kernels.quantize_columns`, from checked parts of arrays (M, W)."""
     from pallas_kernels.mosaic_quantize import THREADS, quantize_rows
 
-    if x.shape[1] % THREADS:
-        q, scale = reference.quantize_activations(x)
-        return q, scale, q.astype(jnp.int32).sum(-1)
-    return quantize_rows(x, multiprocessors=device.multiprocessors, interpret=interpret)
+    if any(part.size % THREADS for part in parts):
+        return reference.quantize_columns(parts)
+    return quantize_rows(parts, multiprocessors=device.multiprocessors, interpret=interpret)
 
 
 def normalize_and_quantize(
     x: Float[Array, "M K"],
-    gain: Float[Array, " K"] | None,
-    shift: Float[Array, " K"] | None,
+    gain: Float[Array, "B K"] | None,
+    shift: Float[Array, "B K"] | None,
     *,
     eps: float,
     device: Device,
     interpret: Any = None,
-) -> tuple[Int8[Array, "M K"], Float[Array, " M"]]:
+) -> Quantized:
     """As `pallas_kernels.normalize_and_quantize`, from checked arguments and x (M, K)."""
     from pallas_kernels.mosaic_quantize import THREADS, Modulation, quantize_rows
 
     if x.shape[1] % THREADS:
         return reference.normalize_and_quantize(x, gain, shift, eps)
     norm = Modulation(gain=gain, shift=shift, eps=eps)
-    many = device.multiprocessors
-    return quantize_rows(x, multiprocessors=many, norm=norm, interpret=interpret)[:2]
+    whole, many = [Columns(x, 0, x.shape[1])], device.multiprocessors
+    return quantize_rows(whole, multiprocessors=many, norm=norm, interpret=interpret)
 
 
 def kernel_scale(scale: Scale, n: int, k: int) -> Float[Array, " N"] | Float[Array, "G N"]:

@@ -20,7 +20,7 @@ class Operands(NamedTuple):
       bias: (N,).
       token_scale: (M,) float32, of int8 activations.
       row_sum: (M,) int32, the sums of int8 activations; if the weight is decoded to codes.
-      gate: (N,), a factor.
+      gate: (B, N), a factor for each of B equal runs of tokens.
       residual: (M, N), a summand.
     """
 
@@ -38,6 +38,10 @@ class Operands(NamedTuple):
     def take(self, refs: list[Any]) -> Operands:
         """References in place of what there is; they are removed from the front of `refs`."""
         return Operands(*(None if value is None else refs.pop(0) for value in self))
+
+    def run(self, tokens: int) -> int:
+        """How many of `tokens` share a gate."""
+        return tokens if self.gate is None else tokens // len(self.gate)
 
     def padded(self, tokens: int, outputs: int) -> Operands:
         """With zeros up to `tokens` and `outputs`: kernels read whole tiles of these."""
@@ -68,12 +72,14 @@ class Window(NamedTuple):
     Attributes:
       output, token: where it starts.
       shape: (outputs, tokens).
+      run: tokens that share a gate; a multiple of the window's, if there is more than one gate.
       native: for a GPU, not for interpret mode.
     """
 
     output: Any
     token: Any
     shape: tuple[int, int]
+    run: int
     native: bool
 
     def cast(self, value: Any) -> Any:
@@ -117,7 +123,7 @@ def scaled(sums: Any, ops: Operands, window: Window, *, gelu: bool, scale_done: 
     if gelu:
         y = tanh_gelu(y)
     if ops.gate is not None:
-        y = y * window.per_output(ops.gate)
+        y = y * window.per_output(ops.gate.at[lax.div(window.token, window.run)])
     return y
 
 

@@ -54,6 +54,7 @@ def product_few(
     groups, stages = min(tile.groups, blocks), tile.stages
     m_tiles, n_tiles = pl.cdiv(x.shape[0], tokens), pl.cdiv(asked_n, ROWS)
     shape = (ROWS, tokens)
+    run = operands.run(asked_m)
     operands = operands._replace(row_sum=None).padded(m_tiles * tokens, n_tiles * ROWS)
 
     def body(x_gmem, packed_gmem, *rest):
@@ -65,6 +66,7 @@ def product_few(
             output=lax.axis_index("outputs") * ROWS,
             token=lax.axis_index("tokens") * tokens,
             shape=shape,
+            run=run,
             native=native,
         )
         at_outputs, at_tokens = pl.ds(window.output, ROWS), pl.ds(window.token, tokens)

@@ -75,6 +75,7 @@ def product(
         out_dtype=out_dtype,
         grouped=grouped,
         gelu=gelu,
+        run=operands.run(asked_m),
         native=native,
     )
     operands = operands.padded(plan.m_tiles * tile.tokens, plan.n_tiles * outputs)
@@ -139,6 +140,7 @@ def _body(plan: Plan, operands: Operands, references: tuple[Any, ...]) -> None:
                 output=ni * plan.outputs + group * plan.tile.rows,
                 token=mi * plan.tile.tokens,
                 shape=plan.shape,
+                run=plan.run,
                 native=plan.native,
             )
             if plan.grouped:

@@ -45,6 +45,7 @@ class Plan:
       x_dtype, out_dtype: of activations and result.
       grouped: whether the weight has a scale per group.
       gelu: whether the result goes through GELU.
+      run: tokens that share a gate.
       native: for a GPU, not for interpret mode.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     out_dtype: Any
     grouped: bool
     gelu: bool
+    run: int
     native: bool
 
     @property

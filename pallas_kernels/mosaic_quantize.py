@@ -5,16 +5,18 @@ A warpgroup takes a row at a time, holds it in registers, and reads the next one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int8, Int32
 
-from pallas_kernels.mosaic_api import plgpu
+from pallas_kernels.mosaic_api import pl, plgpu
+from pallas_kernels.mosaic_epilogue import tanh_gelu
+from pallas_kernels.reference import Columns, Quantized
 
-# Of a warpgroup; a row must be a multiple of it.
+# Of a warpgroup; the columns of a part must be a multiple of it.
 THREADS = 128
 # Of rows that a multiprocessor works on at once.
 PER_MULTIPROCESSOR = 8
@@ -24,67 +26,90 @@ ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 
 
 class Modulation(NamedTuple):
-    """Layer norm, then `* (1 + gain) + shift`; gain and shift are (K,) or None."""
+    """Layer norm, then `* (1 + gain) + shift`; gain and shift are None or (B, K), one for each of B
+    equal runs of rows."""
 
     gain: Any
     shift: Any
     eps: float
 
 
-def vector_size(columns: int, bits: int) -> int:
-    """Elements a thread reads at once: the widest that divides a row, at most 16 bytes."""
-    size = 128 // bits
-    while size > 1 and columns % (THREADS * size):
+def vector_size(part: Columns) -> int:
+    """Elements a thread reads at once: the widest that lie aligned, at most 16 bytes."""
+    size = 16 // part.array.dtype.itemsize
+    while size > 1 and (
+        part.size % (THREADS * size) or part.start % size or part.array.shape[1] % size
+    ):
         size //= 2
     return size
 
 
 def quantize_rows(
-    x: Float[Array, "M K"],
+    parts: Sequence[Columns],
     *,
     multiprocessors: int,
     norm: Modulation | None = None,
     per_multiprocessor: int = PER_MULTIPROCESSOR,
     interpret: Any = None,
-) -> tuple[Int8[Array, "M K"], Float[Array, " M"], Int32[Array, " M"]]:
-    """Each row to int8 with its own scale, as `reference.quantize_activations` does.
+) -> Quantized:
+    """Each row to int8 with its own scale, as `reference.quantize_columns` does.
 
     Args:
-      x: (M, K), K a multiple of 128.
+      parts: of arrays (M, W), sizes multiples of 128. A row is all of them, joined.
       multiprocessors: of the device.
-      norm: what is done to a row first, in float32.
+      norm: what is done to a row first, in float32; for one part.
       per_multiprocessor: how many rows it works on at once.
       interpret: None on a GPU, else the parameters of Pallas' GPU interpret mode.
-
-    Returns:
-      (q, scale, row_sum): int8 (M, K); float32 (M,); int32 (M,), the sums of q.
     """
-    (m, k), native = x.shape, interpret is None
-    layout = plgpu.Layout.WG_STRIDED((k,), vec_size=vector_size(k, 8 * x.dtype.itemsize))
+    native, m = interpret is None, parts[0].array.shape[0]
+    k = sum(part.size for part in parts)
     blocks = min(per_multiprocessor * multiprocessors, m)
-    vectors = () if norm is None else tuple(v for v in norm[:2] if v is not None)
+    vectors = [] if norm is None else [v for v in norm[:2] if v is not None]
 
-    def read(ref):
-        return plgpu.load(ref, (), layout=layout) if native else ref[...]
+    def read(ref, part):
+        if not native:
+            return ref[...]
+        layout = plgpu.Layout.WG_STRIDED((part.size,), vec_size=vector_size(part))
+        return plgpu.load(ref, (), layout=layout)
 
-    def body(x_gmem, *refs):
-        *vector_refs, q_gmem, scale_gmem, sum_gmem = refs
+    def body(*refs):
+        part_refs, rest = refs[: len(parts)], refs[len(parts) :]
+        vector_refs, (q_gmem, scale_gmem, sum_gmem) = rest[: len(vectors)], rest[len(vectors) :]
         block = lax.axis_index("block")
+
+        def load(row):
+            return tuple(
+                read(ref.at[row, pl.ds(part.start, part.size)], part)
+                for ref, part in zip(part_refs, parts, strict=True)
+            )
+
+        def vector(ref, row):
+            run = lax.div(row, m // ref.shape[0])
+            return read(ref.at[run], Columns(ref, 0, k)).astype(jnp.float32)
 
         def row(index, loaded):
             here = block + index * blocks
-            following = read(x_gmem.at[lax.min(here + blocks, m - 1)])
-            value = loaded.astype(jnp.float32)
+            following = load(lax.min(here + blocks, m - 1))
+            values = [value.astype(jnp.float32) for value in loaded]
+            values = [
+                tanh_gelu(value) if part.gelu else value
+                for value, part in zip(values, parts, strict=True)
+            ]
             if norm is not None:
-                value = _normalized(value, norm, list(vector_refs), read)
-            q, largest = _to_int8(value)
-            sum_gmem[here] = jnp.sum(q)
-            scale_gmem[here] = largest * jnp.float32(1 / 127)
-            q_gmem[here] = q.astype(jnp.int8)
+                values = [_normalized(values[0], norm, [vector(r, here) for r in vector_refs])]
+            inverse, scale = _scales([jnp.max(jnp.abs(value)) for value in values])
+            start, total = 0, 0
+            for value, part in zip(values, parts, strict=True):
+                q = _to_int8(value, inverse)
+                total = total + jnp.sum(q)
+                q_gmem[here, pl.ds(start, part.size)] = q.astype(jnp.int8)
+                start += part.size
+            sum_gmem[here] = total
+            scale_gmem[here] = scale
             return following
 
         mine = lax.div(m - block + blocks - 1, blocks)
-        lax.fori_loop(0, mine, row, read(x_gmem.at[block]))
+        lax.fori_loop(0, mine, row, load(block))
 
     call = plgpu.kernel(
         body,
@@ -96,31 +121,40 @@ def quantize_rows(
         grid=(blocks,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(
+            # Of GELU's exponential; nothing else here can be approximated.
+            approx_math=any(part.gelu for part in parts),
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({} if native else {"interpret": interpret}),
     )
-    return call(x, *vectors)
+    return Quantized(*call(*(part.array for part in parts), *vectors))
 
 
-def _normalized(value: Any, norm: Modulation, refs: list[Any], read: Any) -> Any:
+def _normalized(value: Any, norm: Modulation, vectors: list[Any]) -> Any:
     """A row's layer norm, modulated, in float32."""
     size = value.shape[0]
     value = value - jnp.sum(value) * (1.0 / size)
     variance = jnp.sum(value * value) * (1.0 / size)
     value = value * lax.rsqrt(variance + norm.eps)
     if norm.gain is not None:
-        value = value * (read(refs.pop(0)).astype(jnp.float32) + 1.0)
+        value = value * (vectors.pop(0) + 1.0)
     if norm.shift is not None:
-        value = value + read(refs.pop(0)).astype(jnp.float32)
+        value = value + vectors.pop(0)
     return value
 
 
-def _to_int8(value: Any) -> tuple[Any, Any]:
-    """(q, largest): q of a row as int32, and the row's largest magnitude."""
-    largest = jnp.max(jnp.abs(value))
+def _scales(maxima: list[Any]) -> tuple[Any, Any]:
+    """(127 / largest, largest / 127) of a row, from its parts' largest magnitudes."""
+    largest = maxima[0]
+    for other in maxima[1:]:
+        largest = jnp.maximum(largest, other)
     inverse = jnp.where(largest > 0, 127.0 / jnp.where(largest > 0, largest, 1.0), 0.0)
     # It overflows for numbers that are zero for any purpose.
     inverse = jnp.where(inverse > 3e38, 0.0, inverse)
+    return inverse, largest * jnp.float32(1 / 127)
+
+
+def _to_int8(value: Any, inverse: Any) -> Any:
+    """A part of a row in [-127, 127], as int32."""
     q = jnp.maximum(jnp.minimum(value * inverse, 127.0), -127.0)
-    return lax.bitcast_convert_type(q + ROUNDER, jnp.int32) - ROUNDER_BITS, largest
+    return lax.bitcast_convert_type(q + ROUNDER, jnp.int32) - ROUNDER_BITS

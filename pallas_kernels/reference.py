@@ -1,20 +1,23 @@
 """The ternary product in plain JAX: what every kernel is compared with, and the way without one.
 
     p[m, n] = a[m] * sum over groups g of  s[n, g] * (sum over k in g of  x[m, k] * t[n, k])  + b[n]
-    y[m, n] = r[m, n] + f[n] * gelu(p[m, n])
+    y[m, n] = r[m, n] + f[m, n] * gelu(p[m, n])
 
 t is -1, 0 or +1, s the weight's scale, a the activation's scale (1 for 16-bit activations), b the
-bias, f the gate, r the residual; GELU, gate and residual where they are asked for. With int8
-activations the inner sums are exact integers, the same on every backend and in any order. What
-follows is float32 in the order above, groups from first to last; a compiler may round a product
-and the sum that it goes into once instead of twice.
+bias, f the gate (one for all rows, or one for each run of them), r the residual; GELU, gate and
+residual where they are asked for. With int8 activations the inner sums are exact integers, the same
+on every backend and in any order. What follows is float32 in the order above, groups from first to
+last; a compiler may round a product and the sum that it goes into once instead of twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from pallas_kernels.packing import GROUP, unpack_codes
 
@@ -23,7 +26,41 @@ Activations = Float[Array, "*B K"] | Int8[Array, "*B K"]
 Scale = Float[Array, ""] | Float[Array, " N"] | Float[Array, "N G"]
 
 
-def quantize_activations(x: Float[Array, "*B K"]) -> tuple[Int8[Array, "*B K"], Float[Array, "*B"]]:
+class Quantized(NamedTuple):
+    """Activations as int8: what `ternary_matmul` takes with 8 bits, made once for any products.
+
+    Attributes:
+      values: (..., K) in [-127, 127].
+      scale: (...) float32; `values * scale` is about what was quantised.
+      row_sum: (...), the sums of `values`.
+    """
+
+    values: Int8[Array, "*B K"]
+    scale: Float[Array, "*B"]
+    row_sum: Int32[Array, "*B"]
+
+
+class Columns(NamedTuple):
+    """`array[..., start : start + size]`, through GELU if `gelu`; what a kernel can read in place.
+
+    Attributes:
+      array: (..., W).
+      start, size: W >= start + size.
+      gelu: the tanh form, in float32.
+    """
+
+    array: Float[Array, "*B W"]
+    start: int
+    size: int
+    gelu: bool = False
+
+    def dense(self) -> Float[Array, "*B K"]:
+        """The values, float32."""
+        some = self.array[..., self.start : self.start + self.size].astype(jnp.float32)
+        return tanh_gelu(some) if self.gelu else some
+
+
+def quantize_activations(x: Float[Array, "*B K"]) -> Quantized:
     """Each token to int8 with its own scale: `q * scale` is about `x`.
 
     The largest magnitude of a token becomes 127; halves go to even. A token of zeros has scale 0, a
@@ -31,9 +68,6 @@ def quantize_activations(x: Float[Array, "*B K"]) -> tuple[Int8[Array, "*B K"], 
 
     Args:
       x: (..., K).
-
-    Returns:
-      (q, scale): int8 (..., K) in [-127, 127], and float32 (...).
     """
     x32 = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
@@ -41,25 +75,37 @@ def quantize_activations(x: Float[Array, "*B K"]) -> tuple[Int8[Array, "*B K"], 
     # Below 127 * 2^-128 the inverse overflows; such a token is zero for any purpose.
     inverse = jnp.where(jnp.isinf(inverse), 0.0, inverse)
     q = jnp.clip(jnp.round(x32 * inverse), -127, 127).astype(jnp.int8)
-    return q, largest[..., 0] * jnp.float32(1 / 127)
+    sums = q.astype(jnp.int32).sum(-1)
+    return Quantized(q, largest[..., 0] * jnp.float32(1 / 127), sums)
+
+
+def quantize_columns(parts: Sequence[Columns]) -> Quantized:
+    """`pallas_kernels.quantize_columns`, from checked arguments."""
+    return quantize_activations(jnp.concatenate([part.dense() for part in parts], axis=-1))
 
 
 def normalize_and_quantize(
-    x: Float[Array, "*B K"],
-    gain: Float[Array, " K"] | None,
-    shift: Float[Array, " K"] | None,
+    x: Float[Array, "M K"],
+    gain: Float[Array, "B K"] | None,
+    shift: Float[Array, "B K"] | None,
     eps: float,
-) -> tuple[Int8[Array, "*B K"], Float[Array, "*B"]]:
-    """`pallas_kernels.normalize_and_quantize`, from checked arguments."""
+) -> Quantized:
+    """`pallas_kernels.normalize_and_quantize`, from checked arguments and x (M, K)."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    wide = (1,) * (x.ndim - 1) + (-1,)
     if gain is not None:
-        y = y * (gain.astype(jnp.float32).reshape(wide) + 1.0)
+        y = y * (per_row(gain, x.shape[0]) + 1.0)
     if shift is not None:
-        y = y + shift.astype(jnp.float32).reshape(wide)
+        y = y + per_row(shift, x.shape[0])
     return quantize_activations(y)
+
+
+def per_row(vectors: Float[Array, "B N"], rows: int) -> Float[Array, "M N"]:
+    """A vector for each of `rows`, float32: rows in B equal runs, the first takes the first."""
+    batch, width = vectors.shape
+    wide = vectors.astype(jnp.float32)[:, None]
+    return jnp.broadcast_to(wide, (batch, rows // batch, width)).reshape(rows, width)
 
 
 def tanh_gelu(y: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -124,26 +170,26 @@ def _grouped(x: Array, signs: Array, scale: Array) -> Array:
 
 
 def ternary_matmul(
-    x: Activations,
+    x: Float[Array, "M K"] | Int8[Array, "M K"],
     packed: UInt8[Array, "N Kp"],
     scale: Scale,
     bias: Float[Array, " N"] | None = None,
-    token_scale: Float[Array, "*B"] | None = None,
-    gate: Float[Array, " N"] | None = None,
-    residual: Float[Array, "*B N"] | None = None,
+    token_scale: Float[Array, " M"] | None = None,
+    gate: Float[Array, "B N"] | None = None,
+    residual: Float[Array, "M N"] | None = None,
     *,
     activation_bits: int,
     gelu: bool = False,
-) -> Float[Array, "*B N"]:
+) -> Float[Array, "M N"]:
     """`pallas_kernels.ternary_matmul` before its last rounding, from checked arguments: float32."""
     codes = unpack_codes(packed, x.shape[-1])
     if activation_bits == 8 and token_scale is None:
-        x, token_scale = quantize_activations(x)
+        x, token_scale, _ = quantize_activations(x)
     y = signed_product(x, codes.astype(x.dtype) - 1, scale, bias, token_scale)
     if gelu:
         y = tanh_gelu(y)
     if gate is not None:
-        y = y * gate.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+        y = y * per_row(gate, y.shape[0])
     if residual is not None:
         y = residual.astype(jnp.float32) + y
     return y

@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 
 
-def foldable(compute: Callable[..., Any], per_row: tuple[int, ...]) -> Any:
+def foldable(
+    compute: Callable[..., Any], per_row: tuple[int, ...], per_run: tuple[int, ...] = ()
+) -> Any:
     """`compute`, whose batches become more rows.
 
     Args:
       compute: takes arrays and Nones, returns arrays with as many rows as the first has.
       per_row: which arguments have a row for each row of the result. A batch of any other is
         worked through one by one.
+      per_run: which have a row for each of several equal runs of the result's rows, or one row for
+        them all.
     """
     folded = jax.custom_batching.custom_vmap(compute)
 
@@ -27,12 +31,16 @@ def foldable(compute: Callable[..., Any], per_row: tuple[int, ...]) -> Any:
                 return array
             return jnp.broadcast_to(array, (size, *array.shape))
 
+        def folds(index: int) -> bool:
+            shared = arrays[index] is not None and not batched[index] and len(arrays[index]) == 1
+            return index in per_row or (index in per_run and not shared)
+
         every = range(len(arrays))
-        if any(batched[index] for index in every if index not in per_row):
+        if any(batched[index] for index in every if index not in per_row + per_run):
             y = one_by_one(folded, [spread(index) for index in every], size)
         else:
             rows = arrays[0].shape[1] if batched[0] else arrays[0].shape[0]
-            more = [merge(spread(i)) if i in per_row else arrays[i] for i in every]
+            more = [merge(spread(i)) if folds(i) else arrays[i] for i in every]
             y = jax.tree.map(lambda part: part.reshape(size, rows, *part.shape[1:]), folded(*more))
         return y, jax.tree.map(lambda _: True, y)
 

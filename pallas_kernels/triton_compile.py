@@ -36,16 +36,16 @@ class Resources:
 
 
 def compile_for(
-    capability: int, tile: TritonTile, *, activation_bits: int, grouped: bool, options: bool = True
+    capability: int, tile: TritonTile, *, activation_bits: int, grouped: bool, gates: int = 1
 ) -> Resources:
-    """Compiles the kernel for bfloat16 results, with bias.
+    """Compiles the kernel for bfloat16 results, with bias, GELU, gate and residual.
 
     Args:
       capability: such as 86 for compute capability 8.6.
       tile: how the product is cut up.
       activation_bits: 8 for int8, 16 for bfloat16 activations.
       grouped: for a scale per group.
-      options: with GELU, gate and residual.
+      gates: how many runs of tokens have a gate of their own.
 
     Raises:
       ImportError: Triton is not installed.
@@ -61,10 +61,10 @@ def compile_for(
         "BAND": tile.band,
         "EXACT": exact,
         "HAS_BIAS": True,
-        "HAS_GATE": options,
-        "HAS_RESIDUAL": options,
+        "GATES": gates,
+        "HAS_RESIDUAL": True,
         "GROUPED": grouped,
-        "GELU": options,
+        "GELU": True,
     }
     float32 = dict.fromkeys(("scale_ptr", "token_ptr"), "*fp32")
     bfloat16 = dict.fromkeys(("bias_ptr", "gate_ptr", "residual_ptr", "y_ptr"), "*bf16")

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from pallas_kernels import reference
 from pallas_kernels.packing import packed_width
@@ -28,8 +28,8 @@ def kernel() -> Any:
     """The Triton function; made on first use, because its decorator imports Triton.
 
     Its arguments: x (m, k) int8 or 16-bit; packed (n, width); scale (n,), or (n, width / 32) if
-    GROUPED; bias (n,), token scale (m,), gate (n,), residual (m, n), each read only if there is
-    one; y (m, n). Arrays are in C order.
+    GROUPED; bias (n,), token scale (m,), gate (GATES, n), residual (m, n), each read only if
+    there is one; y (m, n). Arrays are in C order.
     """
     # Optional, and not on every machine that this is checked on.
     import triton  # pyright: ignore[reportMissingImports]
@@ -54,7 +54,7 @@ def kernel() -> Any:
         BAND: tl.constexpr,
         EXACT: tl.constexpr,
         HAS_BIAS: tl.constexpr,
-        HAS_GATE: tl.constexpr,
+        GATES: tl.constexpr,
         HAS_RESIDUAL: tl.constexpr,
         GROUPED: tl.constexpr,
         GELU: tl.constexpr,
@@ -112,8 +112,12 @@ def kernel() -> Any:
         if GELU:
             # tanh(u) = 2 sigmoid(2 u) - 1, so half of one plus it is the sigmoid.
             y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-        if HAS_GATE:
+        if GATES == 1:
             y = y * tl.load(gate_ptr + output_in).to(tl.float32)[:, None]
+        if GATES > 1:
+            # One for each of equal runs of tokens.
+            run = token_in // (m // GATES)
+            y = y * tl.load(gate_ptr + run[None, :] * n + output_in[:, None]).to(tl.float32)
         y = tl.trans(y)
         at = token[:, None].to(tl.int64) * n + output[None, :]
         inside = (token < m)[:, None] & (output < n)[None, :]
@@ -130,7 +134,7 @@ def product(
     scale: Float[Array, " N"] | Float[Array, "N G"],
     bias: Float[Array, " N"] | None = None,
     token_scale: Float[Array, " M"] | None = None,
-    gate: Float[Array, " N"] | None = None,
+    gate: Float[Array, "B N"] | None = None,
     residual: Float[Array, "M N"] | None = None,
     *,
     out_dtype: Any,
@@ -174,7 +178,7 @@ def product(
         BAND=tile.band,
         EXACT=x.dtype == jnp.int8,
         HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None,
+        GATES=0 if gate is None else len(gate),
         HAS_RESIDUAL=residual is not None,
         GROUPED=scale.ndim == 2,
         GELU=gelu,
@@ -187,8 +191,9 @@ def ternary_matmul(
     scale: Scale,
     bias: Float[Array, " N"] | None = None,
     token_scale: Float[Array, " M"] | None = None,
-    gate: Float[Array, " N"] | None = None,
+    gate: Float[Array, "B N"] | None = None,
     residual: Float[Array, "M N"] | None = None,
+    row_sum: Int32[Array, " M"] | None = None,
     *,
     activation_bits: int,
     out_dtype: Any,
@@ -202,10 +207,12 @@ def ternary_matmul(
       device: what the tile is chosen for.
       tile: None takes the table's, or what the rules say.
     """
+    # It would save nothing here: signs are decoded.
+    del row_sum
     (m, k), n = x.shape, packed.shape[0]
     tile = tile or triton_tile(Problem(m, n, k, activation_bits, scale.ndim == 2), device)
     if activation_bits == 8 and token_scale is None:
-        x, token_scale = reference.quantize_activations(x)
+        x, token_scale, _ = reference.quantize_activations(x)
     scale = scale.astype(jnp.float32)
     if scale.ndim < 2:
         scale = jnp.broadcast_to(scale.reshape(-1), (n,))

@@ -113,7 +113,7 @@ def arguments(problem: Problem) -> list[tuple[Any, ...]]:
         given = weights(key, n, k, problem.grouped)
         x, token_scale = activations(jax.random.fold_in(key, 1), m, k), None
         if problem.activation_bits == 8:
-            x, token_scale = reference.quantize_activations(x)
+            x, token_scale, _ = reference.quantize_activations(x)
         return (x, *given, token_scale)
 
     itemsize = problem.activation_bits // 8

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from flux_jax.layers import Axes, DType, Linear
+from flux_jax.inputs import Input, dense, surround
+from flux_jax.layers import AnyLinear, Axes, DType, Linear
 from pallas_kernels import pack_codes, packed_width, ternary_matmul, unpack_codes
 from pallas_kernels.reference import signed_product
 from ternary.config import QuantConfig, scale_shape
+from ternary.fused import Weights, product
 from ternary.quantize import (
     Scale,
     dequantize,
@@ -33,7 +35,7 @@ class PackedParam(nnx.Param):
     """Packed codes: stored and placed as a parameter, but nothing that a gradient could reach."""
 
 
-class TernaryLinear(nnx.Module):
+class TernaryLinear(AnyLinear):
     """A linear whose weight is packed at two bits; for inference.
 
     Attributes:
@@ -44,6 +46,7 @@ class TernaryLinear(nnx.Module):
       in_features: K.
       activation_bits: 16 or 8.
       dtype: of the computation and of the result.
+      backend: of `pallas_kernels`; None leaves the choice to it.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class TernaryLinear(nnx.Module):
         self.in_features = in_features
         self.activation_bits = config.activation_bits
         self.dtype = jnp.dtype(dtype)
+        self.backend: str | None = None
         shape = scale_shape(config.granularity, out_features, in_features)
         width = packed_width(in_features)
         # Every code 1: weight 0.
@@ -84,33 +88,30 @@ class TernaryLinear(nnx.Module):
             jnp.float32
         )
 
-    def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
-        """Computes in `dtype`, accumulating in float32 (int32 for int8 activations).
+    def __call__(
+        self,
+        x: Input,
+        *,
+        gate: Float[Array, "B N"] | None = None,
+        residual: Float[Array, "*L N"] | None = None,
+    ) -> Float[Array, "*L N"]:
+        """See `AnyLinear`; in `dtype`, accumulating in float32 (int32 for int8 activations).
 
-        Args:
-          x: (..., in_features).
-
-        Returns:
-          (..., out_features) in `dtype`.
+        What `ternary.fused` can compute with the product is rounded once, at the end. With a
+        low-rank branch nothing is: its 16-bit product needs the activations too.
         """
-        x = x.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        branch = self.low_rank_a is not None and self.low_rank_b is not None
-        y = ternary_matmul(
-            x,
-            self.packed[...],
-            self.scale[...],
-            bias,
-            activation_bits=self.activation_bits,
-            # Rounded once, at the end.
-            out_dtype=jnp.float32 if branch else self.dtype,
-        )
+        weights = Weights(self.packed[...], self.scale[...], bias)
+        settings: Any = {"activation_bits": self.activation_bits, "backend": self.backend}
         if self.low_rank_a is None or self.low_rank_b is None:
-            return y
-        return (y + _through(x, self.low_rank_a[...], self.low_rank_b[...])).astype(self.dtype)
+            return product(x, weights, gate, residual, dtype=self.dtype, **settings)
+        x = dense(x).astype(self.dtype)
+        y = ternary_matmul(x, *weights, out_dtype=jnp.float32, **settings)
+        y = (y + _through(x, self.low_rank_a[...], self.low_rank_b[...])).astype(self.dtype)
+        return surround(y, gate, residual)
 
 
-class FakeTernaryLinear(nnx.Module):
+class FakeTernaryLinear(AnyLinear):
     """A linear that is ternary in the forward pass and keeps latent weights; for training.
 
     Its result is that of the `TernaryLinear` from `freeze`: the same integers are multiplied, as
@@ -199,9 +200,15 @@ class FakeTernaryLinear(nnx.Module):
         latent = jax.lax.stop_gradient(self.weight[...])
         return fit_scale(latent, self.config.granularity, self.config.refit_steps)
 
-    def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
+    def __call__(
+        self,
+        x: Input,
+        *,
+        gate: Float[Array, "B N"] | None = None,
+        residual: Float[Array, "*L N"] | None = None,
+    ) -> Float[Array, "*L N"]:
         """As `TernaryLinear`, differentiable in all its floating parameters and in x."""
-        x = x.astype(self.dtype)
+        x = dense(x).astype(self.dtype)
         scale = self.quantization_scale()
         # Integers of at most 127 are exact in bf16, and so is everything that is summed.
         signs = straight_through_signs(self.weight[...], scale).astype(self.dtype)
@@ -215,7 +222,7 @@ class FakeTernaryLinear(nnx.Module):
         if self.low_rank_a is not None and self.low_rank_b is not None:
             a, b = (part[...].astype(self.dtype) for part in (self.low_rank_a, self.low_rank_b))
             y = y + _through(x, a, b)
-        return y.astype(self.dtype)
+        return surround(y.astype(self.dtype), gate, residual)
 
     def freeze(self) -> TernaryLinear:
         """The packed layer with the same result."""

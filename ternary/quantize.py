@@ -139,7 +139,7 @@ def straight_through_tokens(
     x: Float[Array, "*B K"],
 ) -> tuple[Float[Array, "*B K"], Float[Array, "*B"]]:
     """`quantize_activations` with q as float32, differentiable: as if q were `x / scale`."""
-    q, scale = quantize_activations(x)
+    q, scale, _ = quantize_activations(x)
     return q.astype(jnp.float32), scale
 
 

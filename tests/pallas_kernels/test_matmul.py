@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import (
+    Columns,
     group_count,
     normalize_and_quantize,
     pack_codes,
     quantize_activations,
+    quantize_columns,
     ternary_matmul,
 )
 from pallas_kernels.arguments import check_matmul, check_modulation
@@ -40,7 +42,7 @@ def dense(codes, scale):
 
 def exact_int8(x, codes, scale, bias):
     """W1.58A8 from the quantised activations, in float64 around exact integer sums."""
-    q, token_scale = (np.asarray(a, np.float64) for a in quantize_activations(x))
+    q, token_scale, _ = (np.asarray(a, np.float64) for a in quantize_activations(x))
     return q @ dense(codes, scale).T * token_scale[..., None] + np.asarray(bias, np.float64)
 
 
@@ -65,7 +67,7 @@ def test_int8_sums_are_exact_integers():
     """With scale 1 and no bias the result is the int32 sum times the token's scale, to the bit."""
     x, codes, _, _ = case(columns=2048, leading=(7,))
     y = ternary_matmul(x, pack_codes(jnp.asarray(codes)), jnp.float32(1), activation_bits=8)
-    q, token_scale = (np.asarray(a) for a in quantize_activations(x))
+    q, token_scale, _ = (np.asarray(a) for a in quantize_activations(x))
     sums = q.astype(np.int64) @ (codes.astype(np.int64) - 1).T
     np.testing.assert_array_equal(np.asarray(y), sums.astype(np.float32) * token_scale[:, None])
 
@@ -74,7 +76,7 @@ def test_int8_sums_are_exact_integers():
 def test_float_codes_give_the_same_bits_as_int8(granularity):
     """Training multiplies the same integers as floats; bf16 holds them, float32 sums are exact."""
     x, codes, scale, bias = case(granularity, columns=1024)
-    q, token_scale = quantize_activations(x)
+    q, token_scale, _ = quantize_activations(x)
     signs = jnp.asarray(codes).astype(jnp.int8) - 1
     exact = signed_product(q, signs, scale, bias, token_scale)
     as_floats = (q.astype(jnp.bfloat16), signs.astype(jnp.bfloat16))
@@ -141,14 +143,14 @@ def test_out_dtype():
 
 def test_quantize_activations():
     x = jnp.asarray([[0.0, 0.0, 0.0], [1.0, -2.0, 0.5], [254.0, 1.0, 3.0]])
-    q, scale = quantize_activations(x)
+    q, scale, _ = quantize_activations(x)
     np.testing.assert_array_equal(np.asarray(q), [[0, 0, 0], [64, -127, 32], [127, 0, 2]])
     np.testing.assert_allclose(np.asarray(scale), [0, 2 / 127, 2], rtol=1e-7)
 
 
 def test_quantize_activations_keeps_what_is_not_finite():
     x = jnp.asarray([[jnp.inf, 1.0], [jnp.nan, 1.0], [1e-45, 0.0]])
-    q, scale = quantize_activations(x)
+    q, scale, _ = quantize_activations(x)
     assert not np.isfinite(np.asarray(scale[:2])).any()
     assert np.asarray(q[2]).tolist() == [0, 0]
     assert np.isfinite(np.asarray(scale[2]))
@@ -156,7 +158,7 @@ def test_quantize_activations_keeps_what_is_not_finite():
 
 def test_quantization_error_is_half_a_step():
     x, *_ = case()
-    q, scale = quantize_activations(x)
+    q, scale, _ = quantize_activations(x)
     error = np.abs(np.asarray(q) * np.asarray(scale)[..., None] - np.asarray(x))
     assert (error <= 0.5 * np.asarray(scale)[..., None] * (1 + 1e-4)).all()
 
@@ -178,7 +180,7 @@ def test_quantization_error_is_half_a_step():
             "token_scale belongs to x of int8, and x of int8 needs it; got none",
         ),
         ({"token_scale": jnp.zeros(2)}, "token_scale belongs to x of int8.* got one for x of flo"),
-        ({"gate": jnp.zeros((7,))}, r"gate must have shape \(24,\), got \(7,\)"),
+        ({"gate": jnp.zeros((7,))}, r"gate must have shape \(24,\) or \(2, 24\), got \(7,\)"),
         ({"gate": jnp.zeros(24, jnp.int32)}, "gate must be floating, got int32"),
         ({"residual": jnp.zeros((10, 24))}, r"residual must have shape \(2, 5, 24\), got \(10, 24"),
         ({"bias": jnp.zeros((7,))}, r"bias must have shape \(24,\), got \(7,\)"),
@@ -202,8 +204,8 @@ def test_the_op_checks_its_arguments():
     ("change", "message"),
     [
         ({"x": jnp.zeros((2, 8), jnp.int8)}, "x must be floating with at least one axis, got int8"),
-        ({"gain": jnp.zeros(7)}, r"gain must have shape \(8,\), got \(7,\)"),
-        ({"shift": jnp.zeros((1, 8))}, r"shift must have shape \(8,\), got \(1, 8\)"),
+        ({"gain": jnp.zeros(7)}, r"gain must have shape \(8,\) or \(2, 8\), got \(7,\)"),
+        ({"shift": jnp.zeros((1, 8))}, r"shift must have shape \(8,\) or \(2, 8\), got \(1, 8\)"),
         ({"shift": jnp.zeros(8, jnp.int8)}, "shift must be floating, got int8"),
         ({"backend": "abacus"}, "backend must be None or one of"),
     ],
@@ -236,7 +238,7 @@ def test_random_shapes_and_scales(shape, bits, granularity, size, seed):
     y = np.asarray(ternary_matmul(x, packed, scale, bias, activation_bits=bits))
     if bits == 8:
         want = exact_int8(x, codes, scale, bias)
-        q, token_scale = (np.asarray(a, np.float64) for a in quantize_activations(x))
+        q, token_scale, _ = (np.asarray(a, np.float64) for a in quantize_activations(x))
         magnitude = np.abs(q) @ np.abs(dense(codes, scale)).T * token_scale[..., None]
     else:
         want = np.asarray(x, np.float64) @ dense(codes, scale).T + np.asarray(bias, np.float64)
@@ -260,6 +262,17 @@ def test_gelu_gate_and_residual(granularity, bits):
     np.testing.assert_allclose(np.asarray(y), np.asarray(want), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_gate_for_each_of_a_batch(bits):
+    x, codes, scale, bias = case()
+    packed = pack_codes(jnp.asarray(codes))
+    gate = jnp.asarray(np.random.default_rng(3).standard_normal((2, 24)), jnp.float32)
+    options = {"activation_bits": bits}
+    y = ternary_matmul(x, packed, scale, bias, gate=gate, **options)
+    plain = ternary_matmul(x, packed, scale, bias, **options)
+    np.testing.assert_allclose(np.asarray(y), np.asarray(gate[:, None] * plain), rtol=1e-6)
+
+
 def test_options_are_rounded_once():
     """A sum that bfloat16 cannot hold before the residual takes it back into its range."""
     packed = pack_codes(jnp.full((1, 256), 2, jnp.uint8))
@@ -275,7 +288,7 @@ def test_options_are_rounded_once():
 def test_activations_that_are_quantised_already(granularity):
     x, codes, scale, bias = case(granularity, dtype=jnp.bfloat16)
     packed = pack_codes(jnp.asarray(codes))
-    q, token_scale = quantize_activations(x)
+    q, token_scale, _ = quantize_activations(x)
     y = ternary_matmul(q, packed, scale, bias, activation_bits=8, token_scale=token_scale)
     whole = ternary_matmul(x, packed, scale, bias, activation_bits=8)
     assert y.dtype == jnp.bfloat16
@@ -286,7 +299,7 @@ def test_gradients_of_quantised_activations():
     """None for the integers; their scale's and the weight's as of the exact product."""
     x, codes, scale, bias = case()
     packed = pack_codes(jnp.asarray(codes))
-    q, token_scale = quantize_activations(x)
+    q, token_scale, _ = quantize_activations(x)
 
     def loss(token_scale, scale):
         bits = {"activation_bits": 8, "out_dtype": jnp.float32}
@@ -302,7 +315,7 @@ def test_gradients_of_quantised_activations():
 def test_nothing_to_multiply():
     packed = pack_codes(jnp.zeros((4, 256), jnp.uint8))
     assert ternary_matmul(jnp.zeros((0, 256)), packed, jnp.float32(1)).shape == (0, 4)
-    q, scale = normalize_and_quantize(jnp.zeros((0, 256)))
+    q, scale, _ = normalize_and_quantize(jnp.zeros((0, 256)))
     assert q.shape == (0, 256)
     assert scale.shape == (0,)
 
@@ -314,7 +327,7 @@ def test_normalize_and_quantize(with_vectors):
     x = jnp.asarray(2 + 3 * rng.standard_normal((2, 3, 300)), jnp.bfloat16)
     gain, shift = (jnp.asarray(rng.standard_normal(300), jnp.bfloat16) for _ in range(2))
     vectors = (gain, shift) if with_vectors else (None, None)
-    q, scale = normalize_and_quantize(x, *vectors)
+    q, scale, _ = normalize_and_quantize(x, *vectors)
     wide = np.asarray(x, np.float64)
     wide = wide - wide.mean(-1, keepdims=True)
     wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
@@ -326,12 +339,56 @@ def test_normalize_and_quantize(with_vectors):
     assert np.abs(np.asarray(q) - wide / largest[..., None] * 127).max() <= 0.5 + 1e-3
 
 
+def test_normalize_and_quantize_with_vectors_for_each_of_a_batch():
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.standard_normal((2, 5, 64)), jnp.float32)
+    gain, shift = (jnp.asarray(rng.standard_normal((2, 64)), jnp.float32) for _ in range(2))
+    together = normalize_and_quantize(x, gain, shift)
+    for i in range(2):
+        alone = normalize_and_quantize(x[i], gain[i], shift[i])
+        for both, one in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(np.asarray(both[i]), np.asarray(one))
+
+
+def test_quantize_columns():
+    """Within half a step of float64, GELU where it is asked for, and nothing of the rest."""
+    rng = np.random.default_rng(7)
+    first, second = (jnp.asarray(rng.standard_normal((2, 3, 60)), jnp.bfloat16) for _ in range(2))
+    parts = [Columns(first, 8, 20), Columns(second, 0, 50, gelu=True)]
+    q, scale, row_sum = quantize_columns(parts)
+    activated = np.asarray(second, np.float64)[..., :50]
+    cube = activated + 0.044715 * activated**3
+    activated = 0.5 * activated * (1 + np.tanh(np.sqrt(2 / np.pi) * cube))
+    wide = np.concatenate([np.asarray(first, np.float64)[..., 8:28], activated], axis=-1)
+    largest = np.abs(wide).max(-1)
+    np.testing.assert_allclose(np.asarray(scale), largest / 127, rtol=1e-5)
+    assert np.abs(np.asarray(q) - wide / largest[..., None] * 127).max() <= 0.5 + 1e-3
+    np.testing.assert_array_equal(np.asarray(row_sum), np.asarray(q, np.int64).sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "parts must be one or more Columns, got none"),
+        ([Columns(jnp.zeros((2, 8)), 4, 5)], "must have columns 4 to 9, got float32 of shape"),
+        ([Columns(jnp.zeros((2, 8), jnp.int8), 0, 8)], r"parts\[0\] must be floating, got int8"),
+        (
+            [Columns(jnp.zeros((2, 8)), 0, 8), Columns(jnp.zeros((3, 8)), 0, 8)],
+            r"parts\[1\] must have leading axes \(2,\), got float32 of shape \(3, 8\)",
+        ),
+    ],
+)
+def test_columns_that_are_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_columns(parts)
+
+
 def test_normalize_and_quantize_under_vmap():
     rng = np.random.default_rng(6)
     x = jnp.asarray(rng.standard_normal((3, 5, 64)), jnp.float32)
     gain = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
-    q, scale = jax.vmap(normalize_and_quantize)(x, gain)
+    q, scale, _ = jax.vmap(normalize_and_quantize)(x, gain)
     for i in range(3):
-        want_q, want_scale = normalize_and_quantize(x[i], gain[i])
+        want_q, want_scale, _ = normalize_and_quantize(x[i], gain[i])
         np.testing.assert_array_equal(np.asarray(q[i]), np.asarray(want_q))
         np.testing.assert_allclose(np.asarray(scale[i]), np.asarray(want_scale), rtol=1e-6)

@@ -16,6 +16,7 @@ from pallas_kernels.mosaic_epilogue import Operands
 from pallas_kernels.mosaic_few import product_few
 from pallas_kernels.mosaic_matmul import decodes_to, product
 from pallas_kernels.mosaic_quantize import Modulation, quantize_rows
+from pallas_kernels.reference import Columns
 from pallas_kernels.tile_table import Device
 from pallas_kernels.tiles import CODE, SIGN, FewTile, Tile
 
@@ -102,7 +103,7 @@ def test_activations_that_are_quantised_already():
     }
     scale = jnp.float32(0.1)
     whole = mosaic.ternary_matmul(x, packed, scale, **settings)
-    q, token_scale = quantize_activations(x)
+    q, token_scale, _ = quantize_activations(x)
     parts = mosaic.ternary_matmul(q, packed, scale, None, token_scale, **settings)
     np.testing.assert_array_equal(np.asarray(parts), np.asarray(whole))
 
@@ -110,8 +111,10 @@ def test_activations_that_are_quantised_already():
 def test_quantised_rows_are_those_of_plain_jax():
     x = jax.random.normal(jax.random.key(0), (7, 512), jnp.bfloat16)
     x = x.at[2].set(0).at[3, 5].set(jnp.inf).at[4].set(1e-40).at[5, 0].set(jnp.nan)
-    q, scale, row_sum = quantize_rows(x, **FEW_BLOCKS, interpret=interpret_params())
-    want_q, want_scale = quantize_activations(x)
+    q, scale, row_sum = quantize_rows(
+        [Columns(x, 0, x.shape[1])], **FEW_BLOCKS, interpret=interpret_params()
+    )
+    want_q, want_scale, _ = quantize_activations(x)
     finite = np.isfinite(np.asarray(want_scale))
     assert finite.sum() == 5
     np.testing.assert_array_equal(np.asarray(q)[finite], np.asarray(want_q)[finite])
@@ -121,17 +124,46 @@ def test_quantised_rows_are_those_of_plain_jax():
     )
 
 
+def test_joined_columns_are_those_of_plain_jax():
+    """But for values that lie halfway between two integers, up to the last bits of GELU."""
+    keys = jax.random.split(jax.random.key(3), 2)
+    first = jax.random.normal(keys[0], (5, 128), jnp.bfloat16)
+    second = jax.random.normal(keys[1], (5, 640), jnp.bfloat16)
+    parts = [Columns(first, 0, 128), Columns(second, 256, 384, gelu=True)]
+    q, scale, row_sum = quantize_rows(parts, **FEW_BLOCKS, interpret=interpret_params())
+    want = reference.quantize_columns(parts)
+    np.testing.assert_allclose(np.asarray(scale), np.asarray(want.scale), rtol=1e-5)
+    different = np.asarray(q, np.int32) - np.asarray(want.values)
+    assert (different != 0).mean() < 2e-3
+    assert np.abs(different).max() <= 1
+    np.testing.assert_array_equal(np.asarray(row_sum), np.asarray(q, np.int32).sum(-1))
+
+
+def test_rows_of_a_batch_have_vectors_of_their_own():
+    keys = jax.random.split(jax.random.key(4), 3)
+    x = jax.random.normal(keys[0], (6, 128), jnp.bfloat16)
+    gain, shift = (jax.random.normal(key, (2, 128), jnp.bfloat16) for key in keys[1:])
+    norm, columns = Modulation(gain=gain, shift=shift, eps=1e-6), [Columns(x, 0, 128)]
+    q, scale, _ = quantize_rows(columns, **FEW_BLOCKS, norm=norm, interpret=interpret_params())
+    want = reference.normalize_and_quantize(x, gain, shift, 1e-6)
+    np.testing.assert_allclose(np.asarray(scale), np.asarray(want.scale), rtol=1e-6)
+    assert np.abs(np.asarray(q, np.int32) - np.asarray(want.values)).max() <= 1
+    assert (np.asarray(q) != np.asarray(want.values)).mean() < 2e-3
+
+
 @pytest.mark.parametrize("with_vectors", [True, False])
 def test_normalised_rows_are_those_of_plain_jax(with_vectors):
     """But for values that lie halfway between two integers, up to the order of float32 sums."""
     keys = jax.random.split(jax.random.key(1), 3)
     x = 3 + 2 * jax.random.normal(keys[0], (5, 256), jnp.bfloat16)
     vectors = [jax.random.normal(key, (256,), jnp.bfloat16) for key in keys[1:]]
-    gain, shift = vectors if with_vectors else (None, None)
+    gain, shift = (v[None] for v in vectors) if with_vectors else (None, None)
     norm = Modulation(gain=gain, shift=shift, eps=1e-6)
     interpret = interpret_params()
-    q, scale, _ = quantize_rows(x, **FEW_BLOCKS, norm=norm, interpret=interpret)
-    want_q, want_scale = reference.normalize_and_quantize(x, gain, shift, 1e-6)
+    q, scale, _ = quantize_rows(
+        [Columns(x, 0, x.shape[1])], **FEW_BLOCKS, norm=norm, interpret=interpret
+    )
+    want_q, want_scale, _ = reference.normalize_and_quantize(x, gain, shift, 1e-6)
     np.testing.assert_allclose(np.asarray(scale), np.asarray(want_scale), rtol=1e-6)
     different = np.asarray(q) != np.asarray(want_q)
     assert different.mean() < 1e-3

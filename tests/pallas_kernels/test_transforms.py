@@ -19,7 +19,7 @@ def op(monkeypatch):
 
     def fake(*arrays, activation_bits, gelu, out_dtype, device):
         shapes.append(arrays[0].shape)
-        y = reference.ternary_matmul(*arrays, activation_bits=activation_bits, gelu=gelu)
+        y = reference.ternary_matmul(*arrays[:-1], activation_bits=activation_bits, gelu=gelu)
         return y.astype(out_dtype)
 
     monkeypatch.setattr(mosaic, "ternary_matmul", fake)
@@ -28,7 +28,8 @@ def op(monkeypatch):
 
     def product(x, packed, scale, bias=None, gate=None, residual=None, *, bits=8, gelu=False):
         compute = api._product("mosaic", bits, jnp.dtype(jnp.float32), gelu, device)
-        return compute(x, packed, scale, bias, None, gate, residual)
+        gate = None if gate is None else gate[None]
+        return compute(x, packed, scale, bias, None, gate, residual, None)
 
     product.shapes = shapes
     return product
@@ -65,7 +66,7 @@ def test_a_batch_of_residuals_alone(op, arrays):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_batch_of_gates_is_worked_through(op, arrays, size):
+def test_a_batch_of_gates_becomes_runs_of_rows(op, arrays, size):
     packed, scale = arrays["packed"], arrays["scale"]
     x, gate = arrays["x"][:size], arrays["gate"][:size]
     y = jax.vmap(lambda x, g: op(x, packed, scale, gate=g))(x, gate)
@@ -91,7 +92,7 @@ def test_gradients_are_those_of_16_bit_activations(op, arrays, gelu):
 
     def dense(x, scale, gate, residual):
         y = reference.ternary_matmul(
-            x, packed, scale, None, None, gate, residual, activation_bits=16, gelu=gelu
+            x, packed, scale, None, None, gate[None], residual, activation_bits=16, gelu=gelu
         )
         return jnp.sum(weights * y)
 
