@@ -22,7 +22,7 @@ def main(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A diffusers folder or hub id, a Black Forest Labs .safetensors file, or a Flax "
+            help="tiny, a diffusers folder or hub id, a Black Forest Labs .safetensors file, or a Flax "
             "checkpoint.",
             show_default=False,
         ),
@@ -102,11 +102,8 @@ def _run(
     # Late: JAX takes a second, and --help should not.
     from tqdm import tqdm
 
-    from convert import atomic, engine, hub
+    from convert import engine
 
-    # Before a download of tens of gigabytes.
-    atomic.check_target(dst, force=options["force"], replaceable=engine.is_checkpoint)
-    path = hub.resolve(src, names, revision=revision)
     with contextlib.ExitStack() as stack:
         bars: list[tqdm] = []
 
@@ -125,7 +122,13 @@ def _run(
             bars[0].update(nbytes)
 
         summary = engine.convert(
-            path, dst, components=names, on_start=start, on_bytes=advance, **options
+            src,
+            dst,
+            components=names,
+            revision=revision,
+            on_start=start,
+            on_bytes=advance,
+            **options,
         )
     if not quiet:
         for component, tensor, reason in summary.dropped:

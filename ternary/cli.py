@@ -75,7 +75,6 @@ def quantize(
     # Late: JAX takes a second, and --help should not.
     from tqdm import tqdm
 
-    from flux_jax.loading import resolve
     from ternary.config import QuantConfig
     from ternary.policy import DEFAULT_PATTERNS, Policy
     from ternary.storage.rounding import quantize_checkpoint
@@ -88,7 +87,7 @@ def quantize(
             bar.update(nbytes)
 
         counted = quantize_checkpoint(
-            resolve(src),
+            src,
             dst,
             quant,
             policy,
