@@ -55,8 +55,9 @@ bench: $(VENV)/.installed-test ## time a FLUX.1-dev step on this machine's GPU, 
 	$(BIN)/python -m benchmarks.transformer_step --peers
 	$(BIN)/python -m benchmarks.render_tables
 
-tables: $(VENV)/.installed ## rewrite the README's tables from benchmarks/results
+tables: $(VENV)/.installed ## rewrite what is generated in README and docs: tables, commands, public names
 	$(BIN)/python -m benchmarks.render_tables
+	$(BIN)/python -m tools.commands
 
 install-demo: $(VENV)/.installed ## only install, what `make demo` needs
 install-test: $(VENV)/.installed-test ## only install, what `make test` and `make lint` need

@@ -3,4 +3,4 @@
 from convert.cli import app
 
 if __name__ == "__main__":
-    app(prog_name="python -m convert")
+    app()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flux_jax.errors import UserError, exit_on_user_error
+from flux_jax.errors import UserError
+from pallas_kernels.command_line import App, Force, Json, Quiet, print_json
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = App(name="convert")
 
 
 @app.command()
@@ -19,12 +21,15 @@ def main(
     src: Annotated[
         str,
         typer.Argument(
-            help="A diffusers folder or hub id, a Black Forest Labs .safetensors file, or a Flax "
+            metavar="SRC",
+            help="tiny, a diffusers folder or hub id, a Black Forest Labs .safetensors file, or a Flax "
             "checkpoint.",
             show_default=False,
         ),
     ],
-    dst: Annotated[Path, typer.Argument(help="Folder to be made.", show_default=False)],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder to be made.", show_default=False)
+    ],
     components: Annotated[
         str | None,
         typer.Option(
@@ -41,35 +46,40 @@ def main(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the target again and compare checksums.")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing checkpoint, once the new is whole.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
+    force: Force = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)
     ] = None,
     shard_mb: Annotated[
         int, typer.Option(min=1, help="Largest file of a diffusers folder, in MB.")
     ] = 9900,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert FLUX.1 weights between Hugging Face, Black Forest Labs and Flax.
 
     The target is written beside its place and renamed when it is whole: a run that is killed
     leaves no half checkpoint. Tensors are streamed; peak memory stays far below the model's size.
+
+    \b
+    Examples:
+      python -m convert black-forest-labs/FLUX.1-dev ~/flux-dev
+      python -m convert flux1-dev-fp8.safetensors ~/flux-dev --components transformer --verify
+      python -m convert ~/flux-dev ~/back --to diffusers --dtype keep
     """
-    with exit_on_user_error():
-        _run(
-            src,
-            dst,
-            names=None if components is None else _names(components),
-            quiet=quiet,
-            revision=revision,
-            dtype=dtype,
-            to=to,
-            verify=verify,
-            force=force,
-            shard_bytes=shard_mb * 10**6,
-        )
+    _run(
+        src,
+        dst,
+        names=None if components is None else _names(components),
+        as_json=json,
+        quiet=quiet,
+        revision=revision,
+        dtype=dtype,
+        to=to,
+        verify=verify,
+        force=force,
+        shard_bytes=shard_mb * 10**6,
+    )
 
 
 def _names(text: str) -> list[str]:
@@ -84,6 +94,7 @@ def _run(
     dst: Path,
     *,
     names: list[str] | None,
+    as_json: bool,
     quiet: bool,
     revision: str | None,
     **options: Any,
@@ -91,11 +102,8 @@ def _run(
     # Late: JAX takes a second, and --help should not.
     from tqdm import tqdm
 
-    from convert import atomic, engine, hub
+    from convert import engine
 
-    # Before a download of tens of gigabytes.
-    atomic.check_target(dst, force=options["force"], replaceable=engine.is_checkpoint)
-    path = hub.resolve(src, names, revision=revision)
     with contextlib.ExitStack() as stack:
         bars: list[tqdm] = []
 
@@ -114,14 +122,20 @@ def _run(
             bars[0].update(nbytes)
 
         summary = engine.convert(
-            path, dst, components=names, on_start=start, on_bytes=advance, **options
+            src,
+            dst,
+            components=names,
+            revision=revision,
+            on_start=start,
+            on_bytes=advance,
+            **options,
         )
-    if quiet:
-        return
-    for component, tensor, reason in summary.dropped:
-        typer.echo(f"left out: {tensor} of {component}: {reason}", err=True)
-    checked = f", {summary.verified} tensors verified" if summary.verified else ""
-    typer.echo(
-        f"{summary.path}: {', '.join(summary.components)}, {summary.nbytes / 1e9:.2f} GB{checked}",
-        err=True,
-    )
+    if not quiet:
+        for component, tensor, reason in summary.dropped:
+            typer.echo(f"left out: {tensor} of {component}: {reason}", err=True)
+    if as_json:
+        print_json({**dataclasses.asdict(summary), "path": str(summary.path)})
+    elif not quiet:
+        checked = f", {summary.verified} tensors verified" if summary.verified else ""
+        size = f"{summary.nbytes / 1e9:.2f} GB"
+        typer.echo(f"{summary.path}: {', '.join(summary.components)}, {size}{checked}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import atomic
+from convert import atomic, hub
 from convert.safetensors_io import finish, read_json
 from convert.source import (
     FORMAT,
@@ -66,10 +66,11 @@ class _Checksums:
 
 
 def convert(
-    src: Path,
-    dst: Path,
+    src: str | Path,
+    dst: str | Path,
     *,
     components: Sequence[str] | None = None,
+    revision: str | None = None,
     dtype: str = "bf16",
     to: str = "flax",
     verify: bool = False,
@@ -81,9 +82,10 @@ def convert(
     """Convert a checkpoint.
 
     Args:
-      src: anything that `convert.source.open_source` opens.
+      src: a folder or file of any layout that can be read, a hub id, or a shipped model's name.
       dst: to be made: a folder, or a `.safetensors` file for one component with `to="bfl"`.
       components: which; None for all that are there.
+      revision: branch, tag or commit of a hub id.
       dtype: "bf16", "fp16" or "fp32"; "keep" leaves each tensor's own (float8 becomes bf16).
       to: "flax", "diffusers" or "bfl".
       verify: read the target again before it is put in place and compare checksums.
@@ -101,7 +103,10 @@ def convert(
     for value, known, option in ((dtype, DTYPES, "dtype"), (to, TARGETS, "to")):
         if value not in known:
             raise UserError(f"{option} must be one of {', '.join(known)}, got {value!r}")
+    dst = Path(dst)
+    # Before a download of tens of gigabytes.
     atomic.check_target(dst, force=force, replaceable=is_checkpoint)
+    src = hub.resolve(src, components, revision=revision)
     here, there = src.resolve(), dst.resolve()
     if there == here or there in here.parents:
         raise UserError(f"{dst}: the target would replace the source {src}; choose another place")

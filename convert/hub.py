@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.tables import COMPONENTS, check_components
+from flux_jax.assets import SHIPPED, shipped_path
 from flux_jax.errors import UserError
 
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -19,7 +20,8 @@ def resolve(
     """A local path as it is; a repository id downloaded to the hub's cache.
 
     Args:
-      src: a path, or `owner/name` when no such path exists.
+      src: a path; or when there is none, `owner/name`, or the name of a model that ships with the
+        package.
       components: which to download; None for all.
       revision: branch, tag or commit of a repository.
 
@@ -31,6 +33,8 @@ def resolve(
         if revision is not None:
             raise UserError(f"{src}: a local path has no revision {revision!r}")
         return path
+    if src in SHIPPED and revision is None:
+        return shipped_path(str(src))
     if not isinstance(src, str) or not _REPO_ID.fullmatch(src):
         raise UserError(f"{src}: no such file or folder, and no hub id (owner/name)")
     return download(src, components, revision=revision)

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flux_jax.autoencoder import Autoencoder
-    from flux_jax.checkpoint import load_checkpoint, save_checkpoint
+    from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
     from flux_jax.clip import CLIPTextEncoder
     from flux_jax.configs import (
         AutoencoderConfig,
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
         T5Config,
     )
     from flux_jax.errors import UserError
-    from flux_jax.metadata import save_png
+    from flux_jax.metadata import read_png, save_png
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.prompts import PromptEmbeds, TextEncoders
-    from flux_jax.sharding import make_mesh
+    from flux_jax.sharding import flat_shardings, make_mesh
     from flux_jax.t5 import T5Encoder
     from flux_jax.transformer import FluxTransformer
 
@@ -44,8 +44,11 @@ _HOME = {
     "T5Encoder": "t5",
     "TextEncoders": "prompts",
     "UserError": "errors",
+    "flat_shardings": "sharding",
+    "inspect_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "make_mesh": "sharding",
+    "read_png": "metadata",
     "save_checkpoint": "checkpoint",
     "save_png": "metadata",
 }
@@ -64,8 +67,11 @@ __all__ = [
     "T5Encoder",
     "TextEncoders",
     "UserError",
+    "flat_shardings",
+    "inspect_checkpoint",
     "load_checkpoint",
     "make_mesh",
+    "read_png",
     "save_checkpoint",
     "save_png",
 ]

@@ -3,4 +3,4 @@
 from pallas_kernels.cli import app
 
 if __name__ == "__main__":
-    app(prog_name="python -m pallas_kernels")
+    app()

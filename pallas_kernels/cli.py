@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json as json_module
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
+from pallas_kernels.command_line import App, Json, Quiet, print_json
+from pallas_kernels.errors import UserError
+
+app = App(
     name="pallas_kernels",
     help="Products with packed ternary weights: prove, time and tune the backends of this machine.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
 )
 
 Backend = Annotated[
@@ -36,10 +33,6 @@ Shape = Annotated[
     ),
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Timings that each median is over.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="Also write the JSON to this file.", show_default="none"),
@@ -64,20 +57,19 @@ def check(
       python -m pallas_kernels check
       python -m pallas_kernels check --backend mosaic --json
     """
-    with exit_on_bad_input():
-        from pallas_kernels import checking
+    from pallas_kernels import checking
 
-        runs = check_runs(backend)
-        outcomes = []
-        for name, cases, multiply in runs:
-            for case in cases:
-                outcome = checking.check(case, name, multiply, seed)
-                outcomes.append(outcome)
-                if not json:
-                    verdict = "ok" if outcome.passed else "WRONG"
-                    repeats = "" if outcome.repeats else ", other bits in a second run"
-                    share = f"error {outcome.error:.3f} of the bound{repeats}"
-                    typer.echo(f"{verdict:5}  {name:20}  {case!s:58}  {share}")
+    runs = check_runs(backend)
+    outcomes = []
+    for name, cases, multiply in runs:
+        for case in cases:
+            outcome = checking.check(case, name, multiply, seed)
+            outcomes.append(outcome)
+            if not json:
+                verdict = "ok" if outcome.passed else "WRONG"
+                repeats = "" if outcome.repeats else ", other bits in a second run"
+                share = f"error {outcome.error:.3f} of the bound{repeats}"
+                typer.echo(f"{verdict:5}  {name:20}  {case!s:58}  {share}")
     passed = all(outcome.passed for outcome in outcomes)
     rows = [
         {"backend": o.backend, "case": str(o.case), "error": o.error, "repeats": o.repeats}
@@ -108,19 +100,18 @@ def bench(
       python -m pallas_kernels bench --out bench.json
       python -m pallas_kernels bench --shape 4608x3072x9216 --backend mosaic
     """
-    with exit_on_bad_input():
-        from pallas_kernels import bench as measuring
+    from pallas_kernels import bench as measuring
 
-        names = kernels_here(backend, or_jax=True)
-        shapes = shapes_of(shape, few=few)
-        rows = []
-        for m, k, n in shapes:
-            for row in measuring.time_shape(m, k, n, backends=names, repeats=repeats):
-                rows.append(row)
-                if not quiet:
-                    typer.echo(f"{m}x{k}->{n} {row.what} {row.backend}: {row.ms:.4f} ms", err=True)
-        if not json:
-            typer.echo("\n".join(measuring.table(rows)))
+    names = kernels_here(backend, or_jax=True)
+    shapes = shapes_of(shape, few=few)
+    rows = []
+    for m, k, n in shapes:
+        for row in measuring.time_shape(m, k, n, backends=names, repeats=repeats):
+            rows.append(row)
+            if not quiet:
+                typer.echo(f"{m}x{k}->{n} {row.what} {row.backend}: {row.ms:.4f} ms", err=True)
+    if not json:
+        typer.echo("\n".join(measuring.table(rows)))
     report({"rows": [dataclasses.asdict(row) for row in rows]}, out, json, quiet)
 
 
@@ -150,28 +141,27 @@ def tune(
     Examples:
       python -m pallas_kernels tune --shape 4608x3072x9216 --bits 8
     """
-    with exit_on_bad_input():
-        from pallas_kernels import tile_table
-        from pallas_kernels.backends import describe, device_of
-        from pallas_kernels.tiles import Problem
+    from pallas_kernels import tile_table
+    from pallas_kernels.backends import describe, device_of
+    from pallas_kernels.tiles import Problem
 
-        for value in bits or ():
-            if value not in (8, 16):
-                raise BadInput(f"--bits must be 8 or 16, got {value}")
-        names = kernels_here(backend, or_jax=False)
-        device = describe(device_of(None))
-        entries, failures = [], []
-        for m, k, n in shapes_of(shape, few=False):
-            for name in names:
-                for width in bits or (8, 16):
-                    problem = Problem(m, n, k, width, grouped)
-                    entry, failed = tune_one(name, problem, device, repeats, quiet)
-                    failures += failed
-                    entries += [entry] if entry else []
-        where = tile_table.write_entries(device.kind, entries, table) if entries else None
-        if not json:
-            for entry in entries:
-                typer.echo(json_module.dumps(entry.to_json()))
+    for value in bits or ():
+        if value not in (8, 16):
+            raise UserError(f"--bits must be 8 or 16, got {value}")
+    names = kernels_here(backend, or_jax=False)
+    device = describe(device_of(None))
+    entries, failures = [], []
+    for m, k, n in shapes_of(shape, few=False):
+        for name in names:
+            for width in bits or (8, 16):
+                problem = Problem(m, n, k, width, grouped)
+                entry, failed = tune_one(name, problem, device, repeats, quiet)
+                failures += failed
+                entries += [entry] if entry else []
+    where = tile_table.write_entries(device.kind, entries, table) if entries else None
+    if not json:
+        for entry in entries:
+            typer.echo(json_module.dumps(entry.to_json()))
     found = {
         "table": None if where is None else where.name,
         "entries": [entry.to_json() for entry in entries],
@@ -194,25 +184,11 @@ def tune_one(name: str, problem: Any, device: Any, repeats: int, quiet: bool) ->
     return tuning.fastest(name, problem, trials), failed
 
 
-class BadInput(ValueError):
-    """What was wrong with the command line: one line naming it, what was expected and found."""
-
-
-@contextlib.contextmanager
-def exit_on_bad_input() -> Iterator[None]:
-    """One line on stderr and exit code 2, without a traceback."""
-    try:
-        yield
-    except BadInput as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 def shapes_of(texts: list[str] | None, *, few: bool) -> tuple[tuple[int, int, int], ...]:
     """(tokens, inputs, outputs) of each --shape; without one, what suits the device.
 
     Raises:
-      BadInput: a text that is no shape.
+      UserError: a text that is no shape.
     """
     from pallas_kernels import bench as measuring
     from pallas_kernels.backends import compute_capability, device_of
@@ -222,7 +198,7 @@ def shapes_of(texts: list[str] | None, *, few: bool) -> tuple[tuple[int, int, in
         for text in texts:
             match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
             if match is None:
-                raise BadInput(
+                raise UserError(
                     f"--shape must be TOKENSxINPUTSxOUTPUTS, such as 4608x3072x9216, got {text!r}"
                 )
             shapes.append((int(match[1]), int(match[2]), int(match[3])))
@@ -236,7 +212,7 @@ def kernels_here(names: list[str] | None, *, or_jax: bool) -> tuple[str, ...]:
     """The backends that are asked for, or all that can run here.
 
     Raises:
-      BadInput: an unknown one, one that cannot run here, or none at all.
+      UserError: an unknown one, one that cannot run here, or none at all.
     """
     from pallas_kernels.bench import backends_here
 
@@ -245,13 +221,13 @@ def kernels_here(names: list[str] | None, *, or_jax: bool) -> tuple[str, ...]:
         reasons["jax"] = "it has no tiles"
     for name in names or ():
         if name not in reasons:
-            raise BadInput(f"--backend must be one of {', '.join(reasons)}, got {name!r}")
+            raise UserError(f"--backend must be one of {', '.join(reasons)}, got {name!r}")
         if reasons[name]:
-            raise BadInput(f"--backend {name} cannot be used here: {reasons[name]}")
+            raise UserError(f"--backend {name} cannot be used here: {reasons[name]}")
     chosen = tuple(names or (name for name, reason in reasons.items() if reason is None))
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise BadInput(f"no backend can be used here ({why})")
+        raise UserError(f"no backend can be used here ({why})")
     return chosen
 
 
@@ -278,10 +254,9 @@ def report(content: dict[str, Any], out: Path | None, json: bool, quiet: bool) -
 
     device = jax.devices()[0]
     full = {"device": device.device_kind, "jax": jax.__version__, **content}
-    text = json_module.dumps(full, indent=2)
     if json:
-        typer.echo(text)
+        print_json(full)
     if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
+        out.write_text(json_module.dumps(full, indent=2) + "\n", encoding="utf-8")
         if not quiet:
             typer.echo(f"written: {out}", err=True)

@@ -3,4 +3,4 @@
 from ternary.cli import app
 
 if __name__ == "__main__":
-    app(prog_name="python -m ternary")
+    app()

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flux_jax.errors import exit_on_user_error
+from pallas_kernels.command_line import App, Force, Json, Quiet, print_json
 from ternary.commands.calibrate import calibrate
 from ternary.commands.distill import distill
+from ternary.commands.telling import tell_checkpoint
 
-app = typer.Typer(
+app = App(
     name="ternary",
     help="1.58-bit FLUX: quantise a transformer to -1, 0 and +1, and look into the result.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
 )
 
 app.command()(calibrate)
 app.command()(distill)
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
 
 
 @app.command()
@@ -34,12 +29,15 @@ def quantize(
     src: Annotated[
         str,
         typer.Argument(
+            metavar="SRC",
             help="tiny, a diffusers folder or hub id, a Black Forest Labs file, or a Flax "
             "checkpoint.",
             show_default=False,
         ),
     ],
-    dst: Annotated[Path, typer.Argument(help="Folder to be made.", show_default=False)],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder to be made.", show_default=False)
+    ],
     granularity: Annotated[
         str, typer.Option(help="What shares a scale: tensor, channel, or group128.")
     ] = "channel",
@@ -60,9 +58,8 @@ def quantize(
         list[str] | None,
         typer.Option(help="Linears that stay as they are; may be repeated.", show_default="none"),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing checkpoint, once the new is whole.")
-    ] = False,
+    force: Force = False,
+    json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Round a transformer to ternary weights, without training.
@@ -75,53 +72,41 @@ def quantize(
       python -m ternary quantize tiny OUT
       python -m ternary quantize black-forest-labs/FLUX.1-dev OUT --granularity group128 --refit 3
     """
-    with exit_on_user_error():
-        # Late: JAX takes a second, and --help should not.
-        from tqdm import tqdm
+    # Late: JAX takes a second, and --help should not.
+    from tqdm import tqdm
 
-        from flux_jax.loading import resolve
-        from ternary.config import QuantConfig
-        from ternary.policy import DEFAULT_PATTERNS, Policy
-        from ternary.storage.rounding import quantize_checkpoint
+    from ternary.config import QuantConfig
+    from ternary.policy import DEFAULT_PATTERNS, Policy
+    from ternary.storage.rounding import quantize_checkpoint
 
-        quant = QuantConfig(
-            granularity=granularity, activation_bits=activation_bits, refit_steps=refit
+    quant = QuantConfig(granularity=granularity, activation_bits=activation_bits, refit_steps=refit)
+    policy = Policy(include=tuple(include or DEFAULT_PATTERNS), exclude=tuple(exclude or ()))
+    with tqdm(unit="B", unit_scale=True, desc="quantize", disable=quiet, file=sys.stderr) as bar:
+
+        def advance(nbytes: int) -> None:
+            bar.update(nbytes)
+
+        counted = quantize_checkpoint(
+            src,
+            dst,
+            quant,
+            policy,
+            force=force,
+            on_start=lambda nbytes: bar.reset(nbytes),
+            on_bytes=advance,
         )
-        policy = Policy(include=tuple(include or DEFAULT_PATTERNS), exclude=tuple(exclude or ()))
-        with tqdm(
-            unit="B", unit_scale=True, desc="quantize", disable=quiet, file=sys.stderr
-        ) as bar:
-
-            def advance(nbytes: int) -> None:
-                bar.update(nbytes)
-
-            counted = quantize_checkpoint(
-                resolve(src),
-                dst,
-                quant,
-                policy,
-                force=force,
-                on_start=lambda nbytes: bar.reset(nbytes),
-                on_bytes=advance,
-            )
-        if not quiet:
-            size = sum(file.stat().st_size for file in (dst / "transformer").iterdir())
-            typer.echo(
-                f"{dst}: {counted.fraction:.2%} of the transformer's {counted.total:,} parameters "
-                f"are ternary; {size / 1e6:,.1f} MB, {2 * counted.total / size:.2f} times smaller "
-                "than bf16",
-                err=True,
-            )
+    tell_checkpoint(dst, counted, json=json, quiet=quiet)
 
 
 @app.command()
 def inspect(
     folder: Annotated[
-        Path, typer.Argument(help="A ternary checkpoint, or its transformer.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A ternary checkpoint, or its transformer.", show_default=False
+        ),
     ],
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")
-    ] = False,
+    json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show each ternary layer: share of zeros, mean scale, error, bits; and the totals.
@@ -133,19 +118,18 @@ def inspect(
       python -m ternary inspect OUT
       python -m ternary inspect OUT --json
     """
-    with exit_on_user_error():
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        from ternary.storage.inspection import inspect_checkpoint, table
+    from ternary.storage.inspection import inspect_checkpoint, table
 
-        with tqdm(desc="inspect", unit=" layers", disable=quiet or json, file=sys.stderr) as bar:
+    with tqdm(desc="inspect", unit=" layers", disable=quiet or json, file=sys.stderr) as bar:
 
-            def advance(total: int) -> None:
-                bar.total = total
-                bar.update()
+        def advance(total: int) -> None:
+            bar.total = total
+            bar.update()
 
-            report = inspect_checkpoint(folder, on_layer=advance)
-        if json:
-            typer.echo(json_module.dumps(dataclasses.asdict(report), indent=2))
-        else:
-            typer.echo("\n".join(table(report)))
+        report = inspect_checkpoint(folder, on_layer=advance)
+    if json:
+        print_json(dataclasses.asdict(report))
+    else:
+        typer.echo("\n".join(table(report)))

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import typer
-
 from flux_jax.cli import compare, demo, evaluate, generate, info
+from pallas_kernels.command_line import App
 
-app = typer.Typer(
-    name="flux_jax",
-    help="FLUX.1 in JAX: images from text.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = App(name="flux_jax", help="FLUX.1 in JAX: images from text.", no_args_is_help=True)
 for command in (
     generate.generate,
     demo.demo,
@@ -26,4 +18,4 @@ for command in (
 
 def main() -> None:
     """Entry point of `python -m flux_jax` and of the `flux-jax` script."""
-    app(prog_name="python -m flux_jax")
+    app()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flux_jax.assets import DEFAULT_MODEL
-from flux_jax.errors import UserError, exit_on_user_error
+from flux_jax.errors import UserError
+from pallas_kernels.command_line import Json as Json
+from pallas_kernels.command_line import Quiet as Quiet
+from pallas_kernels.command_line import print_json as print_json
 
 if TYPE_CHECKING:
     from flux_jax.pipeline import FluxPipeline
@@ -34,10 +34,6 @@ Model = Annotated[
     ),
 ]
 DType = Annotated[str, typer.Option(help="bf16 or fp32: the weights' type and the computation's.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
 
 
 def dtype_name(text: str) -> str:
@@ -52,20 +48,12 @@ def dtype_name(text: str) -> str:
 
 
 @contextlib.contextmanager
-def command(*, quiet: bool) -> Iterator[None]:
-    """Around every command: one line for what the user can mend, and the compilation cache."""
-    logging.basicConfig(format="%(levelname)s: %(message)s".lower(), stream=sys.stderr)
-    logging.getLogger("flux_jax").setLevel(logging.ERROR if quiet else logging.INFO)
-    with exit_on_user_error():
-        from flux_jax.compile_cache import enable_compilation_cache
+def command() -> Iterator[None]:
+    """Around every command here: the programs that it compiles are kept for the next."""
+    from flux_jax.compile_cache import enable_compilation_cache
 
-        enable_compilation_cache()
-        yield
-
-
-def print_json(content: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    typer.echo(json.dumps(content, indent=2))
+    enable_compilation_cache()
+    yield
 
 
 class Stopwatch:

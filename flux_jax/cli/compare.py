@@ -13,7 +13,7 @@ def compare(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="FOLDER",
+            metavar="MODEL",
             help="A checkpoint in diffusers' layout, a Hugging Face repository id, or tiny.",
             show_default=False,
         ),
@@ -47,7 +47,7 @@ def compare(
       python -m flux_jax compare black-forest-labs/FLUX.1-dev --dtype bf16 --steps 28
     """
     passed = True
-    with common.command(quiet=quiet):
+    with common.command():
         from flux_jax import compare as comparison
 
         found = []

@@ -17,7 +17,7 @@ SIDE, MARGIN, CAPTION = 384, 12, 34
 
 
 def demo(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")] = PROMPT,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")] = PROMPT,
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG.")] = Path("demo.png"),
     seed: Annotated[int, typer.Option(help="Of the noise that both start from.")] = 0,
     json: common.Json = False,
@@ -32,7 +32,7 @@ def demo(
       python -m flux_jax demo
       python -m flux_jax demo "two green stars" --seed 3 --out stars.png
     """
-    with common.command(quiet=quiet):
+    with common.command():
         # Late: JAX takes a second, and --help should not.
         from flux_jax.images import psnr
         from flux_jax.metadata import check_png_path

@@ -41,7 +41,7 @@ def evaluate(
       python -m flux_jax evaluate --out evaluation
       python -m flux_jax evaluate --model FOLDER --limit 10 --steps 14 --json
     """
-    with common.command(quiet=quiet):
+    with common.command():
         from flux_jax import evaluate as scoring
         from flux_jax.composition.score import format_table
 

@@ -88,7 +88,7 @@ def generate(
       python -m flux_jax generate "a lighthouse" --model black-forest-labs/FLUX.1-dev --width 768
       python -m flux_jax generate --replay image.png --out again.png
     """
-    with common.command(quiet=quiet):
+    with common.command():
         explicit = {
             "prompt": prompts or None,
             "negative_prompt": negative,

@@ -46,7 +46,7 @@ def info(
       python -m flux_jax info FOLDER --json
       python -m flux_jax info black-forest-labs/FLUX.1-dev --memory --height 768
     """
-    with common.command(quiet=False):
+    with common.command():
         content = describe(model)
         if memory:
             content["memory"] = _memory(

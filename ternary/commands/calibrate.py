@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flux_jax.errors import UserError, exit_on_user_error
+from flux_jax.errors import UserError
+from pallas_kernels.command_line import Force, Json, Quiet
+from ternary.commands.telling import tell_checkpoint
 
 
 def calibrate(
@@ -23,7 +25,9 @@ def calibrate(
     prompts: Annotated[
         Path, typer.Option(help="UTF-8 text, one prompt a line.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="Folder to be made.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to be made.", show_default=False)
+    ],
     granularity: Annotated[
         str, typer.Option(help="What shares a scale: tensor, channel, or group128.")
     ] = "channel",
@@ -84,12 +88,9 @@ def calibrate(
     latents: Annotated[
         bool, typer.Option(help="Also write the latent weights, from which distill starts.")
     ] = True,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing checkpoint, once the new is whole.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")
-    ] = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make a transformer ternary and train it block by block, from prompts alone.
 
@@ -103,69 +104,61 @@ def calibrate(
       python -m ternary calibrate --teacher black-forest-labs/FLUX.1-dev --prompts prompts.txt \\
         --out OUT --batch-size 4 --accumulate 4
     """
-    with exit_on_user_error():
-        # Late: JAX takes a second, and --help should not.
-        from flux_jax.loading import resolve
-        from ternary.calibration.run import (
-            calibrate_checkpoint,
-            choose_prompts,
-            encode_prompts,
-            image_grid,
-        )
-        from ternary.config import CalibrateConfig, QuantConfig
-        from ternary.policy import DEFAULT_PATTERNS, Policy
-        from ternary.prompts import read_prompts
-        from ternary.storage import files
+    # Late: JAX takes a second, and --help should not.
+    from flux_jax.loading import resolve
+    from ternary.calibration.run import (
+        calibrate_checkpoint,
+        choose_prompts,
+        encode_prompts,
+        image_grid,
+    )
+    from ternary.config import CalibrateConfig, QuantConfig
+    from ternary.policy import DEFAULT_PATTERNS, Policy
+    from ternary.prompts import read_prompts
+    from ternary.storage import files
 
-        quant = QuantConfig(
-            granularity=granularity,
-            activation_bits=activation_bits,
-            refit_steps=refit,
-            rank=rank,
-            learned_scale=learned_scale,
+    quant = QuantConfig(
+        granularity=granularity,
+        activation_bits=activation_bits,
+        refit_steps=refit,
+        rank=rank,
+        learned_scale=learned_scale,
+    )
+    policy = Policy(include=tuple(include or DEFAULT_PATTERNS), exclude=tuple(exclude or ()))
+    config = CalibrateConfig(
+        samples=samples,
+        states_each=states_each,
+        sampling_steps=sampling_steps,
+        guidance=guidance,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        steps=steps,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        master_dtype=master_dtype,
+        blocks=parse_blocks(blocks),
+        seed=seed,
+    )
+    files.check_target(out, force=force)
+    texts = read_prompts(prompts)
+    src = resolve(teacher)
+    grid = image_grid(src, height, width)
+    texts = choose_prompts(texts, config)
+    encoded = encode_prompts(src, texts, max_sequence_length=max_sequence_length)
+    with Bars(config.steps, quiet=quiet) as bars:
+        result = calibrate_checkpoint(
+            src,
+            out,
+            encoded,
+            quant,
+            policy,
+            config,
+            grid=grid,
+            latents=latents,
+            force=force,
+            listener=bars.listener(),
         )
-        policy = Policy(include=tuple(include or DEFAULT_PATTERNS), exclude=tuple(exclude or ()))
-        config = CalibrateConfig(
-            samples=samples,
-            states_each=states_each,
-            sampling_steps=sampling_steps,
-            guidance=guidance,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            steps=steps,
-            learning_rate=learning_rate,
-            optimizer=optimizer,
-            master_dtype=master_dtype,
-            blocks=parse_blocks(blocks),
-            seed=seed,
-        )
-        files.check_target(out, force=force)
-        texts = read_prompts(prompts)
-        src = resolve(teacher)
-        grid = image_grid(src, height, width)
-        texts = choose_prompts(texts, config)
-        encoded = encode_prompts(src, texts, max_sequence_length=max_sequence_length)
-        with Bars(config.steps, quiet=quiet) as bars:
-            result = calibrate_checkpoint(
-                src,
-                out,
-                encoded,
-                quant,
-                policy,
-                config,
-                grid=grid,
-                latents=latents,
-                force=force,
-                listener=bars.listener(),
-            )
-        if not quiet:
-            size = sum(file.stat().st_size for file in (out / "transformer").iterdir())
-            typer.echo(
-                f"{out}: {result.coverage.fraction:.2%} of the transformer's "
-                f"{result.coverage.total:,} parameters are ternary; {size / 1e6:,.1f} MB, "
-                f"{2 * result.coverage.total / size:.2f} times smaller than bf16",
-                err=True,
-            )
+    tell_checkpoint(out, result.coverage, json=json, quiet=quiet)
 
 
 def parse_blocks(text: str | None) -> int | tuple[str, ...] | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flux_jax.errors import exit_on_user_error
+from pallas_kernels.command_line import Json, Quiet, print_json
 
 
 def distill(
@@ -26,7 +26,12 @@ def distill(
     ],
     out: Annotated[
         Path,
-        typer.Option(help="The run's folder; a run that is there goes on.", show_default=False),
+        typer.Option(
+            "--out",
+            "-o",
+            help="The run's folder; a run that is there goes on.",
+            show_default=False,
+        ),
     ],
     config: Annotated[
         Path | None, typer.Option(help="Settings, as YAML.", show_default="the defaults")
@@ -73,9 +78,8 @@ def distill(
     show: Annotated[
         bool, typer.Option("--show-config", help="Print the settings as YAML, and end.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")
-    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a ternary student to its teacher's velocities, from prompts alone.
 
@@ -92,34 +96,35 @@ def distill(
       srun python -m ternary distill --distributed --mesh fsdp=8 --teacher ~/flux-dev \\
         --prompts prompts.txt --config run.yaml --out RUN
     """
-    with exit_on_user_error():
-        # Late: JAX takes a second, and --help should not.
-        from ternary.distillation.run_config import read_run_config, to_yaml
+    # Late: JAX takes a second, and --help should not.
+    from ternary.distillation.run_config import read_run_config, to_yaml
 
-        settings = read_run_config(config, change or ())
-        if mesh is not None:
-            from flux_jax.sharding import read_mesh
+    settings = read_run_config(config, change or ())
+    if mesh is not None:
+        from flux_jax.sharding import read_mesh
 
-            settings = dataclasses.replace(settings, mesh=read_mesh(mesh))
-        if show:
-            typer.echo(to_yaml(settings), nl=False)
-            return
-        from flux_jax.compile_cache import enable_compilation_cache
-        from flux_jax.processes import Processes, joined_processes
-        from ternary.distillation.run import distill
-        from ternary.distillation.task import Task
+        settings = dataclasses.replace(settings, mesh=read_mesh(mesh))
+    if show:
+        typer.echo(to_yaml(settings), nl=False)
+        return
+    from flux_jax.compile_cache import enable_compilation_cache
+    from flux_jax.processes import Processes, joined_processes
+    from ternary.distillation.run import distill
+    from ternary.distillation.task import Task
 
-        enable_compilation_cache()
-        task = Task(teacher=teacher, prompts=prompts, start=start, held_out=held_out)
-        job = joined_processes() if distributed else contextlib.nullcontext(Processes())
-        with job as processes:
-            outcome = distill(task, out, settings, progress=not quiet)
-        if not quiet and processes.first:
-            parts = [f"{outcome.student}: {outcome.steps:,} steps, loss {outcome.loss:.5f}"]
-            if outcome.median_psnr is not None:
-                parts.append(f"held-out pictures {outcome.median_psnr:.2f} dB (median)")
-            if outcome.score is not None:
-                parts.append(
-                    f"score {outcome.score:.3f} of the teacher's {outcome.teacher_score:.3f}"
-                )
-            typer.echo("; ".join(parts), err=True)
+    enable_compilation_cache()
+    task = Task(teacher=teacher, prompts=prompts, start=start, held_out=held_out)
+    job = joined_processes() if distributed else contextlib.nullcontext(Processes())
+    with job as processes:
+        outcome = distill(task, out, settings, progress=not quiet)
+    if not processes.first:
+        return
+    if json:
+        print_json({**dataclasses.asdict(outcome), "student": str(outcome.student)})
+    elif not quiet:
+        parts = [f"{outcome.student}: {outcome.steps:,} steps, loss {outcome.loss:.5f}"]
+        if outcome.median_psnr is not None:
+            parts.append(f"held-out pictures {outcome.median_psnr:.2f} dB (median)")
+        if outcome.score is not None:
+            parts.append(f"score {outcome.score:.3f} of the teacher's {outcome.teacher_score:.3f}")
+        typer.echo("; ".join(parts))

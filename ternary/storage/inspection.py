@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flux_jax.loading import resolve
 from ternary.policy import coverage
 from ternary.storage.checkpoint import TernaryCheckpoint, open_checkpoint
 from ternary.storage.format import CODES, WEIGHT
@@ -61,18 +62,18 @@ class Report:
 
 
 def inspect_checkpoint(
-    folder: Path, *, on_layer: Callable[[int], None] = lambda total: None
+    folder: str | Path, *, on_layer: Callable[[int], None] = lambda total: None
 ) -> Report:
     """Read a ternary checkpoint and count; every ternary tensor's checksum and digits are checked.
 
     Args:
-      folder: of the pipeline, or of its transformer.
+      folder: of the pipeline, or of its transformer; or a shipped model's name.
       on_layer: told the number of layers before each one.
 
     Raises:
       UserError: not a ternary checkpoint, or a damaged one.
     """
-    with open_checkpoint(folder) as checkpoint:
+    with open_checkpoint(Path(resolve(folder))) as checkpoint:
         layers = []
         for name in checkpoint.layers:
             on_layer(len(checkpoint.layers))

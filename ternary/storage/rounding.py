@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flux_jax.errors import UserError
+from flux_jax.loading import resolve
 from ternary.config import QuantConfig
 from ternary.policy import Coverage, Policy, coverage, select
 from ternary.storage import files
@@ -19,9 +20,9 @@ from ternary.storage.pack import quantize_weight
 
 def quantize_checkpoint(
     src: str | Path,
-    dst: Path,
-    quant: QuantConfig,
-    policy: Policy,
+    dst: str | Path,
+    quant: QuantConfig = QuantConfig(),
+    policy: Policy = Policy(),
     *,
     force: bool = False,
     on_start: Callable[[int], None] = lambda nbytes: None,
@@ -32,7 +33,7 @@ def quantize_checkpoint(
     On the host there is one tensor at a time.
 
     Args:
-      src: folder, file or hub id, as for `flux_jax.checkpoint.load_checkpoint`.
+      src: folder, file, hub id or a shipped model's name, as for `load_checkpoint`.
       dst: folder to be made, in diffusers' layout; it appears complete or not at all.
       quant: how the weights are rounded.
       policy: which.
@@ -48,8 +49,9 @@ def quantize_checkpoint(
     """
     if quant.rank:
         raise UserError("rounding without training makes no low-rank branch; rank must be 0")
+    dst = Path(dst)
     files.check_target(dst, force=force)
-    with files.open_pipeline(src) as pipeline:
+    with files.open_pipeline(resolve(src)) as pipeline:
         shapes = pipeline.shapes
         candidates = [
             name.removesuffix(WEIGHT)

@@ -58,11 +58,10 @@ def made(folder):
 def test_the_command_makes_a_pipeline_that_draws(folder, made):
     out, result = made
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == ""
     losses = re.findall(r"blocks.0: loss (\S+) -> (\S+) in", result.stderr)
     assert len(losses) == 2
     assert all(float(after) < float(before) for before, after in losses)
-    assert "parameters are ternary" in result.stderr
+    assert "parameters are ternary" in result.stdout
     pipe = FluxPipeline.from_pretrained(out)
     assert isinstance(pipe.transformer.double_blocks[0].img_mod.lin, TernaryLinear)
     images = pipe("a red circle", num_inference_steps=2, seed=0, output_type="np").images

@@ -1,0 +1,141 @@
+"""What all our command lines share: options, messages, exit codes (docs/commands.md).
+
+Results go to stdout, progress and messages to stderr. The exit code is 0, or 1 where a check failed
+or something broke, 2 for what the user can mend, 130 after Ctrl-C, 143 after SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import inspect
+import json as json_module
+import logging
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from pallas_kernels.errors import exit_on_user_error
+
+PACKAGES = ("flux_jax", "convert", "ternary", "pallas_kernels")
+# Programs that compile quicker than this are not worth a line, in seconds.
+SLOW_COMPILATION = 0.1
+
+logger = logging.getLogger(__name__)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Also versions, slow compilations and tracebacks."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace an existing checkpoint, once the new is whole.")
+]
+
+
+class App(typer.Typer):
+    """A command line of ours. Each command is registered with `--quiet` and `--verbose`.
+
+    A command that has no use for `quiet` itself leaves it out of its signature.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(rich_markup_mode=None, pretty_exceptions_enable=False, **settings)
+
+    def command(self, *names: Any, **settings: Any) -> Callable[[Any], Any]:
+        """As typer's."""
+        register = super().command(*names, **settings)
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            register(with_common_options(function))
+            return function
+
+        return decorate
+
+
+def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the options that every command has, run as every command is."""
+    signature = inspect.signature(function, eval_str=True)
+    own = dict(signature.parameters)
+    common = {"quiet": Quiet, "verbose": Verbose}
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in common.items()
+        if name not in own
+    ]
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        quiet, verbose = values["quiet"], values["verbose"]
+        if quiet and verbose:
+            raise typer.BadParameter("give --quiet or --verbose, not both")
+        with exit_on_user_error(verbose=verbose), _messages(quiet=quiet, verbose=verbose):
+            function(**{name: value for name, value in values.items() if name in own})
+
+    whole = signature.replace(parameters=[*own.values(), *added])
+    # What typer reads in place of the wrapper's own.
+    setattr(run, "__signature__", whole)  # noqa: B010
+    run.__annotations__ = {name: each.annotation for name, each in whole.parameters.items()}
+    return run
+
+
+def print_json(content: Any) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json_module.dumps(content, indent=2))
+
+
+@contextlib.contextmanager
+def _messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Our loggers at the level that is asked for, on stderr."""
+    # Forced, as the stream is another one in each of several commands of one process.
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
+    ours = [logging.getLogger(name) for name in PACKAGES]
+    before = [each.level for each in ours]
+    root = logging.getLogger()
+    root.addHandler(handler)
+    for each in ours:
+        each.setLevel(level)
+    try:
+        if verbose:
+            _tell_versions()
+        with _compilations_told() if verbose else contextlib.nullcontext():
+            yield
+    finally:
+        root.removeHandler(handler)
+        for each, old in zip(ours, before, strict=True):
+            each.setLevel(old)
+
+
+def _tell_versions() -> None:
+    found = [f"Python {platform.python_version()}"]
+    for name in ("flux-jax", "jax", "jaxlib", "flax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    logger.debug("%s", ", ".join(found))
+
+
+@contextlib.contextmanager
+def _compilations_told() -> Iterator[None]:
+    # Late: JAX takes a second.
+    import jax
+
+    def told(event: str, duration_secs: float, **details: str | int) -> None:
+        if event.endswith("backend_compile_duration") and duration_secs > SLOW_COMPILATION:
+            logger.debug(
+                "compiled %s in %.1f s", details.get("fun_name", "a program"), duration_secs
+            )
+
+    jax.monitoring.register_event_duration_secs_listener(told)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(told)

@@ -1,0 +1,71 @@
+"""Errors a user can mend, and how the command lines show them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from types import FrameType
+
+FAILED, BAD_INPUT = 1, 2
+
+
+class UserError(ValueError):
+    """What was wrong with the caller's input: one line naming it, what was expected and found."""
+
+
+@contextlib.contextmanager
+def exit_on_user_error(*, verbose: bool = False) -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr and an exit code, without a traceback.
+
+    A `UserError` ends with code 2; a device whose memory is full with 1. SIGTERM ends the block as
+    an exception does, so that what was half-written is removed.
+
+    Args:
+      verbose: the traceback stands above the line.
+    """
+    with _clean_termination():
+        try:
+            yield
+        except UserError as error:
+            _show(str(error), verbose)
+            raise SystemExit(BAD_INPUT) from None
+        except RuntimeError as error:
+            if not _memory_is_full(error):
+                raise
+            first = str(error).partition("\n")[0]
+            _show(f"the device's memory is full: {first} (docs/troubleshooting.md)", verbose)
+            raise SystemExit(FAILED) from None
+
+
+def _show(message: str, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _memory_is_full(error: RuntimeError) -> bool:
+    """JAX has no exception of its own for it; its module is not imported here for its name."""
+    return type(error).__module__.partition(".")[0] in ("jax", "jaxlib") and str(error).startswith(
+        "RESOURCE_EXHAUSTED"
+    )
+
+
+@contextlib.contextmanager
+def _clean_termination() -> Iterator[None]:
+    def terminate(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise SystemExit(128 + number)
+
+    # Only the main thread may handle signals; a command that runs in another leaves them alone.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

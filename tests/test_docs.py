@@ -1,0 +1,151 @@
+"""The documentation: generated pages are current, quoted messages exist, the site builds."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools import commands
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("convert", "flux_jax", "pallas_kernels", "ternary")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+GAP = "\0"
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A tool in a process of its own: without the shape checks that tests add to the code."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_public_names_are_current():
+    done = run_tool("tools.public_api", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_public_name_is_imported_for_type_checkers(package):
+    """What `__init__` loads late is what its TYPE_CHECKING block names, and the reference lists."""
+    module = importlib.import_module(package)
+    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+    named = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}.")
+        for alias in node.names
+    }
+    assert sorted(named) == sorted(module.__all__)
+    for name, home in named.items():
+        assert getattr(module, name) is getattr(importlib.import_module(home), name)
+
+
+def strings(node: ast.AST) -> list[str]:
+    """Every text of a module, with a gap in place of each value put into it."""
+    found = []
+    for child in ast.walk(node):
+        if isinstance(child, ast.JoinedStr):
+            parts = [p.value if isinstance(p, ast.Constant) else GAP for p in child.values]
+            found.append("".join(map(str, parts)))
+        elif isinstance(child, ast.Constant) and isinstance(child.value, str):
+            found.append(child.value)
+    return found
+
+
+def quoted_messages() -> list[str]:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    return [block.strip() for block in re.findall(r"```error\n(.*?)```", text, re.S)]
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    files = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
+    return [text for path in files for text in strings(ast.parse(path.read_text("utf-8")))]
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_a_quoted_message_is_one_of_ours(message, sources):
+    """The pieces between dots stand in one text of the code, in order."""
+    pattern = re.compile(".*?".join(map(re.escape, message.split("..."))), re.S)
+    assert any(pattern.search(text) for text in sources), message
+
+
+def test_every_page_is_in_the_navigation():
+    class Loader(yaml.SafeLoader):
+        """Knows no tags; mkdocs.yml has none that matter here."""
+
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"]
+    listed = set(re.findall(r"[\w/]+\.md", json.dumps(nav)))
+    assert {path.name for path in PAGES} <= listed
+    notebooks = {f"notebooks/{p.stem}.md" for p in (ROOT / "notebooks").glob("*.ipynb")}
+    assert notebooks <= listed
+
+
+def shell_commands() -> list[tuple[str, str]]:
+    """(page, command) of every `python -m` command of ours in a block of a page."""
+    found = []
+    for path in [ROOT / "README.md", *PAGES]:
+        text = path.read_text(encoding="utf-8")
+        for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.S | re.M):
+            if language not in ("", "bash"):
+                continue
+            for line in block.replace("\\\n", " ").splitlines():
+                match = re.search(rf"python -m ((?:{'|'.join(PACKAGES)})\b.*)", line)
+                if match:
+                    found.append((path.name, match[1].strip()))
+    return sorted(set(found))
+
+
+KNOWN = {command.call.removeprefix("python -m "): command for command in commands.commands()}
+
+
+@pytest.mark.parametrize(("page", "command"), shell_commands())
+def test_a_command_of_a_page_exists(page, command):
+    words = shlex.split(command, comments=True)
+    call = words[0] if words[0] in KNOWN else " ".join(words[:2])
+    if call not in KNOWN:
+        assert "[OPTIONS]" in command, f"{page}: no command {call}"
+        return
+    known = {o for p in KNOWN[call].parameters for o in [*p.opts, *p.secondary_opts]}
+    used = {word for word in words if word.startswith("--")}
+    assert used <= known | {"--help"}, f"{page}: {call} has no {sorted(used - known)}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocs") is None, reason="the extra `docs` is not installed"
+)
+def test_the_site_builds(tmp_path):
+    """Strictly: a link or an anchor that leads nowhere is an error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    method = (tmp_path / "method.html").read_text(encoding="utf-8")
+    assert method.count("<math") > 20
+    assert "arithmatex" not in method
+    home = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert 'href="quickstart.html"' in home
+    reference = (tmp_path / "reference" / "ternary.html").read_text(encoding="utf-8")
+    assert 'id="ternary.config.QuantConfig"' in reference
+    # Everything a page needs comes with it.
+    for page in tmp_path.rglob("*.html"):
+        fetched = re.findall(r'(?:<script[^>]*src|<link[^>]*href)="(https?:[^"]+)', page.read_text())
+        assert not fetched, (page.name, fetched)

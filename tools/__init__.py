@@ -1,0 +1,1 @@
+"""What makes the documentation: pages from the parsers, the public names and the notebooks."""
