@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flux_jax import attention_kernels as kernels
+from flux_jax.sequence import exchange
 
 Implementation = Literal["cudnn", "mosaic", "tokamax", "cudnn_fp8", "xla_fp8", "xla"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
@@ -54,6 +55,9 @@ def attention(
 ) -> Float[Array, "B Lq H D"]:
     """`softmax(scale * q @ k.T + bias) @ v` per head; the softmax is in float32.
 
+    Where the tokens are split over devices (`flux_jax.sequence`), q, k and v are a part of them and
+    attend to all.
+
     Args:
       q, k, v: queries, keys and values.
       bias: added to the scores before the softmax; "cudnn" and "xla" only.
@@ -68,26 +72,38 @@ def attention(
     Raises:
       NotImplementedError: the implementation that is asked for cannot compute this here; says why.
     """
+    others = exchange()
+    masked = bias is not None or causal
+    if others is not None:
+        if masked:
+            raise NotImplementedError("attention over split tokens takes no bias and no mask")
+        q, k, v = others.to_heads(q, k, v)
     if implementation is None:
         implementation = "xla" if bias is not None else default_implementation(q)
-    elif reason := why_not(implementation, q, k, masked=bias is not None or causal):
+    elif reason := why_not(implementation, q, k, masked=masked):
         raise NotImplementedError(f"attention {implementation!r} cannot run here: {reason}")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    masked: dict[str, Any] = {"bias": bias, "is_causal": causal}
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn", **masked)
-    if implementation in kernels.KERNELS:
-        return kernels.KERNELS[implementation](q, k, v, scale).astype(q.dtype)
+    if masked or implementation == "cudnn":
+        out = jax.nn.dot_product_attention(
+            q, k, v, bias=bias, scale=scale, is_causal=causal, implementation=implementation
+        )
+    elif implementation in kernels.KERNELS:
+        out = kernels.KERNELS[implementation](q, k, v, scale).astype(q.dtype)
+    else:
+        out = _plain(q, k, v, scale, float8=implementation == "xla_fp8")
+    return out if others is None else others.to_tokens(out)
+
+
+def _plain(q: Array, k: Array, v: Array, scale: float, *, float8: bool) -> Float[Array, "B Lq H D"]:
+    """Plain JAX, in chunks of queries where the scores are many."""
     dtype = q.dtype
-    if implementation == "xla_fp8":
+    if float8:
         (q, dq), (k, dk), (v, dv) = (kernels.to_float8(x) for x in (q, k, v))
         some = functools.partial(kernels.float8_twin, scale=scale * dq * dk, v_scale=dv)
     else:
-        some = functools.partial(
-            jax.nn.dot_product_attention, scale=scale, implementation="xla", **masked
-        )
+        some = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="xla")
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
-    if scores <= _MAX_SCORES or bias is not None or causal:
+    if scores <= _MAX_SCORES:
         return some(q, k, v).astype(dtype)
     return _chunked(some, q, k, v, math.ceil(scores / _MAX_SCORES)).astype(dtype)
 

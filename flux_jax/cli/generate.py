@@ -11,6 +11,7 @@ import typer
 
 from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
+from flux_jax.cli.many import generate_many
 from flux_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -23,12 +24,28 @@ def generate(
     ] = None,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="The PNG. Several images: image-0.png, image-1.png ..."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="The PNG. Several images: image-0.png, image-1.png ... With --prompts a folder.",
+        ),
     ] = Path("image.png"),
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="UTF-8 text, a prompt a line: all are drawn into the folder --out, 00000.png ... "
+            "A run that was stopped goes on when the command is given again.",
+            show_default=False,
+        ),
+    ] = None,
     model: common.Model = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Image i takes SEED + i.", show_default="a new one, reported"),
+        typer.Option(
+            help="Image i takes SEED + i.", show_default="a new one, reported; with --prompts 0"
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps.", show_default="28; schnell: 4")
@@ -59,8 +76,9 @@ def generate(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Images drawn together; above 1 a seed's image is the same to rounding only.",
-            show_default="1",
+            help="Images drawn together, over all devices; above one a device, a seed's image is "
+            "the same to rounding only.",
+            show_default="one a device",
         ),
     ] = None,
     replay: Annotated[
@@ -73,6 +91,8 @@ def generate(
     metadata: Annotated[
         bool, typer.Option("--metadata/--no-metadata", help="Keep all of this in the PNG.")
     ] = True,
+    mesh: common.MeshOption = None,
+    distributed: common.Distributed = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
@@ -87,6 +107,8 @@ def generate(
       python -m flux_jax generate "a cat" "a dog" --num-images 2 --out pets.png
       python -m flux_jax generate "a lighthouse" --model black-forest-labs/FLUX.1-dev --width 768
       python -m flux_jax generate --replay image.png --out again.png
+      python -m flux_jax generate "a lighthouse" --model FOLDER --mesh sequence=4
+      python -m flux_jax generate --prompts prompts.txt --out images --mesh data=4
     """
     with common.command():
         explicit = {
@@ -103,10 +125,34 @@ def generate(
             "model": model,
             "dtype": None if dtype is None else common.dtype_name(dtype),
         }
+        given = {name: value for name, value in explicit.items() if value is not None}
+        if prompt_file is not None:
+            for name, used in {
+                "PROMPT": bool(prompts),
+                "--replay": replay is not None,
+                # What is drawn is known again by its record.
+                "--no-metadata": not metadata,
+            }.items():
+                if used:
+                    raise UserError(f"--prompts goes without {name}")
+            generate_many(
+                prompt_file,
+                out,
+                given,
+                num_images=num_images,
+                mesh=mesh,
+                distributed=distributed,
+                as_json=json,
+                quiet=quiet,
+            )
+            return
+        if distributed:
+            raise UserError("--distributed goes with --prompts: the processes share its lines")
         _generate(
-            {name: value for name, value in explicit.items() if value is not None},
+            given,
             out=out,
             num_images=num_images,
+            mesh=mesh,
             replay=replay,
             metadata=metadata,
             as_json=json,
@@ -119,6 +165,7 @@ def _generate(
     *,
     out: Path,
     num_images: int,
+    mesh: str | None,
     replay: Path | None,
     metadata: bool,
     as_json: bool,
@@ -138,7 +185,12 @@ def _generate(
     watch = common.Stopwatch()
     with watch.stage("load and encode"):
         loaded = common.load_and_encode(
-            model, settings, dtype=dtype, num_images=num_images, with_fingerprint=metadata
+            model,
+            settings,
+            dtype=dtype,
+            num_images=num_images,
+            with_fingerprint=metadata,
+            mesh=common.mesh_of_this_process(mesh),
         )
     if None not in (expected, loaded.fingerprint) and expected != loaded.fingerprint:
         logger.warning(
