@@ -13,6 +13,7 @@ import typer
 from flux_jax.errors import exit_on_user_error
 from ternary.commands.calibrate import calibrate
 from ternary.commands.distill import distill
+from ternary.commands.report import report
 
 app = typer.Typer(
     name="ternary",
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 app.command()(calibrate)
 app.command()(distill)
+app.command()(report)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
 
