@@ -5,8 +5,8 @@
 Nothing runs: the training step is compiled ahead for simulated CPU devices, from shapes alone, and
 XLA says what a device would hold. Compiled at full width with one and two blocks of each kind, and
 extrapolated to 19 and 38: blocks of a kind are alike, so what a second one adds, each further one
-adds. What is held between steps (latent weights, moments, teacher) is exact. The intermediate values
-are those of XLA's CPU backend, which computes bf16 products in float32, has no fused attention and
+adds. What is held between steps (latent weights, moments, teacher) is exact. The rest is
+that of XLA's CPU backend, which computes bf16 products in float32, has no fused attention and
 keeps the gathered weights of many blocks at once: no plan for a GPU.
 """
 

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from flux_jax.composition.prompts import CATEGORIES, EvalPrompt, load_prompts
 from flux_jax.composition.score import Scores, score_images
+from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
-from flux_jax.metadata import GenerationRecord, read_png, save_png
+from flux_jax.metadata import GenerationRecord, read_png
 from flux_jax.pipeline import FluxPipeline
-from flux_jax.plan import DEV_STEPS, SCHNELL_STEPS
 from flux_jax.prompts import PromptEmbeds
 
 
@@ -109,60 +108,34 @@ def evaluate(
     Raises:
       UserError: the folder cannot be made, or an argument is out of range.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {out}: {error.strerror}") from error
-    dev = pipe.transformer.config.guidance_embed
-    steps = num_inference_steps or (DEV_STEPS if dev else SCHNELL_STEPS)
-    fingerprint = pipe.fingerprint()
-
-    def wanted(index: int) -> dict[str, Any]:
-        return {
-            "prompt": prompts[index].prompt,
-            "seed": seed + index,
-            "num_inference_steps": steps,
-            "guidance_scale": float(guidance_scale) if dev else None,
-            "fingerprint": fingerprint,
-            "dtype": str(pipe.transformer.img_in.weight.dtype),
-        }
-
-    missing = [i for i in range(len(prompts)) if not _is_drawn(out / file_name(i), wanted(i))]
-    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), disable=not progress) as bar:
-        for start in range(0, len(missing), batch_size):
-            chunk = missing[start : start + batch_size]
-            output = pipe(
-                embeds.take(chunk),
-                seed=[seed + index for index in chunk],
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                batch_size=batch_size,
-                progress=False,
-            )
-            for index, image, record in zip(chunk, output.images, output.records, strict=True):
-                record = dataclasses.replace(record, fingerprint=fingerprint)
-                save_png(image, out / file_name(index), record)
-            bar.update(len(chunk))
+    jobs = [
+        Job(prompt=prompt.prompt, seed=seed + index, file=file_name(index))
+        for index, prompt in enumerate(prompts)
+    ]
+    rows = {prompt: row for row, prompt in enumerate(embeds.prompts)}
+    drawn = draw(
+        pipe,
+        jobs,
+        out,
+        settings={
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "max_sequence_length": embeds.prompt_embeds.shape[1],
+            "batch_size": batch_size,
+        },
+        encode=lambda texts: embeds.take([rows[text] for text in texts]),
+        replace=True,
+        progress=progress,
+    )
     images, records = _read_all(out, len(prompts))
     result = Evaluation(
         scores=score_images(images, prompts),
         prompts=tuple(prompts),
         records=records,
-        drawn=len(missing),
+        drawn=drawn,
     )
     (out / "report.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     return result
-
-
-def _is_drawn(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether a file is the image wanted; a file that was cut off while written is not."""
-    if not path.exists():
-        return False
-    try:
-        record = read_png(path)
-    except UserError:
-        return False
-    return all(getattr(record, name) == value for name, value in wanted.items())
 
 
 def _read_all(out: Path, count: int) -> tuple[list[np.ndarray], tuple[GenerationRecord, ...]]:

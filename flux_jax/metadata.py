@@ -6,6 +6,7 @@ the same for people, in the form that image browsers for other generators alread
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -107,6 +108,8 @@ def readable(record: GenerationRecord) -> str:
 def save_png(image: Image.Image, path: str | Path, record: GenerationRecord | None = None) -> None:
     """Write a PNG, with the record inside it if there is one.
 
+    The file is there whole or, if the process is killed, as it was before.
+
     Raises:
       UserError: the path does not end in .png, or cannot be written.
     """
@@ -121,9 +124,15 @@ def save_png(image: Image.Image, path: str | Path, record: GenerationRecord | No
     # use them again in the next one.
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", pnginfo=chunks)
+    path = Path(path)
+    # One name for all times: what a killed process left is written over by the next.
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        Path(path).write_bytes(encoded.getvalue())
+        partial.write_bytes(encoded.getvalue())
+        partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -133,15 +142,41 @@ def check_png_path(path: str | Path) -> None:
         raise UserError(f"{path} must end in .png, the format that keeps the image exactly")
 
 
-def read_png(path: str | Path) -> GenerationRecord:
+# What every PNG begins with, and the chunk that it ends with: length, type and checksum.
+_BEGINNING = b"\x89PNG\r\n\x1a\n"
+_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+
+
+def is_whole_png(path: str | Path) -> bool:
+    """Whether a file begins and ends as a PNG does, so that it was not cut off.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        begins = file.read(len(_BEGINNING)) == _BEGINNING
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - len(_END)))
+        return begins and file.read() == _END
+
+
+def read_png(path: str | Path, *, pixels: bool = True) -> GenerationRecord:
     """The record inside a PNG that `save_png` wrote.
+
+    Args:
+      path: of the file.
+      pixels: whether to decode the image too, which finds any damage; else only a file that was cut
+        off is found, at a hundredth of the time.
 
     Raises:
       UserError: no such file, not an image, no record in it, or one that cannot be understood.
     """
     try:
         with Image.open(path) as image:
-            image.load()
+            if pixels:
+                image.load()
+            elif not is_whole_png(path):
+                raise SyntaxError("it is cut off")
             text = image.info.get(_CHUNK)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

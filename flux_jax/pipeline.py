@@ -146,6 +146,23 @@ class FluxPipeline:
         digests = {name: component_digest(name, module) for name, module in models.items()}
         return fingerprint({**digests, **self.text_encoders.digests()})
 
+    def plan(self, **settings: Any) -> Plan:
+        """What a call with these arguments would do; they are checked, and nothing is computed.
+
+        Args:
+          **settings: of the call's arguments those that all images share, such as `height`.
+
+        Raises:
+          UserError: an argument out of its range.
+        """
+        return make_plan(
+            self.transformer.config,
+            self.vae.config,
+            self.scheduler,
+            token_limit=self._token_limit,
+            **settings,
+        )
+
     @property
     def _token_limit(self) -> int:
         return max_length(self.text_encoders.tokenizer_2)
@@ -202,11 +219,7 @@ class FluxPipeline:
           UserError: an argument that cannot be used; names it and what would do.
         """
         arguments.choice("output_type", output_type, ("pil", "np", "latent"))
-        plan = make_plan(
-            self.transformer.config,
-            self.vae.config,
-            self.scheduler,
-            token_limit=self._token_limit,
+        plan = self.plan(
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,

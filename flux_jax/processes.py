@@ -68,6 +68,18 @@ class Processes:
 
             multihost_utils.sync_global_devices(what)
 
+    def from_first(self, value: Any) -> Any:
+        """What the first process passes, in all of them.
+
+        Args:
+          value: a tree of arrays, of the same shapes and types in each.
+        """
+        if self.count == 1:
+            return value
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.broadcast_one_to_all(value)
+
 
 def settings(environment: Mapping[str, str]) -> dict[str, Any]:
     """Arguments for `jax.distributed.initialize` from plain variables; none where JAX detects.

@@ -37,6 +37,14 @@ DType = Annotated[str, typer.Option(help="bf16 or fp32: the weights' type and th
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")
 ]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="Join the other processes of this job: SLURM's, Open MPI's, or those named by "
+        "COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
 
 

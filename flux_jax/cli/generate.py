@@ -11,6 +11,7 @@ import typer
 
 from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
+from flux_jax.cli.many import generate_many
 from flux_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -23,12 +24,28 @@ def generate(
     ] = None,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="The PNG. Several images: image-0.png, image-1.png ..."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="The PNG. Several images: image-0.png, image-1.png ... With --prompts a folder.",
+        ),
     ] = Path("image.png"),
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="UTF-8 text, a prompt a line: all are drawn into the folder --out, 00000.png ... "
+            "A run that was stopped goes on when the command is given again.",
+            show_default=False,
+        ),
+    ] = None,
     model: common.Model = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Image i takes SEED + i.", show_default="a new one, reported"),
+        typer.Option(
+            help="Image i takes SEED + i.", show_default="a new one, reported; with --prompts 0"
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps.", show_default="28; schnell: 4")
@@ -73,6 +90,7 @@ def generate(
     metadata: Annotated[
         bool, typer.Option("--metadata/--no-metadata", help="Keep all of this in the PNG.")
     ] = True,
+    distributed: common.Distributed = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
@@ -87,6 +105,7 @@ def generate(
       python -m flux_jax generate "a cat" "a dog" --num-images 2 --out pets.png
       python -m flux_jax generate "a lighthouse" --model black-forest-labs/FLUX.1-dev --width 768
       python -m flux_jax generate --replay image.png --out again.png
+      python -m flux_jax generate --prompts prompts.txt --out images
     """
     with common.command(quiet=quiet):
         explicit = {
@@ -103,8 +122,30 @@ def generate(
             "model": model,
             "dtype": None if dtype is None else common.dtype_name(dtype),
         }
+        given = {name: value for name, value in explicit.items() if value is not None}
+        if prompt_file is not None:
+            for name, used in {
+                "PROMPT": bool(prompts),
+                "--replay": replay is not None,
+                # What is drawn is known again by its record.
+                "--no-metadata": not metadata,
+            }.items():
+                if used:
+                    raise UserError(f"--prompts goes without {name}")
+            generate_many(
+                prompt_file,
+                out,
+                given,
+                num_images=num_images,
+                distributed=distributed,
+                as_json=json,
+                quiet=quiet,
+            )
+            return
+        if distributed:
+            raise UserError("--distributed goes with --prompts: the processes share its lines")
         _generate(
-            {name: value for name, value in explicit.items() if value is not None},
+            given,
             out=out,
             num_images=num_images,
             replay=replay,

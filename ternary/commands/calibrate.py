@@ -106,6 +106,7 @@ def calibrate(
     with exit_on_user_error():
         # Late: JAX takes a second, and --help should not.
         from flux_jax.loading import resolve
+        from flux_jax.prompt_file import read_prompts
         from ternary.calibration.run import (
             calibrate_checkpoint,
             choose_prompts,
@@ -114,7 +115,6 @@ def calibrate(
         )
         from ternary.config import CalibrateConfig, QuantConfig
         from ternary.policy import DEFAULT_PATTERNS, Policy
-        from ternary.prompts import read_prompts
         from ternary.storage import files
 
         quant = QuantConfig(

@@ -11,9 +11,9 @@ import yaml
 
 from flux_jax.composition.prompts import EvalPrompt, load_prompts
 from flux_jax.errors import UserError
+from flux_jax.prompt_file import read_prompts
 from flux_jax.tree import Flat
 from ternary.distillation.run_config import RunConfig, differences, to_yaml
-from ternary.prompts import read_prompts
 from ternary.storage.latents import load_latents
 
 # Prompts that carry a composition score come with the package.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from flux_jax.errors import UserError
 from flux_jax.processes import settings
+from tests.jobs import finish, start
 from tests.small_pipeline import WORDS, small_folder
 
 PROMPTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in WORDS[6:10]]
@@ -48,37 +48,6 @@ def inputs(tmp_path_factory):
 
 def inputs_folder(inputs):
     return Path(inputs[inputs.index("--prompts") + 1]).parent
-
-
-def start(command, count, devices):
-    """The processes of one job, each with some fake devices."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    plain = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "NUM_PROCESSES": str(count),
-    }
-    return [
-        subprocess.Popen(
-            [*command, "--distributed"],
-            env={**plain, "PROCESS_ID": str(index)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-
-
-def finish(jobs):
-    try:
-        said = [job.communicate(timeout=240)[1] for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-    assert [job.returncode for job in jobs] == [0] * len(jobs), "\n".join(said)
 
 
 def losses(out):

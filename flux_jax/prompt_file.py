@@ -1,9 +1,7 @@
-"""Prompt files: the only data that distillation reads."""
+"""Files of prompts, one a line."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from flux_jax.errors import UserError
@@ -32,8 +30,3 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; it must hold one prompt a line")
     return prompts
-
-
-def fingerprint(prompts: Sequence[str]) -> str:
-    """A short name for a set of prompts, by which a cache knows its own."""
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]

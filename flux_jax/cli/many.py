@@ -1,0 +1,86 @@
+"""`python -m flux_jax generate --prompts FILE`: an image for each line, into a folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from flux_jax.assets import DEFAULT_MODEL
+from flux_jax.cli import common
+
+# Digits of a line's number in its file's name: the same however many lines there are.
+_DIGITS = 5
+
+
+def generate_many(
+    prompt_file: Path,
+    out: Path,
+    explicit: Mapping[str, Any],
+    *,
+    num_images: int,
+    distributed: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Draw every prompt of a file; what is drawn already is left alone.
+
+    Args:
+      prompt_file: a prompt a line.
+      out: folder of the images, 00000.png or 00000-0.png.
+      explicit: the options that were given.
+      num_images: images of each prompt; image i of all takes seed + i.
+      distributed: whether to join the other processes of this job.
+      as_json, quiet: as for every command.
+
+    Raises:
+      UserError: the file cannot be read, or as `flux_jax.drawing.draw`.
+    """
+    # Late: JAX takes a second, and --help should not.
+    from flux_jax import arguments, drawing, loading
+    from flux_jax.pipeline import FluxPipeline
+    from flux_jax.processes import Processes, joined_processes
+    from flux_jax.prompt_file import read_prompts
+    from flux_jax.prompts import TextEncoders
+
+    settings = {"seed": 0, **explicit}
+    model = settings.pop("model", DEFAULT_MODEL)
+    dtype = settings.pop("dtype", "bfloat16")
+    prompts = read_prompts(prompt_file)
+    count = arguments.integer("num_images", num_images)
+    seed = arguments.integer("seed", settings.pop("seed"), least=0)
+    jobs = [
+        drawing.Job(
+            prompt=prompt,
+            seed=seed + line * count + number,
+            file=f"{line:0{_DIGITS}d}{f'-{number}' if count > 1 else ''}.png",
+        )
+        for line, prompt in enumerate(prompts)
+        for number in range(count)
+    ]
+    watch = common.Stopwatch()
+    job = joined_processes() if distributed else contextlib.nullcontext(Processes())
+    with job as processes:
+        with watch.stage("load"):
+            checked = {**settings, "seed": jobs[-1].seed}
+            request = loading.check_request(model, checked, images=1, num_images_per_prompt=1)
+            # In host memory while images are drawn: prompts are encoded by and by.
+            encoders = TextEncoders.from_pretrained(request.path, dtype=dtype, offload=True)
+            pipe = FluxPipeline.from_pretrained(request.path, dtype=dtype, text_encoders=encoders)
+            pipe.name = model
+        with watch.stage("draw"):
+            drawn = drawing.draw(
+                pipe, jobs, out, settings=settings, progress=not quiet, processes=processes
+            )
+        if not processes.first:
+            return
+        if as_json:
+            report = {"out": str(out), "images": len(jobs), "drawn": drawn, "model": model}
+            weights = {"fingerprint": pipe.fingerprint(), "seconds": watch.seconds}
+            memory = {"peak_device_bytes": common.peak_device_bytes()}
+            common.print_json({**report, **weights, **memory})
+        elif not quiet:
+            typer.echo(f"{out}  {len(jobs)} images, {drawn} drawn now")

@@ -1,0 +1,259 @@
+"""Many images into one folder: in batches, by several processes, and on from where it was stopped.
+
+An image appears under its name whole, with its record inside (`flux_jax.metadata`). So the folder
+itself says what is done: a run that was killed at any moment is resumed by running it again, on any
+number of devices and processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from flux_jax.errors import UserError
+from flux_jax.metadata import (
+    GenerationRecord,
+    check_png_path,
+    is_whole_png,
+    read_png,
+    save_png,
+)
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.processes import Processes
+from flux_jax.prompts import PromptEmbeds
+
+# Prompts whose embeddings are in memory together; half a gigabyte for FLUX.1.
+ENCODED_TOGETHER = 128
+
+Encode = Callable[[Sequence[str]], PromptEmbeds]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One image.
+
+    Attributes:
+      prompt: what to draw.
+      seed: of its noise.
+      file: where to, a path inside the folder that ends in .png.
+    """
+
+    prompt: str
+    seed: int
+    file: str
+
+
+def draw(
+    pipe: FluxPipeline,
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    encode: Encode | None = None,
+    replace: bool = False,
+    progress: bool = True,
+    processes: Processes | None = None,
+) -> int:
+    """Draw those of `jobs` that are not drawn yet.
+
+    An image depends on its job and the settings alone, if a device draws one at a time; with more
+    of them (`batch_size`), rounding depends on their number.
+
+    Args:
+      pipe: the model; in each process one of its own, on devices of its own.
+      jobs: the images.
+      out: their folder; made if absent. One run at a time draws into it.
+      settings: keyword arguments of the pipeline's call that all images share.
+      encode: prompts to embeddings, when they are needed; by default by the pipeline's encoders.
+      replace: draw again what is there with other settings; by default it is refused.
+      progress: whether to show a progress bar on stderr, of all processes together.
+      processes: among which the images are divided; by default this one draws all.
+
+    Returns:
+      How many images were drawn, by all processes.
+
+    Raises:
+      UserError: a setting out of its range, a folder that cannot be written to or that another run
+        draws into, or an image there that is none of this run's.
+      ValueError: two jobs of one file.
+    """
+    processes = Processes() if processes is None else processes
+    if len({job.file for job in jobs}) < len(jobs):
+        raise ValueError("two jobs have the same file")
+    wanted = _Wanted(pipe, settings or {})
+    with contextlib.ExitStack() as stack:
+        drawn = np.zeros(len(jobs), bool)
+        if processes.first:
+            stack.enter_context(_claimed(out))
+            _make_folders({(out / job.file).parent for job in jobs})
+            drawn[:] = [wanted.is_drawn(out / job.file, job, replace) for job in jobs]
+        # One process looks: on a network's disk each might see something else.
+        drawn = np.asarray(processes.from_first(drawn))
+        if not out.is_dir():
+            raise UserError(f"{out} must be on a disk that all processes share")
+        missing = [job for job, done in zip(jobs, drawn, strict=True) if not done]
+        shown = _Progress(missing, out, len(jobs), disable=not (progress and processes.first))
+        for _ in wanted.draw(missing[processes.index :: processes.count], out, encode):
+            shown.look()
+        processes.wait("images")
+        shown.look()
+        shown.close()
+    return len(missing)
+
+
+class _Wanted:
+    """What is to be drawn, but for prompt and seed."""
+
+    def __init__(self, pipe: FluxPipeline, settings: Mapping[str, Any]):
+        self._pipe = pipe
+        self._settings = {name: value for name, value in settings.items() if value is not None}
+        self._negative = self._settings.pop("negative_prompt", None)
+        self._plan = plan = pipe.plan(**self._settings)
+        if plan.true_cfg_scale <= 1:
+            self._negative = None
+        self._shared = {
+            "num_inference_steps": plan.schedule.num_steps,
+            "height": plan.height,
+            "width": plan.width,
+            "max_sequence_length": plan.max_sequence_length,
+            "guidance_scale": plan.guidance_scale,
+            "negative_prompt": self._negative,
+            "true_cfg_scale": 1.0 if self._negative is None else plan.true_cfg_scale,
+            "dtype": str(pipe.transformer.img_in.weight.dtype),
+            "fingerprint": pipe.fingerprint(),
+        }
+
+    def is_drawn(self, path: Path, job: Job, replace: bool) -> bool:
+        """Whether the file is the image; a file that is cut off is not.
+
+        Raises:
+          UserError: it is another image, and not to be replaced.
+        """
+        check_png_path(path)
+        if not path.is_file():
+            return False
+        expected = {"prompt": job.prompt, "seed": job.seed, **self._shared}
+        try:
+            record = read_png(path, pixels=False)
+        except UserError:
+            if replace or not is_whole_png(path):
+                return False
+            raise
+        differs = [name for name, value in expected.items() if getattr(record, name) != value]
+        if differs and not replace:
+            name = differs[0]
+            raise UserError(
+                f"{path} is there with {name} {getattr(record, name)!r}, where {expected[name]!r} "
+                "is asked for: choose another folder, or remove what is in this one"
+            )
+        return not differs
+
+    def draw(self, jobs: Sequence[Job], out: Path, encode: Encode | None) -> Iterator[None]:
+        """Draw and write, batch by batch."""
+        encode = self._encode if encode is None else encode
+        negative = encode([self._negative]) if jobs and self._negative is not None else None
+        size = self._plan.batch_size
+        chunk = math.ceil(ENCODED_TOGETHER / size) * size
+        writing: list[Future[None]] = []
+        # An image is compressed while the next ones are drawn.
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(jobs), chunk):
+                encoded = jobs[start : start + chunk]
+                embeds = encode([job.prompt for job in encoded])
+                for first in range(0, len(encoded), size):
+                    rows = range(first, min(first + size, len(encoded)))
+                    output = self._pipe(
+                        embeds.take(rows),
+                        negative_prompt=negative,
+                        seed=[encoded[row].seed for row in rows],
+                        progress=False,
+                        **self._settings,
+                    )
+                    _finish(writing)
+                    writing = [
+                        pool.submit(save_png, image, out / encoded[row].file, self._record(record))
+                        for row, image, record in zip(
+                            rows, output.images, output.records, strict=True
+                        )
+                    ]
+                    yield
+            _finish(writing)
+
+    def _encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        length = self._plan.max_sequence_length
+        return self._pipe.encode_prompt(prompts, max_sequence_length=length)
+
+    def _record(self, record: GenerationRecord) -> GenerationRecord:
+        return dataclasses.replace(record, fingerprint=self._shared["fingerprint"])
+
+
+def _finish(writing: list[Future[None]]) -> None:
+    for future in writing:
+        future.result()
+
+
+class _Progress:
+    """A bar of the images that are there, whoever drew them."""
+
+    def __init__(self, missing: Sequence[Job], out: Path, total: int, *, disable: bool):
+        self._bar = tqdm(total=total, initial=total - len(missing), disable=disable, unit="image")
+        # An image that is to be replaced counts once it is another file.
+        self._before = (
+            {} if disable else {path: _stamp(path) for path in (out / job.file for job in missing)}
+        )
+
+    def look(self) -> None:
+        """Count what has come."""
+        new = [path for path, before in self._before.items() if _stamp(path) != before]
+        for path in new:
+            del self._before[path]
+        self._bar.update(len(new))
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _stamp(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _make_folders(folders: set[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Keep other runs out of the folder; the end of the process lets go of it too.
+
+    Raises:
+      UserError: another run is drawing into it.
+    """
+    _make_folders({out})
+    handle = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Some network disks lock no folders.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is drawing into {out}") from None
+        yield
+    finally:
+        os.close(handle)
