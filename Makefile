@@ -39,7 +39,7 @@ demo: $(VENV)/.installed ## install, then draw one prompt with the shipped model
 	@$(BIN)/python -m flux_jax demo "$(PROMPT)" --out "$(OUT)"
 	@echo "The image is in $(abspath $(OUT))"
 
-test: $(VENV)/.installed-test ## install what the tests need, then run them (two at a time)
+test: $(VENV)/.installed-test $(VENV)/.browser ## install what the tests need, then run them (two at a time)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test ## ruff (format and rules) and pyright
@@ -60,7 +60,7 @@ tables: $(VENV)/.installed ## rewrite what is generated in README and docs: tabl
 	$(BIN)/python -m tools.commands
 
 install-demo: $(VENV)/.installed ## only install, what `make demo` needs
-install-test: $(VENV)/.installed-test ## only install, what `make test` and `make lint` need
+install-test: $(VENV)/.installed-test $(VENV)/.browser ## only install, what `make test` and `make lint` need
 
 lock: $(VENV)/.installed-test ## write the constraints file of this Python from what is installed
 	$(PIP) install -e ".[test,parity,lint,notebooks]"
@@ -90,4 +90,9 @@ $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing the test requirements (torch among them) ..."
 	@$(PIP) install -q -c $(constraints) --no-build-isolation -e ".[test,parity,lint]"
+	@touch $@
+
+# Headless Chromium, for the tests that look at pages. Where none can be had they are skipped.
+$(VENV)/.browser: $(VENV)/.installed-test tests/browser.py
+	@$(BIN)/python tests/browser.py $(VENV)/browser
 	@touch $@

@@ -12,6 +12,7 @@ import typer
 from pallas_kernels.command_line import App, Force, Json, Quiet, print_json
 from ternary.commands.calibrate import calibrate
 from ternary.commands.distill import distill
+from ternary.commands.report import report
 from ternary.commands.telling import tell_checkpoint
 
 app = App(
@@ -22,6 +23,7 @@ app = App(
 
 app.command()(calibrate)
 app.command()(distill)
+app.command()(report)
 
 
 @app.command()

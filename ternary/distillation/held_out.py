@@ -13,6 +13,9 @@ from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import PromptEmbeds, TextEncoders
 from flux_jax.transformer import FluxTransformer
 
+# Pairs of a picture grid that stand side by side.
+PAIRS = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -40,6 +43,11 @@ class HeldOut:
       seed: image i has seed `seed + i`.
       num_inference_steps, guidance_scale, height, width: as in the pipeline's call.
       batch_size: images drawn together.
+
+    Attributes:
+      embeds: the prompts.
+      seeds: of their images.
+      teacher: (N, H, W, 3) in [0, 1], the teacher's images.
     """
 
     def __init__(
@@ -56,8 +64,9 @@ class HeldOut:
     ):
         self._parts = {"vae": pipe.vae, "scheduler": pipe.scheduler, "vae_tiling": pipe.vae_tiling}
         self.embeds = embeds
+        self.seeds = [seed + row for row in range(len(embeds.prompts))]
         self._settings = {
-            "seed": [seed + row for row in range(len(embeds.prompts))],
+            "seed": self.seeds,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "height": height,
@@ -79,14 +88,26 @@ class HeldOut:
 
 
 def grid(
-    teacher: Float[np.ndarray, "N H W 3"], student: Float[np.ndarray, "N H W 3"], *, pairs: int = 4
+    teacher: Float[np.ndarray, "N H W 3"], student: Float[np.ndarray, "N H W 3"]
 ) -> Image.Image:
-    """Teacher | student side by side, `pairs` pairs to a row, white between the pairs."""
+    """Teacher | student side by side, `PAIRS` pairs to a row, white between the pairs."""
     joined = np.concatenate((teacher, student), axis=2)
     count, height, width, _ = joined.shape
-    rows, gap = -(-count // pairs), max(2, height // 32)
-    canvas = np.ones((rows * (height + gap) - gap, pairs * (width + gap) - gap, 3), np.float32)
+    bottom, _ = corner(count - 1, height, width)
+    _, right = corner(PAIRS - 1, height, width)
+    canvas = np.ones((bottom + height, right + width, 3), np.float32)
     for index, picture in enumerate(joined):
-        top, left = (index // pairs) * (height + gap), (index % pairs) * (width + gap)
+        top, left = corner(index, height, width)
         canvas[top : top + height, left : left + width] = picture
     return Image.fromarray(images.to_uint8(canvas))
+
+
+def corner(index: int, height: int, width: int) -> tuple[int, int]:
+    """Where pair `index` of a grid begins, pixels (top, left).
+
+    Args:
+      index: row by row, from 0.
+      height, width: of a pair, both its pictures.
+    """
+    gap = max(2, height // 32)
+    return index // PAIRS * (height + gap), index % PAIRS * (width + gap)

@@ -7,6 +7,7 @@ looked at may need them all.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from tqdm import tqdm
 
 from flux_jax import images
 from flux_jax.composition.prompts import EvalPrompt
-from flux_jax.composition.score import score_images
-from ternary.distillation.held_out import HeldOut, grid
+from flux_jax.composition.score import Scores, score_images
+from ternary.distillation.held_out import Comparison, HeldOut, grid
 from ternary.distillation.metrics import Board, Table
 from ternary.distillation.run_config import RunConfig
 from ternary.distillation.step import Metrics, learning_rate
@@ -126,12 +127,14 @@ class Report:
     def draw(self, step: int, student: Any, pictures: HeldOut) -> None:
         """Held-out pictures of a step: the grid, and how far they are from the teacher's."""
         found = pictures.compare(student)
+        scores = {"student": self._score(found.images), "teacher": self._score(pictures.teacher)}
+        overall = {name: score and score.overall.passed for name, score in scores.items()}
         self.held_out = {
             "step": step,
             "median_psnr_db": round(found.median_psnr, 3),
             "low_psnr_db": round(float(np.percentile(found.psnr, 10)), 3),
-            "score": self._score(found.images),
-            "teacher_score": self._score(pictures.teacher),
+            "score": overall["student"],
+            "teacher_score": overall["teacher"],
         }
         if self._files is None:
             return
@@ -140,12 +143,38 @@ class Report:
         picture = grid(pictures.teacher[chosen], found.images[chosen])
         self._samples.mkdir(exist_ok=True)
         picture.save(self._samples / f"step_{step:06d}.png")
+        legend = _legend(step, pictures, found, chosen, scores)
+        (self._samples / f"step_{step:06d}.json").write_text(json.dumps(legend, indent=1) + "\n")
         drawn.add([self.held_out])
         numbers = {n: v for n, v in self.held_out.items() if n != "step" and v is not None}
         board.scalars(step, {f"held_out/{n}": v for n, v in numbers.items()})
         board.image(step, "held_out/teacher_and_student", picture)
 
-    def _score(self, pictures: np.ndarray) -> float | None:
+    def _score(self, pictures: np.ndarray) -> Scores | None:
         if not self._judged:
             return None
-        return score_images(list(images.to_uint8(pictures)), self._judged).overall.passed
+        return score_images(list(images.to_uint8(pictures)), self._judged)
+
+
+def _legend(
+    step: int,
+    pictures: HeldOut,
+    found: Comparison,
+    chosen: np.ndarray,
+    scores: Mapping[str, Scores | None],
+) -> dict[str, Any]:
+    """What a grid shows, pair by pair, and the scores by category; as JSON values."""
+    return {
+        "step": step,
+        "height": found.images.shape[1],
+        "width": found.images.shape[2],
+        "shown": [
+            {
+                "prompt": pictures.embeds.prompts[row],
+                "seed": pictures.seeds[row],
+                "psnr_db": round(float(found.psnr[row]), 3),
+            }
+            for row in chosen
+        ],
+        "scores": {name: score and score.to_dict() for name, score in scores.items()},
+    }

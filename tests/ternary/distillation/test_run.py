@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -92,6 +93,10 @@ def test_a_run_leaves_all_that_it_promises(whole):
     with Image.open(out / "samples" / "step_000009.png") as picture:
         # Two pairs of 32 x 32, four to a row.
         assert picture.size == (4 * (64 + 2) - 2, 32)
+    legend = json.loads((out / "samples" / "step_000009.json").read_text())
+    assert [pair["prompt"] for pair in legend["shown"]] == [PROMPTS[0], PROMPTS[-1]]
+    assert [pair["seed"] for pair in legend["shown"]] == [0, 1]
+    assert (legend["height"], legend["width"]) == (32, 32)
     assert list((out / "tensorboard").glob("events.*"))
     assert sorted(int(p.name) for p in (out / "checkpoints").iterdir()) == [6, 9]
 
@@ -109,6 +114,18 @@ def test_the_student_is_a_pipeline_and_draws_what_was_reported(whole, teacher):
     error = np.mean((images[0] - images[1]) ** 2, axis=(1, 2, 3))
     # What is not ternary was float32 in training, and is stored in bf16.
     assert np.median(-10 * np.log10(error)) == pytest.approx(outcome.median_psnr, abs=0.3)
+
+
+def test_a_run_has_a_page(whole, tmp_path):
+    """`report` reads what a run really writes, every part of it."""
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["report", str(whole[0]), "--out", str(page), "--quiet"])
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    assert "Finished: 9 steps." in text
+    assert "Not in this report" not in text
+    assert text.count('class="pair"') == 2
+    assert f"{whole[1].median_psnr:.1f} dB" in text
 
 
 def test_held_out_prompts_are_never_trained_on(prompts):

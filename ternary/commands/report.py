@@ -1,0 +1,109 @@
+"""`python -m ternary report`."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flux_jax.errors import UserError
+from pallas_kernels.command_line import Json, Quiet, print_json
+
+
+def report(
+    run: Annotated[
+        Path, typer.Argument(help="A folder of `distill`; it may still grow.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The HTML file.", show_default="RUN/report.html"),
+    ] = None,
+    score: Annotated[
+        bool,
+        typer.Option(
+            "--score",
+            help="First draw the composition prompts with teacher, student and plain rounding, and "
+            "score them; the pictures stay in RUN/evaluation, and a stopped call goes on.",
+        ),
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="With --score: prompts of each category.", show_default="all, 120"),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="The student, if it lies elsewhere: a folder, or tiny-ternary.",
+            show_default="RUN/student",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The teacher, if it lies elsewhere by now.", show_default="the settings'"
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing file, once the new one is whole.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a distillation run as one HTML page.
+
+    Settings, curves, composition score by category, pictures of teacher and student under a slider,
+    zeros and error by layer, sizes. The page is one file that needs no network. A run that is in
+    progress, was killed, or lacks parts is shown as far as it goes.
+
+    \b
+    Examples:
+      python -m ternary report RUN
+      python -m ternary report RUN --score --limit 10 --force
+      python -m ternary report RUN --out report.html --quiet
+    """
+    # Late: JAX takes a second, and --help should not.
+    from tqdm import tqdm
+
+    from ternary.run_report.folder import read_run
+    from ternary.run_report.layers import inspect_student
+    from ternary.run_report.page import render, write_page
+    from ternary.run_report.scores import find_student, read_evaluations
+    from ternary.run_report.scores import score as score_run
+
+    found = read_run(run)
+    target = run / "report.html" if out is None else out
+    if target.exists() and not force:
+        raise UserError(f"{target}: exists already; --force replaces it")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"--out {target}: the folder {target.absolute().parent} does not exist")
+    folder = find_student(found, student)
+    named = teacher or found.settings.get("teacher")
+    if score:
+        if folder is None or not isinstance(named, str):
+            lacks = "teacher" if folder is not None else "student"
+            raise UserError(f"{run} names no {lacks} to score: give --{lacks}")
+        from flux_jax.compile_cache import enable_compilation_cache
+
+        enable_compilation_cache()
+        score_run(found, folder, named, limit=limit, progress=not quiet)
+    inspected, distances = None, {}
+    if folder is not None:
+        with tqdm(desc="inspect", unit=" layers", disable=quiet, file=sys.stderr) as bar:
+
+            def advance(total: int) -> None:
+                bar.total = total
+                bar.update()
+
+            teacher_name = named if isinstance(named, str) else None
+            inspected, distances = inspect_student(folder, teacher_name, on_layer=advance)
+    now = datetime.datetime.now(datetime.UTC)
+    page = render(found, read_evaluations(found), inspected, distances, now=now)
+    write_page(target, page)
+    size = target.stat().st_size
+    if json:
+        print_json({"path": str(target), "bytes": size})
+    elif not quiet:
+        typer.echo(f"{target}: {size / 1e6:.2f} MB")

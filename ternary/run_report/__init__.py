@@ -1,0 +1,1 @@
+"""A distillation run as one self-contained HTML page."""

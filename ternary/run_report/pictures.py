@@ -1,0 +1,205 @@
+"""Pairs of pictures for the page, as small WebP images inside its text."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flux_jax.errors import UserError
+from ternary.distillation.held_out import corner
+from ternary.run_report.folder import Run, Sample
+from ternary.run_report.scores import Evaluations
+
+# What bounds the page: pairs, looks at the student of each, and pixels of a picture's longer side.
+PAIRS_SHOWN, VIEWS, LONGEST, WHOLE_LONGEST = 12, 6, 256, 1280
+QUALITY = 82
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One prompt as teacher and student draw it.
+
+    Attributes:
+      prompt, seed: what was drawn, from which noise.
+      teacher: `data:` address of the picture.
+      students: the same by view.
+      notes: on the student's picture by view, as "21.3 dB".
+      size: pixels (width, height) as shown.
+    """
+
+    prompt: str
+    seed: int
+    teacher: str
+    students: dict[str, str]
+    notes: dict[str, str]
+    size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """All pictures of a page.
+
+    Attributes:
+      views: names of the students, the one to begin with last.
+      pairs: in order; each has all views.
+      sheets: whole grids (caption, `data:` address) of a run that tells no more of them.
+      of: how many pairs there are to choose from.
+    """
+
+    views: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    sheets: tuple[tuple[str, str], ...]
+    of: int
+
+
+def gallery(run: Run, evaluations: Evaluations) -> Gallery:
+    """The best pictures there are: those that were scored, else those that the run drew."""
+    if evaluations.complete:
+        return _scored(evaluations)
+    told = [sample for sample in run.samples if sample.legend and sample.step <= run.steps]
+    told = [told[i] for i in _spread(len(told), VIEWS)]
+    if told:
+        found = _drawn(told)
+        if found is not None:
+            return found
+    sheets = []
+    for sample in (run.samples[i] for i in _spread(len(run.samples), 3)):
+        picture = _open(sample.picture)
+        if picture is not None:
+            sheets.append((f"step {sample.step:,}", _data(picture, WHOLE_LONGEST)))
+    return Gallery(views=(), pairs=(), sheets=tuple(sheets), of=0)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` indices, the first and the last among them."""
+    return sorted(set(np.linspace(0, count - 1, min(most, count)).astype(int).tolist()))
+
+
+def _drawn(samples: Sequence[Sample]) -> Gallery | None:
+    """Pairs cut out of the run's grids; None if the last grid is not what its legend says."""
+    pairs: dict[tuple[str, int], Pair] = {}
+    views = []
+    for sample in reversed(samples):
+        cut = _cut(sample)
+        if cut is None:
+            continue
+        view = f"step {sample.step:,}"
+        views.insert(0, view)
+        for key, (teacher, student, note) in cut.items():
+            before = pairs.get(key)
+            if before is None and len(views) == 1:
+                size = _fit(teacher.size, LONGEST)
+                first = Pair(
+                    prompt=key[0], seed=key[1], teacher=_data(teacher, LONGEST), students={},
+                    notes={}, size=size,
+                )  # fmt: skip
+                before = pairs[key] = first
+            if before is not None:
+                before.students[view] = _data(student, LONGEST)
+                before.notes[view] = note
+    whole = [pair for pair in pairs.values() if set(pair.students) == set(views)]
+    if not whole:
+        return None
+    chosen = tuple(whole[i] for i in _spread(len(whole), PAIRS_SHOWN))
+    return Gallery(views=tuple(views), pairs=chosen, sheets=(), of=len(whole))
+
+
+def _cut(sample: Sample) -> dict[tuple[str, int], tuple[Image.Image, Image.Image, str]] | None:
+    """(teacher, student, note) by (prompt, seed); None for a grid that cannot be read."""
+    picture = _open(sample.picture)
+    legend: Any = sample.legend
+    try:
+        height, width = int(legend["height"]), int(legend["width"])
+        shown = [(str(s["prompt"]), int(s["seed"]), float(s["psnr_db"])) for s in legend["shown"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+    if picture is None or not shown or height < 1 or width < 1:
+        return None
+    found = {}
+    for index, (prompt, seed, psnr) in enumerate(shown):
+        top, left = corner(index, height, 2 * width)
+        if left + 2 * width > picture.width or top + height > picture.height:
+            return None
+        halves = [
+            picture.crop((left + side * width, top, left + (side + 1) * width, top + height))
+            for side in (0, 1)
+        ]
+        found[prompt, seed] = (*halves, f"{psnr:.1f} dB")
+    return found
+
+
+def _scored(evaluations: Evaluations) -> Gallery:
+    """Pictures of each category, with the detector's verdicts."""
+    teacher, *others = evaluations.columns
+    rows = [row for part in _by_category(teacher.images) for row in part]
+    pairs = []
+    for row in rows:
+        entry = teacher.images[row]
+        picture = _open(teacher.folder / str(entry["file"]))
+        students = {}
+        notes = {}
+        for other in others:
+            drawn = _open(other.folder / str(other.images[row]["file"]))
+            if drawn is not None:
+                students[other.name] = _data(drawn, LONGEST)
+                verdict = _verdict(other.images[row])
+                judged = "teacher passes" if entry.get("passed") else "teacher fails"
+                notes[other.name] = f"{judged}; {other.name} {verdict}"
+        if picture is not None and len(students) == len(others):
+            pairs.append(
+                Pair(
+                    prompt=str(entry["prompt"]),
+                    seed=int(entry["seed"]),
+                    teacher=_data(picture, LONGEST),
+                    students=students,
+                    notes=notes,
+                    size=_fit(picture.size, LONGEST),
+                )
+            )
+    names = tuple(other.name for other in reversed(others))
+    return Gallery(views=names, pairs=tuple(pairs), sheets=(), of=len(teacher.images))
+
+
+def _by_category(images: Sequence[Any]) -> list[list[int]]:
+    """Rows of each category, as many as together make `PAIRS_SHOWN`."""
+    rows: dict[str, list[int]] = {}
+    for row, entry in enumerate(images):
+        rows.setdefault(str(entry["category"]), []).append(row)
+    each = max(1, PAIRS_SHOWN // max(len(rows), 1))
+    return [[part[i] for i in _spread(len(part), each)] for part in rows.values()]
+
+
+def _verdict(entry: Any) -> str:
+    reasons = ", ".join(map(str, entry.get("reasons", ())))
+    return "passes" if entry.get("passed") else f"fails ({reasons})"
+
+
+def _open(path: Path) -> Image.Image | None:
+    """A picture, or None for a file that is not there or was cut off."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, UserError):
+        return None
+
+
+def _fit(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """A size whose longer side is at most `longest`."""
+    shrink = min(1.0, longest / max(size))
+    return max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink))
+
+
+def _data(picture: Image.Image, longest: int) -> str:
+    size = _fit(picture.size, longest)
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    picture.save(encoded, format="WEBP", quality=QUALITY, method=4)
+    return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()
