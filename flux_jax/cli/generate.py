@@ -70,6 +70,13 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    offload_modulation: Annotated[
+        bool,
+        typer.Option(
+            "--offload-modulation",
+            help="A quarter of the transformer, which only prepares the steps, waits on the host.",
+        ),
+    ] = False,
     metadata: Annotated[
         bool, typer.Option("--metadata/--no-metadata", help="Keep all of this in the PNG.")
     ] = True,
@@ -109,6 +116,7 @@ def generate(
             num_images=num_images,
             replay=replay,
             metadata=metadata,
+            offload_modulation=offload_modulation,
             as_json=json,
             quiet=quiet,
         )
@@ -121,6 +129,7 @@ def _generate(
     num_images: int,
     replay: Path | None,
     metadata: bool,
+    offload_modulation: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -138,7 +147,12 @@ def _generate(
     watch = common.Stopwatch()
     with watch.stage("load and encode"):
         loaded = common.load_and_encode(
-            model, settings, dtype=dtype, num_images=num_images, with_fingerprint=metadata
+            model,
+            settings,
+            dtype=dtype,
+            num_images=num_images,
+            with_fingerprint=metadata,
+            offload_modulation=offload_modulation,
         )
     if None not in (expected, loaded.fingerprint) and expected != loaded.fingerprint:
         logger.warning(

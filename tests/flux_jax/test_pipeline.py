@@ -288,7 +288,7 @@ def test_offloaded_encoders_are_on_the_device_only_while_encoding(pipe):
         modules = pipeline.text_encoders.modules().values()
         return {type(leaf) for module in modules for leaf in jax.tree.leaves(nnx.state(module))}
 
-    offloaded = small_pipeline(offload=True)
+    offloaded = small_pipeline(placement="offloaded")
     for _ in range(2):
         assert kinds(offloaded) == {np.ndarray}
         out = offloaded(RED, seed=0, return_latents=True, **STEPS)
