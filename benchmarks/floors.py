@@ -1,4 +1,8 @@
-"""The least a step can take on this device: its products and its attention, each timed alone."""
+"""The least a step can take on this device: its products and its attention, each timed alone.
+
+In bf16, or with the products in int8 (s8 x s8 to s32): what a ternary step with 8-bit activations
+could reach at most, and without the modulation, which is computed before the loop.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +19,34 @@ _OUTPUT_BYTES = 1 << 31
 _MAX_REPETITIONS = 16
 
 
-def product_seconds(product: Product, key: jax.Array) -> float:
-    """Time of one (M, K) x (N, K)^T bf16 product of random matrices, out of several in a row.
+def product_seconds(product: Product, key: jax.Array, *, int8: bool = False) -> float:
+    """Time of one (M, K) x (N, K)^T product of random matrices, out of several in a row.
 
     Every repetition has operands of its own: XLA would merge products that share one, and the
     small ones would be timed out of the cache.
     """
-    repetitions = max(2, min(_MAX_REPETITIONS, _OUTPUT_BYTES // (2 * product.m * product.n)))
+    itemsize = 4 if int8 else 2
+    fitting = _OUTPUT_BYTES // (itemsize * product.m * product.n)
+    repetitions = max(2, min(_MAX_REPETITIONS, fitting))
+
+    def draw(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        if int8:
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
+        return jax.random.normal(key, shape, jnp.bfloat16)
 
     @jax.jit
     def operands(key: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         pairs = jax.random.split(key, (repetitions, 2))
-        return [
-            (
-                jax.random.normal(pair[0], (product.m, product.k), jnp.bfloat16),
-                jax.random.normal(pair[1], (product.n, product.k), jnp.bfloat16),
-            )
-            for pair in pairs
-        ]
+        shapes = (product.m, product.k), (product.n, product.k)
+        return [(draw(one, shapes[0]), draw(other, shapes[1])) for one, other in pairs]
 
     @jax.jit
     def multiply(pairs: list[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
-        return [jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))) for x, w in pairs]
+        contract = (((1,), (1,)), ((), ()))
+        result = jnp.int32 if int8 else jnp.bfloat16
+        return [
+            jax.lax.dot_general(x, w, contract, preferred_element_type=result) for x, w in pairs
+        ]
 
     seconds = median_seconds(
         multiply, [(operands(key),)], wait=jax.block_until_ready, repeats=10, calls=3
@@ -64,8 +74,13 @@ def attention_seconds(config: FluxConfig, step: Step, key: jax.Array) -> float:
     return seconds / repetitions
 
 
-def measure(config: FluxConfig, step: Step) -> dict[str, float]:
+def measure(config: FluxConfig, step: Step, *, int8: bool = False) -> dict[str, float]:
     """Milliseconds per step of every product and of the attention, by name, with their sum.
+
+    Args:
+      config: of the transformer.
+      step: what is asked of it.
+      int8: whether the products are in int8; the modulation's are then left out.
 
     Returns:
       "<product>" for each of `paper.products`, "attention", and "total".
@@ -73,8 +88,9 @@ def measure(config: FluxConfig, step: Step) -> dict[str, float]:
     key = jax.random.key(7, impl="rbg")
     floors = {}
     print(f"  {'product':18} {'M':>5} {'K':>6} {'N':>6} {'x':>3} {'ms':>8} {'TFLOP/s':>8}")
-    for index, product in enumerate(products(config, step)):
-        seconds = product_seconds(product, jax.random.fold_in(key, index))
+    wanted = [p for p in products(config, step) if not (int8 and p.name.endswith("modulation"))]
+    for index, product in enumerate(wanted):
+        seconds = product_seconds(product, jax.random.fold_in(key, index), int8=int8)
         floors[product.name] = 1e3 * seconds * product.count
         rate = product.flops / product.count / seconds / 1e12
         print(

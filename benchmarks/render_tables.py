@@ -31,12 +31,16 @@ class Layout:
         title: what was measured; the table's first heading.
         rows: (figure, label), in order. Figures that are not named here are left out.
         columns: (measure, label), in order, for figures that are called `row/measure`; the rows are
-            then theirs, in the order of the file.
+            then theirs, in the order of the file, and the peers'.
+        targets: (figure, label, of the paper, what is to be reached), shown first, as a table.
+        image: of docs/images, shown last if it is there.
     """
 
     title: str
     rows: tuple[tuple[str, str], ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
+    targets: tuple[tuple[str, str, str, str], ...] = ()
+    image: str = ""
 
 
 # A benchmark without a layout shows every figure under its own name.
@@ -130,6 +134,33 @@ LAYOUTS = {
             ("step_device_gib", "peak device memory"),
         ),
     ),
+    "full_size": Layout(
+        title="FLUX.1-dev's shapes, random weights, 1024 x 1024, 28 steps, batch 1",
+        targets=(
+            ("ratio_disk", "transformer on disk, bf16 over ternary", "7.7 x", "9.3 x"),
+            (
+                "ratio_peak",
+                "peak memory of the denoising loop, bf16 over ternary",
+                "5.1 x",
+                "6.5 x",
+            ),
+            ("over_eager", "one step, over diffusers bf16 eager", "1.13 x", "2.1 x"),
+            ("over_compiled", "one step, over diffusers bf16 compiled", "", "1.6 x"),
+            ("over_fp8", "one step, over diffusers fp8 row-wise compiled", "", "1.25 x"),
+            ("over_floor", "one step, over the floor", "", "at most 1.2 x"),
+            ("a16_over_compiled", "W1.58A16, over diffusers bf16 compiled", "", "1.05 x"),
+            ("pipeline_peak_gib", "text to PNG, peak device memory", "24 GB card", "under 8 GiB"),
+            ("card_bf16_runs_out", "24 GB budget: bf16 runs out of memory", "yes", "yes"),
+            ("card_ternary_draws", "24 GB budget: the ternary pipeline draws", "yes", "yes"),
+            ("first_image_s", "process start to first image, warm caches", "", "at most 20 s"),
+        ),
+        columns=(
+            ("step_ms", "one step"),
+            ("peak_gib", "peak memory"),
+            ("planned_gib", "the same, planned by XLA"),
+        ),
+        image="full_size.svg",
+    ),
     "convert_fullsize": Layout(
         title="FLUX.1-dev transformer, diffusers folder to Flax checkpoint",
         rows=(
@@ -143,11 +174,19 @@ LAYOUTS = {
 }
 
 
-def render_result(result: Result) -> str:
-    """One result as a Markdown table, with a line on where and how it was measured."""
+def render_result(result: Result, images: str = "docs/images") -> str:
+    """One result as a Markdown table, with a line on where and how it was measured.
+
+    Args:
+        result: of one benchmark on one device.
+        images: the folder docs/images, as the document sees it.
+    """
     layout = LAYOUTS.get(result.benchmark)
     if layout is not None and layout.columns:
-        return "\n".join([*_matrix(result, layout), "", _source(result)])
+        lines = [*_targets(result, layout), *_matrix(result, layout), "", _source(result)]
+        if layout.image and (REPOSITORY / "docs" / "images" / layout.image).exists():
+            lines += ["", f"![{layout.title}]({images}/{layout.image})"]
+        return "\n".join(lines)
     columns = {"ours": result.figures, **{name: p.figures for name, p in result.peers.items()}}
     names = dict.fromkeys(name for figures in columns.values() for name in figures)
     rows = layout.rows if layout else tuple((name, name.replace("_", " ")) for name in names)
@@ -166,36 +205,56 @@ def render_result(result: Result) -> str:
     return "\n".join([*lines, "", _source(result)])
 
 
+def _targets(result: Result, layout: Layout) -> list[str]:
+    """What was found beside what was to be reached; what was not measured says so."""
+    if not layout.targets:
+        return []
+    lines = [f"| {layout.title} | paper | reach | found |", "| --- | ---: | ---: | ---: |"]
+    for name, label, paper, reach in layout.targets:
+        figure = result.figures.get(name)
+        found = _cell(figure.value, figure.unit) if figure else "not measured yet"
+        lines.append(f"| {label} | {paper} | {reach} | {found} |")
+    return [*lines, ""]
+
+
 def _matrix(result: Result, layout: Layout) -> list[str]:
     """A row for each first half of the figures' names, a column for each second half."""
+    peers = {
+        f"{peer}/{name}": figure
+        for peer, content in result.peers.items()
+        for name, figure in content.figures.items()
+    }
+    everything = {**result.figures, **peers}
     lines = [
         f"| {layout.title} | " + " | ".join(label for _, label in layout.columns) + " |",
         "| --- |" + " ---: |" * len(layout.columns),
     ]
-    for row in dict.fromkeys(name.rpartition("/")[0] for name in result.figures if "/" in name):
-        figures = [result.figures.get(f"{row}/{measure}") for measure, _ in layout.columns]
+    for row in dict.fromkeys(name.rpartition("/")[0] for name in everything if "/" in name):
+        figures = [everything.get(f"{row}/{measure}") for measure, _ in layout.columns]
         cells = [_cell(figure.value, figure.unit) if figure else "" for figure in figures]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
 
-def render_benchmark(name: str, directory: Path = RESULTS) -> str:
+def render_benchmark(name: str, directory: Path = RESULTS, images: str = "docs/images") -> str:
     """All results of one benchmark, one table per device."""
     results = [read_result(path) for path in sorted(directory.glob(f"{name}_*.json"))]
-    tables = [render_result(result) for result in results if result.benchmark == name]
+    tables = [render_result(result, images) for result in results if result.benchmark == name]
     return "\n\n".join(tables) or "Not measured yet."
 
 
-def render(text: str, directory: Path = RESULTS) -> str:
-    """`text` with every marked block rewritten."""
+def render(text: str, directory: Path = RESULTS, images: str = "docs/images") -> str:
+    """`text` with every marked block rewritten; `images` as in `render_result`."""
 
     def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}{render_benchmark(match[2], directory)}\n{match[3]}"
+        return f"{match[1]}{render_benchmark(match[2], directory, images)}\n{match[3]}"
 
     return _BLOCK.sub(replace, text)
 
 
 def _cell(value: float, unit: str) -> str:
+    if unit == "yes":
+        return "yes" if value else "no"
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     number = f"{value:,.{digits}f}"
     return number if unit in ("count", "share", "") else f"{number} {unit}"
@@ -220,7 +279,8 @@ def main(
     """Writes the tables of the README and of docs/ from benchmarks/results."""
     for path in DOCUMENTS:
         before = path.read_text(encoding="utf-8")
-        after = render(before)
+        inside = path.parent.name == "docs"
+        after = render(before, images="images" if inside else "docs/images")
         if before == after:
             continue
         if check:

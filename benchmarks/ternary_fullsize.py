@@ -35,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -47,15 +47,23 @@ CARD_BYTES = 22 * GIB
 
 
 def run_process(
-    command: Sequence[str], environment: dict[str, str] | None = None
+    command: Sequence[str],
+    environment: dict[str, str] | None = None,
+    stdout: TextIO | None = None,
 ) -> tuple[float, float]:
     """Seconds and peak resident bytes of a command.
+
+    Args:
+      command: and its arguments.
+      environment: added to this process's.
+      stdout: where its output goes, if not to this process's.
 
     Raises:
       RuntimeError: it failed.
     """
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **(environment or {})})
+    together = {**os.environ, **(environment or {})}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=together, stdout=stdout)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)

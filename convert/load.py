@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from convert.orbax_read import OrbaxReader, restore_onto
-from convert.source import Component, open_source, parameters
+from convert.source import Component, Parameters, open_source, parameters
 from convert.tensors import Reader, read_whole
 from flux_jax.components import Config, abstract_module
 from flux_jax.configs import SchedulerConfig
@@ -67,6 +68,22 @@ def load(
         }
         configs = {name: component.config for name, component in source.components.items()}
         return Loaded(configs, modules, source.scheduler, source.tokenizers)
+
+
+@contextlib.contextmanager
+def open_parameters(path: Path, name: str, dtype: Any) -> Iterator[Parameters]:
+    """One component's parameters, to be read tensor by tensor for the length of the block.
+
+    Args:
+      path: as for `load`.
+      name: of the component.
+      dtype: of the parameters.
+
+    Raises:
+      UserError: see `open_source` and `parameters`.
+    """
+    with open_source(path, [name]) as source:
+        yield parameters(name, source.components[name], np.dtype(dtype))
 
 
 def load_component(

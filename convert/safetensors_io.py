@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class SafetensorsReader:
         self.read_once = False
         self._tensors = dict(tensors)
         self._files: dict[Path, int] = {}
+        self._opening = threading.Lock()  # several threads may read
         self.metadata = dict(metadata)
         self.specs = {name: Spec(t.shape, t.dtype) for name, t in self._tensors.items()}
 
@@ -91,8 +93,9 @@ class SafetensorsReader:
 
     def read_into(self, name: str, row: int, out: np.ndarray) -> None:
         tensor = self._tensors[name]
-        if tensor.path not in self._files:
-            self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
+        with self._opening:
+            if tensor.path not in self._files:
+                self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
         offset = tensor.start + row * self.specs[name].row_bytes
         target = as_bytes(out)
         done = 0

@@ -5,14 +5,16 @@ This module is the one place where `flux_jax` reaches for `convert`, which knows
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -75,6 +77,59 @@ def load_checkpoint(
         scheduler=loaded.scheduler,
         tokenizer_paths=loaded.tokenizers,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredComponent:
+    """A component whose weights are left in the checkpoint.
+
+    Attributes:
+      path: the local folder or file.
+      name: of the component.
+      config: hyper-parameters.
+      dtype: that its parameters are read in.
+      nbytes: of all of them.
+    """
+
+    path: Path
+    name: str
+    config: Config
+    dtype: DType
+    nbytes: int
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Callable[[str], np.ndarray]]:
+        """For the length of a block, a function from a parameter's dotted path to its values.
+
+        Raises:
+          UserError: damaged weights; from the function, a tensor that cannot be read.
+        """
+        from convert import load
+
+        with load.open_parameters(self.path, self.name, self.dtype) as parameters:
+            yield functools.partial(load.read_whole, parameters.reader)
+
+
+def stored_component(
+    path_or_repo_id: str | Path, name: str, *, dtype: DType = jnp.bfloat16
+) -> StoredComponent:
+    """A component that is read when it is needed, its names and shapes checked now.
+
+    Args:
+      path_or_repo_id, dtype: as for `load_checkpoint`.
+      name: of the component.
+
+    Raises:
+      UserError: as for `load_checkpoint`.
+    """
+    from convert import hub, load
+
+    path = hub.resolve(path_or_repo_id, [name])
+    with load.open_parameters(path, name, dtype) as parameters:
+        nbytes = sum(spec.nbytes for spec in parameters.reader.specs.values())
+        return StoredComponent(
+            path=path, name=name, config=parameters.config, dtype=dtype, nbytes=nbytes
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ neither its number nor how many there are, and the host never waits for it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from flux_jax.configs import FluxConfig
 from flux_jax.functional import ModuleFunction
 from flux_jax.prompts import PromptEmbeds
+from flux_jax.residence import HostWeights
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.scheduler import Schedule, euler_step, predict_clean
 from flux_jax.sequence import tokens_of_a_part
@@ -122,6 +124,7 @@ def denoise(
     guidance_scale: float | None,
     negative: PromptEmbeds | None = None,
     true_cfg_scale: float = 1.0,
+    waiting: HostWeights | None = None,
 ) -> Iterator[tuple[Float[Array, "B I P"], Float[Array, "B I P"]]]:
     """Runs the schedule on a batch, yielding after each step.
 
@@ -136,18 +139,19 @@ def denoise(
       guidance_scale: for a guidance-distilled model; None for others.
       negative: B prompts to steer away from, at the price of a second pass per step.
       true_cfg_scale: how far; only used with `negative`.
+      waiting: what holds the modulation layers' weights, if they are not on the device.
 
     Yields:
       S times (latents after the step, predicted clean latents), each (B, I, P) float32.
     """
     velocity = VELOCITY.bind(transformer)
-    modulations = MODULATIONS.bind(transformer)
     guidance = None if guidance_scale is None else np.float32(guidance_scale)
     (latents,) = velocity.place(latents)
     ids = image_ids(*grid), text_ids(embeds.prompt_embeds.shape[1])
 
     def conditions(prompt: PromptEmbeds) -> tuple[tuple[Any, ...], list[Array]]:
         inputs = velocity.place(latents, ids[0], prompt.prompt_embeds, ids[1])[1:]
+        modulations = MODULATIONS.bind(transformer)
         chunks = []
         for times in _chunks(schedule.timesteps):
             placed = modulations.place(times, prompt.pooled_prompt_embeds, guidance)
@@ -158,8 +162,11 @@ def denoise(
         inputs, chunks = prompt
         return velocity(latents, *inputs, _at(chunks[step // CHUNK], np.int32(step % CHUNK)))
 
-    positive = conditions(embeds)
-    opposite = None if negative is None else conditions(negative)
+    with contextlib.nullcontext() if waiting is None else waiting.on_device():
+        positive = conditions(embeds)
+        opposite = None if negative is None else conditions(negative)
+        if waiting is not None:
+            jax.block_until_ready((positive, opposite))
     for step in range(schedule.num_steps):
         v = predict(latents, positive, step)
         if opposite is not None:

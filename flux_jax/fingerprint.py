@@ -9,7 +9,7 @@ authenticate them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt32
 
-from flux_jax.tree import parameter_path
+from flux_jax.tree import to_flat
 
 DIGITS = 16
 
@@ -70,17 +70,23 @@ def component_digest(name: str, module: nnx.Module) -> str:
       name: of the component.
       module: its arrays may be on devices, sharded, or on the host.
     """
-    names, sums = [], []
-    parameters = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    for path, parameter in sorted(parameters, key=lambda item: parameter_path(item[0])):
-        array = parameter.get_value()
-        names.append(f"{name}.{parameter_path(path)} {array.shape}")
+    return digest(name, to_flat(module).items())
+
+
+def digest(name: str, parameters: Iterable[tuple[str, jax.Array | np.ndarray]]) -> str:
+    """As `component_digest`, of (dotted path, array) in any order, each looked at once."""
+    shapes, sums = {}, {}
+    for path, array in parameters:
         on_host = array.size < _SMALL and _is_near(array)
-        sums.append(_checksum_on_host(np.asarray(array)) if on_host else _checksum(array))
-    digest = hashlib.sha256()
-    for line, value in zip(names, jax.device_get(sums), strict=True):
-        digest.update(f"{line} {int(value):08x}\n".encode())
-    return digest.hexdigest()
+        sums[path] = _checksum_on_host(np.asarray(array)) if on_host else _checksum(array)
+        shapes[path] = array.shape
+        if isinstance(array, np.ndarray):
+            # What was copied for it leaves the device before the next one arrives.
+            jax.block_until_ready(sums[path])
+    found = hashlib.sha256()
+    for path, value in sorted(jax.device_get(sums).items()):
+        found.update(f"{name}.{path} {shapes[path]} {int(value):08x}\n".encode())
+    return found.hexdigest()
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:

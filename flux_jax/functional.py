@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -168,9 +169,9 @@ def _place(sharding: NamedSharding, axes: Axes, split: frozenset[str]) -> NamedS
 def common_sharding(leaves: list[Any]) -> Sharding:
     """Where the inputs and outputs of a module go: its device, or replicated over its mesh.
 
-    Shapes alone go to the default device.
+    Shapes alone go to the default device. Arrays in host memory have no say.
     """
-    sharding = leaves[0].sharding
+    sharding = next(leaf.sharding for leaf in leaves if not isinstance(leaf, np.ndarray))
     if sharding is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(sharding, NamedSharding):

@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from flux_jax.autoencoder import Autoencoder
+from flux_jax.configs import AutoencoderConfig
 from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
 from flux_jax.latents import PATCH, unpack
+from flux_jax.residence import device_memory
 
 # Above this many pixels a whole decode would need more memory than the denoising loop.
 WHOLE_DECODE_PIXELS = 1024 * 1024
@@ -45,7 +47,8 @@ def decode(
       tokens: clean latents, packed.
       grid: image tokens (rows, columns).
       tiled: decode in overlapping tiles, which bounds memory and changes the image slightly; None
-        does so only for an image above `WHOLE_DECODE_PIXELS`.
+        does so only for an image above `WHOLE_DECODE_PIXELS`, or one that the device has too
+        little free memory for.
 
     Raises:
       UserError: the result is not finite.
@@ -53,6 +56,9 @@ def decode(
     rows, columns = grid
     side = PATCH * vae.config.downscale
     pixels = rows * columns * side * side
+    memory = device_memory()
+    if tiled is None and memory is not None and memory[1] < decode_bytes(vae.config, pixels):
+        tiled = True
     if is_tiled(pixels, tiled):
         grid_latents = unpack(tokens, rows * PATCH, columns * PATCH)
         decoded = vae.decode_tiled(grid_latents, tile=TILE, overlap=OVERLAP)
@@ -77,8 +83,18 @@ def decode(
     return np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
 
 
+def decode_bytes(config: AutoencoderConfig, pixels: int) -> int:
+    """What one whole decode takes beside the weights, about, in bytes.
+
+    Its widest point is the first block at the image's own resolution: its input and the normalised
+    input in bfloat16 and float32, the result of its convolution and the shortcut.
+    """
+    out, into = (*config.block_out_channels, config.block_out_channels[-1])[:2]
+    return pixels * (8 * into + 4 * out)
+
+
 def is_tiled(pixels: int, tiled: bool | None) -> bool:
-    """Whether an image is decoded in tiles; `tiled` as in `decode`."""
+    """Whether an image is decoded in tiles where memory is not short; `tiled` as in `decode`."""
     return pixels > WHOLE_DECODE_PIXELS if tiled is None else tiled
 
 

@@ -13,10 +13,12 @@ from flax import nnx
 
 from flux_jax import arguments
 from flux_jax.assets import SHIPPED, shipped_path
-from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint
+from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint, stored_component
+from flux_jax.encoding import StreamedT5
 from flux_jax.errors import UserError
 from flux_jax.plan import ARGUMENTS, Plan, make_plan
 from flux_jax.prompts import TextEncoders
+from flux_jax.residence import AUTO, PLACEMENTS, RESIDENT, STREAMED, fits
 from flux_jax.tokenization import load_tokenizer, max_length
 
 _TEXT = ("text_encoder", "text_encoder_2")
@@ -89,23 +91,36 @@ def check_request(
 
 
 def load_text_encoders(
-    path: str | Path, *, dtype: Any, mesh: jax.sharding.Mesh | None, offload: bool
+    path: str | Path, *, dtype: Any, mesh: jax.sharding.Mesh | None, placement: str
 ) -> TextEncoders:
-    """Both text encoders with their tokenizers; arguments as for `FluxPipeline.from_pretrained`.
+    """Both text encoders with their tokenizers; arguments as for `TextEncoders.from_pretrained`.
+
+    On a mesh, "auto" is "resident".
 
     Raises:
-      UserError: a checkpoint without an encoder or tokenizer.
+      UserError: a checkpoint without an encoder or tokenizer, or another placement.
     """
-    checkpoint = load_checkpoint(
-        resolve(path), components=_TEXT, dtype=check_dtype(dtype), mesh=mesh
-    )
+    arguments.choice("text_encoders", placement, PLACEMENTS)
+    source, dtype = resolve(path), check_dtype(dtype)
+    streamed = {}
+    if placement in (AUTO, STREAMED):
+        stored = stored_component(source, "text_encoder_2", dtype=dtype)
+        if placement == AUTO:
+            placement = RESIDENT if mesh is not None or fits(stored.nbytes) else STREAMED
+        if placement == STREAMED:
+            config: Any = stored.config
+            t5 = StreamedT5(config, stored.open, dtype=dtype, mesh=mesh)
+            streamed = {"text_encoder_2": t5}
+    wanted = [name for name in _TEXT if name not in streamed]
+    checkpoint = load_checkpoint(source, components=wanted, dtype=dtype, mesh=mesh)
     missing = [name for name in _TOKENIZERS if name not in checkpoint.tokenizer_paths]
     if missing:
         raise UserError(f"{path} has no {' and no '.join(missing)}, which prompts need")
     return TextEncoders(
-        **{name: checkpoint.modules[name] for name in _TEXT},
+        **checkpoint.modules,
+        **streamed,
         **{name: load_tokenizer(checkpoint.tokenizer_paths[name]) for name in _TOKENIZERS},
-        offload=offload,
+        placement=placement,
     )
 
 

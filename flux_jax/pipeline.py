@@ -27,6 +27,7 @@ from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
 from flux_jax.plan import Plan, initial_noise, make_plan, sequence_length
 from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.residence import AUTO, PLACEMENTS, HostWeights, modulation_layers
 from flux_jax.sharding import spread
 from flux_jax.tokenization import max_length
 from flux_jax.transformer import FluxTransformer
@@ -45,7 +46,10 @@ class FluxPipeline:
       transformer, vae: the models.
       text_encoders: CLIP and T5 with their tokenizers.
       scheduler: the noise schedule's configuration.
-      vae_tiling: True or False to decode in tiles always or never; None decides by size.
+      offload_modulation: the weights of the modulation vectors, a quarter of the transformer,
+        wait in host memory while the loop runs.
+      vae_tiling: True or False to decode in tiles always or never; None decides by the image's
+        size and the memory that the device has left.
       name: what the model is called in an image's metadata.
     """
 
@@ -56,6 +60,7 @@ class FluxPipeline:
         vae: Autoencoder,
         scheduler: SchedulerConfig,
         text_encoders: TextEncoders | None = None,
+        offload_modulation: bool = False,
         vae_tiling: bool | None = None,
         name: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
@@ -63,7 +68,7 @@ class FluxPipeline:
         """A pipeline of given parts.
 
         Args:
-          transformer, vae, scheduler, vae_tiling, name: see the class.
+          transformer, vae, scheduler, offload_modulation, vae_tiling, name: see the class.
           text_encoders: without them, calls take encoded prompts only.
           mesh: devices (`flux_jax.make_mesh`) to which the parts are moved: images are split over
             its axis `data`, the tokens of each over `sequence`, the weights over `tensor`. By
@@ -84,8 +89,11 @@ class FluxPipeline:
             spread(transformer, mesh)
             spread(vae, mesh)
             text_encoders.move_to(mesh)
+        self.offload_modulation = offload_modulation
         self.vae_tiling = vae_tiling
         self.name = name
+        layers = modulation_layers(transformer) if offload_modulation else []
+        self._waiting = HostWeights(layers) if offload_modulation else None
 
     @classmethod
     def from_pretrained(
@@ -94,9 +102,9 @@ class FluxPipeline:
         *,
         dtype: Any = jnp.bfloat16,
         mesh: jax.sharding.Mesh | None = None,
-        offload_text_encoders: bool = False,
+        text_encoders: TextEncoders | str = AUTO,
+        offload_modulation: bool = False,
         vae_tiling: bool | None = None,
-        text_encoders: TextEncoders | None = None,
         transformer: FluxTransformer | None = None,
         vae: Autoencoder | None = None,
         kernels: str | None = None,
@@ -111,28 +119,42 @@ class FluxPipeline:
           dtype: of all weights and so of the computation: bfloat16 or float32.
           mesh: devices to draw on, as for a pipeline of given parts; without one, the default
             device alone.
-          offload_text_encoders: keep the text encoders in host memory except while they encode.
+          text_encoders: where they are: "resident" on the device, "offloaded" to host memory
+            except while they encode, or "streamed" from the checkpoint's files, two blocks of T5
+            on the device at a time; the image is the same, bit for bit. "auto" is "resident" where
+            a quarter of the device's memory is left beside all weights, else "streamed". Or
+            encoders to use in place of the checkpoint's; `TextEncoders()` for none.
+          offload_modulation: see the class.
           vae_tiling: see the class.
-          text_encoders, transformer, vae: used in place of the checkpoint's, which are then not
-            read; `TextEncoders()` for none.
+          transformer, vae: used in place of the checkpoint's, which are then not read.
           kernels, attention: as in `use_kernels`.
 
         Raises:
-          UserError: a checkpoint that cannot be loaded, or a dtype that cannot be computed in.
+          UserError: a checkpoint that cannot be loaded, a dtype that cannot be computed in, or
+            another placement.
         """
         # Late: a pipeline of given parts does not need the readers of checkpoints.
         from flux_jax.loading import load_image_parts
 
         if mesh is not None:
             _check_devices(mesh)
-        if text_encoders is None:
-            text_encoders = TextEncoders.from_pretrained(
-                path, dtype=dtype, mesh=mesh, offload=offload_text_encoders
-            )
+        if isinstance(text_encoders, str):
+            arguments.choice("text_encoders", text_encoders, PLACEMENTS)
         given = {"transformer": transformer, "vae": vae}
         models = {name: module for name, module in given.items() if module is not None}
         parts = load_image_parts(path, dtype=dtype, mesh=mesh, given=models)
-        pipe = cls(text_encoders=text_encoders, vae_tiling=vae_tiling, name=str(path), **parts)
+        if isinstance(text_encoders, str):
+            # Last: "auto" looks at what memory is left.
+            text_encoders = TextEncoders.from_pretrained(
+                path, dtype=dtype, mesh=mesh, placement=text_encoders
+            )
+        pipe = cls(
+            text_encoders=text_encoders,
+            offload_modulation=offload_modulation,
+            vae_tiling=vae_tiling,
+            name=str(path),
+            **parts,
+        )
         pipe.use_kernels(kernels=kernels, attention=attention)
         return pipe
 
@@ -334,6 +356,7 @@ class FluxPipeline:
                     guidance_scale=plan.guidance_scale,
                     negative=None if negative is None else negative.take(filled),
                     true_cfg_scale=plan.true_cfg_scale,
+                    waiting=self._waiting,
                 )
                 for step, (upcoming, clean) in enumerate(loop):
                     # Waiting for the step before this one keeps the bar honest and the device

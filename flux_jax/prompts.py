@@ -1,8 +1,10 @@
-"""Prompts to embeddings: both text encoders, and keeping them off the device when not needed."""
+"""Prompts to embeddings: both text encoders, on the device or brought there when they encode."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from flux_jax import arguments
 from flux_jax.clip import CLIPTextEncoder
+from flux_jax.encoding import StreamedT5, t5_states
 from flux_jax.errors import UserError
 from flux_jax.fingerprint import component_digest
 from flux_jax.functional import ModuleFunction
+from flux_jax.residence import AUTO, OFFLOADED, RESIDENT, STREAMED, HostWeights
 from flux_jax.sharding import spread
 from flux_jax.t5 import T5Encoder
 from flux_jax.tokenization import max_length, tokenize
@@ -46,61 +51,65 @@ class PromptEmbeds:
         )
 
 
-def _t5(encoder: T5Encoder, ids: Int[Array, "B T"]) -> Float[Array, "B T C"]:
-    return encoder(ids)
-
-
 def _clip(encoder: CLIPTextEncoder, ids: Int[Array, "B T"]) -> Float[Array, "B V"]:
     return encoder(ids).pooled
 
 
-T5 = ModuleFunction(_t5)
 CLIP = ModuleFunction(_clip)
 
 
 def in_batches(
-    function: Callable[..., Array], rows: Int[np.ndarray, "N T"], size: int
+    function: Callable[[list[np.ndarray]], list[Array]], rows: Int[np.ndarray, "N T"], size: int
 ) -> Float[Array, "N ..."]:
-    """`function` on `size` rows at a time; the last batch is filled up with its own last row.
+    """`function` on batches of `size` rows; the last is filled up with its own last row.
 
     Every batch then runs the same compiled program, which is what makes a row's result independent
     of how many others there are.
     """
-    outputs = []
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
-        filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-        outputs.append(function(filled)[: len(batch)])
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+    filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])
+    outputs = function(np.split(filled, len(filled) // size))
+    whole = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+    return whole[: len(rows)]
 
 
 class TextEncoders:
-    """Both text encoders and their tokenizers, on the device or waiting in host memory.
+    """Both text encoders and their tokenizers.
 
     Attributes:
       text_encoder, text_encoder_2: CLIP and T5; None once freed, or if never given.
       tokenizer, tokenizer_2: theirs, from transformers.
-      offload: keep the encoders in host memory except while they encode.
+      placement: "resident" on the device, "offloaded" to host memory except while they encode, or
+        "streamed": as offloaded, but of T5 two blocks at a time are on the device.
     """
 
     def __init__(
         self,
         *,
         text_encoder: CLIPTextEncoder | None = None,
-        text_encoder_2: T5Encoder | None = None,
+        text_encoder_2: T5Encoder | StreamedT5 | None = None,
         tokenizer: Any = None,
         tokenizer_2: Any = None,
-        offload: bool = False,
+        placement: str = RESIDENT,
     ):
+        """Encoders of given parts.
+
+        Args:
+          text_encoder, text_encoder_2, tokenizer, tokenizer_2, placement: see the class. With
+            "streamed", a `T5Encoder`'s arrays are copied to host memory.
+
+        Raises:
+          UserError: another placement.
+        """
+        arguments.choice("placement", placement, (RESIDENT, OFFLOADED, STREAMED))
+        if placement == STREAMED and isinstance(text_encoder_2, T5Encoder):
+            text_encoder_2 = StreamedT5.from_module(text_encoder_2)
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
         self.tokenizer = tokenizer
         self.tokenizer_2 = tokenizer_2
-        self.offload = offload
-        self._restore: list[Callable[[], None]] = []
+        self.placement = placement
         self._digests: dict[str, str] = {}
-        if offload:
-            self._move_away()
+        self._waiting = None if placement == RESIDENT else HostWeights(self._arrays())
 
     @classmethod
     def from_pretrained(
@@ -109,12 +118,17 @@ class TextEncoders:
         *,
         dtype: Any = jnp.bfloat16,
         mesh: jax.sharding.Mesh | None = None,
-        offload: bool = False,
+        placement: str = AUTO,
     ) -> TextEncoders:
-        """The text encoders of a checkpoint alone; arguments as for `FluxPipeline`'s.
+        """The text encoders of a checkpoint alone.
 
         Encoding before the transformer is loaded keeps the peak of device memory to the larger of
         the two instead of their sum.
+
+        Args:
+          path, dtype, mesh: as for `FluxPipeline.from_pretrained`.
+          placement: as its `text_encoders`. "streamed", T5 is read from the checkpoint's files at
+            each call and takes no host memory in between.
 
         Example:
           encoders = TextEncoders.from_pretrained(path)
@@ -126,9 +140,9 @@ class TextEncoders:
         # Late: an encoder of given parts does not need the readers of checkpoints.
         from flux_jax.loading import load_text_encoders
 
-        return load_text_encoders(path, dtype=dtype, mesh=mesh, offload=offload)
+        return load_text_encoders(path, dtype=dtype, mesh=mesh, placement=placement)
 
-    def modules(self) -> dict[str, nnx.Module]:
+    def modules(self) -> dict[str, CLIPTextEncoder | T5Encoder | StreamedT5]:
         """The encoders that are there, by component name."""
         named = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
         return {name: module for name, module in named.items() if module is not None}
@@ -137,25 +151,34 @@ class TextEncoders:
         """Each encoder's `component_digest`; once computed, kept beyond `free`."""
         for name, module in self.modules().items():
             if name not in self._digests:
-                self._digests[name] = component_digest(name, module)
+                streamed = isinstance(module, StreamedT5)
+                found = module.digest(name) if streamed else component_digest(name, module)
+                self._digests[name] = found
         return dict(self._digests)
 
     def free(self) -> None:
         """Drop both encoders and their memory."""
-        self.text_encoder = self.text_encoder_2 = None
-        self._restore = []
+        self.text_encoder = self.text_encoder_2 = self._waiting = None
 
     def move_to(self, mesh: jax.sharding.Mesh) -> None:
         """Spread the encoders over a mesh."""
-        for module in self.modules().values():
+        if isinstance(self.text_encoder_2, StreamedT5):
+            self.text_encoder_2 = self.text_encoder_2.on(mesh)
+        for module in self._arrays():
             spread(module, mesh)
-        if self.offload:
-            self._move_away()
+        if self._waiting is not None:
+            self._waiting = HostWeights(self._arrays())
+
+    def _arrays(self) -> list[nnx.Module]:
+        """The encoders whose weights are here, on the device or waiting."""
+        return [module for module in self.modules().values() if isinstance(module, nnx.Module)]
 
     def encode(
         self, prompts: Sequence[str], *, max_sequence_length: int | None = None, batch_size: int = 1
     ) -> PromptEmbeds:
         """Embeddings of P prompts; one that occurs several times is encoded once.
+
+        Streamed weights are read once for all of them.
 
         Args:
           prompts: P texts.
@@ -177,29 +200,21 @@ class TextEncoders:
         clip_ids = tokenize(self.tokenizer, unique, clip_length, encoder="CLIP")
         length = max_sequence_length or max_length(self.tokenizer_2)
         t5_ids = tokenize(self.tokenizer_2, unique, length, encoder="T5")
-        for restore in self._restore:
-            restore()
-        embeds = PromptEmbeds(
-            prompts=tuple(unique),
-            prompt_embeds=in_batches(T5.bind(t5), t5_ids, batch_size),
-            pooled_prompt_embeds=in_batches(CLIP.bind(clip), clip_ids, batch_size),
-        )
-        if self.offload:
-            jax.block_until_ready((embeds.prompt_embeds, embeds.pooled_prompt_embeds))
-            self._move_away()
+        with contextlib.nullcontext() if self._waiting is None else self._waiting.on_device():
+            clip_states = CLIP.bind(clip)
+            embeds = PromptEmbeds(
+                prompts=tuple(unique),
+                prompt_embeds=in_batches(functools.partial(_t5_states, t5), t5_ids, batch_size),
+                pooled_prompt_embeds=in_batches(
+                    lambda batches: [clip_states(ids) for ids in batches], clip_ids, batch_size
+                ),
+            )
+            if self._waiting is not None:
+                jax.block_until_ready((embeds.prompt_embeds, embeds.pooled_prompt_embeds))
+                del clip_states
         return embeds.take([unique.index(prompt) for prompt in prompts])
 
-    def _move_away(self) -> None:
-        self._restore = [move_to_host(module) for module in self.modules().values()]
 
-
-def move_to_host(module: nnx.Module) -> Callable[[], None]:
-    """Keep a module's arrays in host memory; returns what puts them back where they were."""
-    state = nnx.state(module)
-    placement = jax.tree.map(lambda array: array.sharding, state)
-    nnx.update(module, jax.device_get(state))
-
-    def restore() -> None:
-        nnx.update(module, jax.device_put(nnx.state(module), placement))
-
-    return restore
+def _t5_states(encoder: T5Encoder | StreamedT5, batches: list[np.ndarray]) -> list[Array]:
+    streamed = isinstance(encoder, StreamedT5)
+    return encoder.states(batches) if streamed else t5_states(encoder, batches)

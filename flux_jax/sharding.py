@@ -16,7 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 from jaxtyping import Array, Shaped
 
 from flux_jax.errors import UserError
@@ -235,3 +242,22 @@ def flat_shardings(
     """
     tree = shardings(nnx.state(module, nnx.Param), mesh, rules)
     return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(tree)}
+
+
+def place_shapes(module: nnx.Module, mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> None:
+    """Note in an abstract module's shapes where its arrays would be.
+
+    Args:
+      module: from `nnx.eval_shape`; it is changed.
+      mesh: the device mesh; None for the first device.
+      rules: logical name to mesh axis.
+    """
+    state = nnx.state(module, nnx.Param)
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: one, state) if mesh is None else shardings(state, mesh, rules)
+    placed = jax.tree.map(
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+        state,
+        places,
+    )
+    nnx.update(module, placed)

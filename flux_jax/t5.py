@@ -49,6 +49,27 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
     return np.where(distance < exact, distance, far) + np.where(position > 0, half, 0)
 
 
+def position_bias(table: Embedding, config: T5Config, length: int) -> Float[Array, "1 H T T"]:
+    """What every block adds to its scores, in float32.
+
+    Args:
+      table: the encoder's `relative_attention_bias`.
+      config: of the encoder.
+      length: number of tokens T.
+
+    Returns:
+      (1, num_heads, T, T), indexed by query, then key.
+    """
+    buckets = relative_buckets(
+        length, config.relative_attention_num_buckets, config.relative_attention_max_distance
+    )
+    by_distance = table(jnp.asarray(buckets, jnp.int32))
+    position = jnp.arange(length, dtype=jnp.int32)
+    distance = position[None, :] - position[:, None] + (length - 1)
+    bias = jnp.take(by_distance.astype(jnp.float32).T, distance, axis=1)
+    return bias[None]
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm with scale `weight` (features,), the variance in float32."""
 
@@ -166,25 +187,6 @@ class T5Encoder(nnx.Module):
             config.d_model, eps=config.layer_norm_epsilon, dtype=dtype, rngs=rngs
         )
 
-    def position_bias(self, length: int) -> Float[Array, "1 H T T"]:
-        """What every block adds to its scores, in float32.
-
-        Args:
-          length: number of tokens T.
-
-        Returns:
-          (1, num_heads, T, T), indexed by query, then key.
-        """
-        config = self.config
-        buckets = relative_buckets(
-            length, config.relative_attention_num_buckets, config.relative_attention_max_distance
-        )
-        by_distance = self.relative_attention_bias(jnp.asarray(buckets, jnp.int32))
-        position = jnp.arange(length, dtype=jnp.int32)
-        distance = position[None, :] - position[:, None] + (length - 1)
-        bias = jnp.take(by_distance.astype(jnp.float32).T, distance, axis=1)
-        return bias[None]
-
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T C"]:
         """Encodes token ids; padding takes part like any token, as in FLUX.1.
 
@@ -195,7 +197,7 @@ class T5Encoder(nnx.Module):
           (B, T, d_model), the last hidden states, in the parameters' dtype.
         """
         x = self.token_embedding(ids)
-        position_bias = self.position_bias(ids.shape[1])
+        bias = position_bias(self.relative_attention_bias, self.config, ids.shape[1])
         for block in self.blocks:
-            x = block(x, position_bias)
+            x = block(x, bias)
         return self.final_norm(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # The longest prompts FLUX.1-dev and -schnell were trained with, in T5 tokens.
 DEV_TOKENS, SCHNELL_TOKENS = 512, 256
+# FLUX.1's.
+_CLASSES = ("CLIPTokenizer", "T5Tokenizer")
 # transformers says "no limit" with a huge number.
 _NO_LIMIT = 1_000_000
 
@@ -29,13 +32,25 @@ def load_tokenizer(folder: Path) -> Any:
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist")
     # Late: importing transformers takes a second or more.
-    from transformers import AutoTokenizer
+    import transformers
 
+    # Looking for the class, `AutoTokenizer` imports PyTorch where it is installed: seconds.
+    name = _class_name(folder)
+    tokenizer_class = getattr(transformers, name if name in _CLASSES else "AutoTokenizer")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"no usable tokenizer in {folder}: {reason}") from error
+
+
+def _class_name(folder: Path) -> str | None:
+    """The class that a tokenizer's folder names, as transformers calls it since version 5."""
+    try:
+        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return content["tokenizer_class"].removesuffix("Fast")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def max_length(tokenizer: Any, otherwise: int = DEV_TOKENS) -> int:

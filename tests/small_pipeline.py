@@ -87,7 +87,7 @@ def small_pipeline(
     dtype: Any = jnp.float32,
     guidance_embed: bool = True,
     seed: int = 0,
-    offload: bool = False,
+    placement: str = "resident",
     **options: Any,
 ) -> FluxPipeline:
     """Random weights from `seed`; a native size of 32 x 32 pixels and prompts of 12 tokens."""
@@ -99,7 +99,7 @@ def small_pipeline(
     encoders = {name: models.pop(name) for name in ("text_encoder", "text_encoder_2")}
     return FluxPipeline(
         scheduler=SchedulerConfig.dev() if guidance_embed else SchedulerConfig.schnell(),
-        text_encoders=TextEncoders(**encoders, **tokenizers(), offload=offload),
+        text_encoders=TextEncoders(**encoders, **tokenizers(), placement=placement),
         **models,
         **options,
     )

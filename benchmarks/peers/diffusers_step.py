@@ -1,8 +1,9 @@
-"""The same step in diffusers (PyTorch): eager, and with its blocks compiled.
+"""The same step in diffusers (PyTorch): eager, with its blocks compiled, and those in float8.
 
-Needs torch and diffusers, nothing of JAX. Run by `benchmarks.transformer_step --peers`; alone:
+Needs torch and diffusers, nothing of JAX. Run by `benchmarks.transformer_step --peers` and
+`benchmarks.full_size`; alone:
 
-    python -m benchmarks.peers.diffusers_step --output peer.json
+    python -m benchmarks.peers.diffusers_step --output peer.json --fp8
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ def main(
     size: Annotated[str, typer.Option(help="full or tiny.")] = "full",
     repeats: Annotated[int, typer.Option(help="Timed steps.")] = 20,
     compiled: Annotated[bool, typer.Option(help="Also with compiled blocks.")] = True,
+    fp8: Annotated[
+        bool, typer.Option(help="Last, with linears in float8, scaled by row (torch._scaled_mm).")
+    ] = False,
 ) -> None:
     """Times diffusers' FluxTransformer2DModel with random bf16 weights."""
     import torch
@@ -108,6 +112,17 @@ def main(
     if compiled:
         model.compile_repeated_blocks(fullgraph=True)
         modes["compiled blocks"] = measure("compiled blocks")
+    if fp8:
+        from benchmarks.peers.fp8_linear import to_fp8
+
+        print(f"  {to_fp8(model)} linears in float8", flush=True)
+        if compiled:
+            # The blocks have other layers now: what was compiled is of no use.
+            torch.compiler.reset()
+            model.compile_repeated_blocks(fullgraph=True)
+        if gpu:
+            torch.cuda.empty_cache()
+        modes["fp8, compiled blocks" if compiled else "fp8, eager"] = measure("fp8")
     versions = package_versions("torch", "diffusers")
     output.write_text(json.dumps({"versions": versions, "modes": modes}), encoding="utf-8")
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,11 +129,12 @@ def load_and_encode(
     num_images: int = 1,
     with_fingerprint: bool = True,
     mesh: Mesh | None = None,
+    offload_modulation: bool = False,
 ) -> Loaded:
-    """Check what is asked for, then load the model in stages, so that it never is there as a whole.
+    """Check what is asked for, then encode the prompts while the rest of the model is loaded.
 
-    The text encoders are loaded, used and freed before the transformer is loaded: the peak is the
-    larger of the two, not their sum. Nothing is loaded if an argument is wrong.
+    T5 passes through the device two blocks at a time, so that it needs no room beside the
+    transformer; both encoders are gone at the end. Nothing is loaded if an argument is wrong.
 
     Args:
       model: as in `Model`.
@@ -141,10 +143,12 @@ def load_and_encode(
       num_images: of each prompt.
       with_fingerprint: whether it is wanted.
       mesh: devices to draw on; by default one.
+      offload_modulation: as in `FluxPipeline`.
     """
     from flux_jax import arguments, loading
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.prompts import TextEncoders
+    from flux_jax.residence import STREAMED
 
     prompts = arguments.texts("prompt", settings["prompt"])
     request = loading.check_request(
@@ -154,19 +158,25 @@ def load_and_encode(
     negative = settings.get("negative_prompt")
     if settings.get("true_cfg_scale", 1.0) <= 1:
         negative = None
-    encoders = TextEncoders.from_pretrained(path, dtype=dtype, mesh=mesh)
     batch_size = request.plan.device_batch_size
 
     def encode(texts: list[str]) -> PromptEmbeds:
         return encoders.encode(texts, max_sequence_length=length, batch_size=batch_size)
 
-    embeds = encode(prompts)
-    negative_embeds = None if negative is None else encode([negative])
-    if with_fingerprint:
-        encoders.digests()
-    encoders.free()
-    pipe = FluxPipeline.from_pretrained(path, dtype=dtype, text_encoders=encoders, mesh=mesh)
-    pipe.name = model
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(loading.load_image_parts, path, dtype=dtype, mesh=mesh, given={})
+        encoders = TextEncoders.from_pretrained(path, dtype=dtype, mesh=mesh, placement=STREAMED)
+        embeds = encode(prompts)
+        negative_embeds = None if negative is None else encode([negative])
+        if with_fingerprint:
+            encoders.digests()
+        encoders.free()
+        pipe = FluxPipeline(
+            text_encoders=encoders,
+            offload_modulation=offload_modulation,
+            name=model,
+            **others.result(),
+        )
     return Loaded(
         pipe=pipe,
         prompts=embeds,

@@ -88,6 +88,13 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    offload_modulation: Annotated[
+        bool,
+        typer.Option(
+            "--offload-modulation",
+            help="A quarter of the transformer, which only prepares the steps, waits on the host.",
+        ),
+    ] = False,
     metadata: Annotated[
         bool, typer.Option("--metadata/--no-metadata", help="Keep all of this in the PNG.")
     ] = True,
@@ -155,6 +162,7 @@ def generate(
             mesh=mesh,
             replay=replay,
             metadata=metadata,
+            offload_modulation=offload_modulation,
             as_json=json,
             quiet=quiet,
         )
@@ -168,6 +176,7 @@ def _generate(
     mesh: str | None,
     replay: Path | None,
     metadata: bool,
+    offload_modulation: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -191,6 +200,7 @@ def _generate(
             num_images=num_images,
             with_fingerprint=metadata,
             mesh=common.mesh_of_this_process(mesh),
+            offload_modulation=offload_modulation,
         )
     if None not in (expected, loaded.fingerprint) and expected != loaded.fingerprint:
         logger.warning(

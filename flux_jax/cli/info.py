@@ -34,6 +34,19 @@ def info(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="For --memory, images drawn together.")] = 1,
     dtype: Annotated[str, typer.Option(help="For --memory, bf16 or fp32.")] = "bf16",
+    text_encoders: Annotated[
+        str,
+        typer.Option(
+            help="For --memory: streamed (as generate does), offloaded, or resident on the device."
+        ),
+    ] = "streamed",
+    offload_modulation: Annotated[
+        bool,
+        typer.Option("--offload-modulation", help="For --memory, as of generate."),
+    ] = False,
+    tiled: Annotated[
+        bool, typer.Option("--tiled", help="For --memory: the decoder works in tiles.")
+    ] = False,
     json: common.Json = False,
 ) -> None:
     """Show what a checkpoint holds.
@@ -53,6 +66,9 @@ def info(
                 model,
                 {"height": height, "width": width, "batch_size": batch_size},
                 dtype=common.dtype_name(dtype),
+                text_encoders=text_encoders,
+                offload_modulation=offload_modulation,
+                tiled=tiled or None,
             )
         if json:
             common.print_json(content)
@@ -90,8 +106,8 @@ def describe(model: str) -> dict[str, Any]:
     }
 
 
-def _memory(model: str, settings: dict[str, Any], *, dtype: str) -> dict[str, Any]:
-    """Bytes of each stage with only its own component on the device."""
+def _memory(model: str, settings: dict[str, Any], *, dtype: str, **choices: Any) -> dict[str, Any]:
+    """Bytes of each stage of a call, and the largest; `choices` are those of `stage_memory`."""
     import jax
 
     from flux_jax.loading import check_request
@@ -99,25 +115,33 @@ def _memory(model: str, settings: dict[str, Any], *, dtype: str) -> dict[str, An
 
     request = check_request(model, settings, images=1, num_images_per_prompt=1)
     models = {name: make(jax.numpy.dtype(dtype)) for name, make in request.abstract.items()}
-    stages = stage_memory(models, request.plan)
+    stages = stage_memory(models, request.plan, **choices)
     return {
         "device": jax.devices()[0].device_kind,
         "height": request.plan.height,
         "width": request.plan.width,
         "stages": {
-            name: {"weights": need.weights, "work": need.work, "peak": need.peak}
+            name: {
+                "weights": need.weights,
+                "work": need.work,
+                "held": need.held,
+                "peak": need.peak,
+            }
             for name, need in stages.items()
         },
+        "peak": max(need.peak for need in stages.values()),
     }
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
     size = f"{memory['width']} x {memory['height']}"
     lines = ["", f"memory on {memory['device']} for {size} pixels, in MB"]
-    lines.append(f"{'stage':16}{'weights':>12}{'work':>12}{'peak':>12}")
+    titles = ("weights", "work", "held", "peak")
+    lines.append(f"{'stage':16}" + "".join(f"{title:>12}" for title in titles))
     for name, need in memory["stages"].items():
-        cells = (f"{need[key] / 1e6:,.1f}" for key in ("weights", "work", "peak"))
+        cells = (f"{need[key] / 1e6:,.1f}" for key in titles)
         lines.append(f"{name:16}" + "".join(f"{cell:>12}" for cell in cells))
+    lines.append(f"{'largest':52}{memory['peak'] / 1e6:>12,.1f}")
     return lines
 
 

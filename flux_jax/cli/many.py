@@ -46,7 +46,7 @@ def generate_many(
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.processes import Processes, joined_processes
     from flux_jax.prompt_file import read_prompts
-    from flux_jax.prompts import TextEncoders
+    from flux_jax.residence import STREAMED
 
     settings = {"seed": 0, **explicit}
     model = settings.pop("model", DEFAULT_MODEL)
@@ -72,12 +72,9 @@ def generate_many(
             request = loading.check_request(
                 model, checked, images=1, num_images_per_prompt=1, mesh=devices
             )
-            # In host memory while images are drawn: prompts are encoded by and by.
-            encoders = TextEncoders.from_pretrained(
-                request.path, dtype=dtype, mesh=devices, offload=True
-            )
+            # Prompts are encoded by and by: T5 stays in its files meanwhile.
             pipe = FluxPipeline.from_pretrained(
-                request.path, dtype=dtype, mesh=devices, text_encoders=encoders
+                request.path, dtype=dtype, mesh=devices, text_encoders=STREAMED
             )
             pipe.name = model
         with watch.stage("draw"):

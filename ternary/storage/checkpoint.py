@@ -1,7 +1,7 @@
 """Ternary checkpoints: written from a module in memory, read without the dense weights.
 
 The format is that of `ternary.storage.format`. A tensor is read, checked, brought from five digits
-a byte to two bits a code, and handed to its device; then the next.
+a byte to two bits a code, and handed to its device; a few at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ from ternary.storage.format import (
     read_description,
 )
 from ternary.storage.tensor_file import TensorFile
+
+# Tensors read, checked and unpacked at the same time.
+_LOADERS = 4
 
 
 class TernaryCheckpoint:
@@ -171,17 +175,18 @@ class TernaryCheckpoint:
         rebuild, flat = split_flat(module)
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = dict.fromkeys(flat, one) if place is None else place(module)
-        arrays = {}
-        for name, shape in flat.items():
+
+        def bring(name: str) -> jax.Array:
             layer, last = name.rpartition(".")[::2]
             host = self.packed(layer) if last == "packed" else self.read(name)
-            host = host.astype(shape.dtype, copy=False)
-            arrays[name] = jax.make_array_from_callback(
-                host.shape, places[name], lambda index, host=host: host[index]
-            )
-            # One tensor is on its way at a time.
-            arrays[name].block_until_ready()
-        return rebuild(arrays)
+            host = host.astype(flat[name].dtype, copy=False)
+            return jax.make_array_from_callback(
+                host.shape, places[name], lambda index: host[index]
+            ).block_until_ready()
+
+        # Each thread has one tensor on its way.
+        with ThreadPoolExecutor(_LOADERS) as pool:
+            return rebuild(dict(zip(flat, pool.map(bring, flat), strict=True)))
 
     def close(self) -> None:
         self._tensors.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import jax
@@ -11,9 +12,11 @@ from typer.testing import CliRunner
 from flux_jax.cli import app
 from flux_jax.components import abstract_module
 from flux_jax.configs import SchedulerConfig
+from flux_jax.errors import UserError
 from flux_jax.memory import stage_memory
 from flux_jax.plan import make_plan
-from tests.small_pipeline import CONFIGS, TRANSFORMER, VAE
+from flux_jax.residence import modulation_layers
+from tests.small_pipeline import CONFIGS, TRANSFORMER, VAE, small_pipeline
 
 
 def needs(size: int, batch_size: int = 1, **options):
@@ -46,7 +49,11 @@ def test_weights_are_the_components(small, pipe):
 
     assert small["denoise"].weights == size(pipe.transformer)
     assert small["decode"].weights == size(pipe.vae)
-    assert small["denoise"].peak == small["denoise"].weights + small["denoise"].work
+    for need in small.values():
+        assert need.peak == need.weights + need.work + need.held
+    # Encoded prompts wait beside the weights of whatever is not at work.
+    assert 0 <= small["decode"].held - size(pipe.transformer) < 10_000
+    assert 0 <= small["denoise"].held - size(pipe.vae) < 10_000
 
 
 def test_work_grows_with_the_image_and_the_batch(small):
@@ -58,6 +65,59 @@ def test_work_grows_with_the_image_and_the_batch(small):
     assert larger["encode (T5)"] == small["encode (T5)"]
     # The decoder's values at full resolution alone: 8 channels of float32.
     assert small["decode"].work > 64 * 64 * 8 * 4
+
+
+def test_placements_are_planned(small, pipe):
+    def size(module):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(module))
+
+    resident, away = needs(64, text_encoders="resident"), needs(64, offload_modulation=True)
+    text = size(pipe.text_encoders.text_encoder) + size(pipe.text_encoders.text_encoder_2)
+    for stage in ("modulations", "denoise", "decode"):
+        assert resident[stage].peak - small[stage].peak == text, stage
+    layers = sum(size(layer) for layer in modulation_layers(pipe.transformer))
+    for stage in ("denoise", "decode", "encode (T5)"):
+        assert small[stage].peak - away[stage].peak == layers, stage
+    assert small["modulations"] == away["modulations"]
+    block = size(pipe.text_encoders.text_encoder_2.blocks[0])
+    assert 0 <= small["encode (T5)"].weights - 2 * block < 1_000
+    with pytest.raises(UserError, match="text_encoders must be one of resident, offloaded"):
+        needs(64, text_encoders="auto")
+
+
+@pytest.mark.parametrize("offload_modulation", [False, True])
+def test_live_arrays_stay_below_the_plan(offload_modulation):
+    """At every hand-over: no stage keeps what belongs to another."""
+    planned = needs(
+        32, text_encoders="streamed", offload_modulation=offload_modulation, tiled=False
+    )
+    gc.collect()
+    gc.disable()
+    before = {id(array) for array in jax.live_arrays()}
+
+    def live():
+        return sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+
+    try:
+        pipe = small_pipeline(placement="streamed", offload_modulation=offload_modulation)
+        gc.collect()  # of making random modules
+        found = {"decode": live()}
+        options = {"seed": 0, "height": 32, "width": 32, "progress": False}
+        encoded = pipe.encode_prompt("a red circle")
+        found["encode (T5)"] = live()
+        steps = []
+        pipe(encoded, num_inference_steps=4, callback=lambda *_: steps.append(live()), **options)
+        found["denoise"] = max(steps)
+        left = live()
+    finally:
+        gc.enable()
+    embeds = encoded.prompt_embeds.nbytes + encoded.pooled_prompt_embeds.nbytes
+    assert left == found["decode"] + embeds
+    for stage, nbytes in found.items():
+        assert nbytes <= planned[stage].peak, stage
+    # Not by much: what is planned beside the work of the compiled step is really there.
+    step = planned["denoise"]
+    assert step.weights + step.held < found["denoise"] + 10_000
 
 
 def test_tiles_bound_the_decoder():

@@ -18,6 +18,7 @@ from flux_jax.functional import ModuleFunction
 from flux_jax.latents import pack, unpack
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
+from flux_jax.residence import modulation_layers
 from flux_jax.scheduler import make_schedule
 from flux_jax.sharding import make_mesh, shardings
 from tests.small_pipeline import small_pipeline
@@ -288,13 +289,60 @@ def test_offloaded_encoders_are_on_the_device_only_while_encoding(pipe):
         modules = pipeline.text_encoders.modules().values()
         return {type(leaf) for module in modules for leaf in jax.tree.leaves(nnx.state(module))}
 
-    offloaded = small_pipeline(offload=True)
+    offloaded = small_pipeline(placement="offloaded")
     for _ in range(2):
         assert kinds(offloaded) == {np.ndarray}
         out = offloaded(RED, seed=0, return_latents=True, **STEPS)
     expected = pipe(RED, seed=0, return_latents=True, **STEPS)
     np.testing.assert_array_equal(out.latents, expected.latents)
     assert offloaded.fingerprint() == pipe.fingerprint()
+
+
+def test_modulation_weights_wait_on_the_host(pipe):
+    """They are there while the vectors of all steps are computed, and not while the loop runs."""
+
+    def kinds(pipeline):
+        layers = modulation_layers(pipeline.transformer)
+        return {type(leaf) for layer in layers for leaf in jax.tree.leaves(nnx.state(layer))}
+
+    offloaded = small_pipeline(offload_modulation=True)
+    during = []
+    for _ in range(2):
+        out = offloaded(
+            RED,
+            seed=0,
+            callback=lambda *_: during.append(kinds(offloaded)),
+            return_latents=True,
+            **STEPS,
+        )
+        assert during == [{np.ndarray}] * len(during)
+    expected = pipe(RED, seed=0, return_latents=True, **STEPS)
+    np.testing.assert_array_equal(out.latents, expected.latents)
+    assert offloaded.fingerprint() == pipe.fingerprint()
+    share = sum(
+        v.size
+        for layer in modulation_layers(pipe.transformer)
+        for v in jax.tree.leaves(nnx.state(layer))
+    )
+    everything = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(offloaded.transformer)))
+    assert 0.1 < share / everything < 0.5
+
+
+def test_a_short_memory_decodes_in_tiles(pipe, monkeypatch):
+    tokens = jnp.asarray(pipe(RED, seed=0, output_type="latent", **STEPS).images)
+    need = images.decode_bytes(pipe.vae.config, 32 * 32)
+    calls = []
+    monkeypatch.setattr(
+        Autoencoder, "decode_tiled", lambda *a, **k: calls.append(k) or np.zeros((1, 32, 32, 3))
+    )
+    for free, tiled in ((need - 1, 1), (need, 1), (None, 1)):
+        memory = None if free is None else (2 * need, free)
+        monkeypatch.setattr(images, "device_memory", lambda memory=memory: memory)
+        images.decode(pipe.vae, tokens, (2, 2))
+        assert len(calls) == tiled
+    monkeypatch.setattr(images, "device_memory", lambda: (2 * need, 0))
+    images.decode(pipe.vae, tokens, (2, 2), tiled=False)
+    assert len(calls) == 1
 
 
 def test_sequence_length_is_an_argument(pipe):

@@ -10,7 +10,7 @@ from flax import nnx
 from flux_jax.components import abstract_module
 from flux_jax.configs import T5Config
 from flux_jax.functional import ModuleFunction
-from flux_jax.t5 import T5Encoder, relative_buckets
+from flux_jax.t5 import T5Encoder, position_bias, relative_buckets
 from tests.random_module import random_module
 
 CONFIG = T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
@@ -44,7 +44,7 @@ def test_buckets_by_hand():
 def test_position_bias_looks_up_the_bucket_of_key_minus_query():
     encoder = random_module("text_encoder_2", CONFIG)
     length = 40
-    bias = np.asarray(encoder.position_bias(length))
+    bias = np.asarray(position_bias(encoder.relative_attention_bias, CONFIG, length))
     table = np.asarray(encoder.relative_attention_bias.weight[...])
     buckets = relative_buckets(
         length, CONFIG.relative_attention_num_buckets, CONFIG.relative_attention_max_distance

@@ -10,7 +10,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from convert.maps import t5 as t5_map
 from flux_jax.configs import T5Config
-from flux_jax.t5 import T5Encoder, relative_buckets
+from flux_jax.t5 import T5Encoder, position_bias, relative_buckets
 from tests.parity.common import TOLERANCE, ours, perturb_vectors, relative_error, run
 
 CONFIGS = {
@@ -44,7 +44,7 @@ def models(request, tmp_path_factory):
 
 def layer_by_layer(encoder: T5Encoder, ids):
     """The stream before each block, and the output."""
-    bias = encoder.position_bias(ids.shape[1])
+    bias = position_bias(encoder.relative_attention_bias, encoder.config, ids.shape[1])
     streams = [encoder.token_embedding(ids)]
     for block in encoder.blocks:
         streams.append(block(streams[-1], bias))

@@ -153,7 +153,9 @@ def test_a_target_that_is_there_is_refused_before_any_work(folder, made):
 def test_prompts_are_encoded_as_the_pipeline_does(folder):
     texts = [f"a {colour} cube" for colour in ("red", "blue", "green")] * 3
     found = encode_prompts(folder / "teacher", texts)
-    encoders = load_text_encoders(folder / "teacher", dtype=jnp.bfloat16, mesh=None, offload=False)
+    encoders = load_text_encoders(
+        folder / "teacher", dtype=jnp.bfloat16, mesh=None, placement="resident"
+    )
     expected = encoders.encode(texts)
     np.testing.assert_array_equal(found.txt, np.asarray(expected.prompt_embeds))
     np.testing.assert_array_equal(found.pooled, np.asarray(expected.pooled_prompt_embeds))
