@@ -84,8 +84,9 @@ def attention(
         raise NotImplementedError(f"attention {implementation!r} cannot run here: {reason}")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if masked or implementation == "cudnn":
+        by: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
         out = jax.nn.dot_product_attention(
-            q, k, v, bias=bias, scale=scale, is_causal=causal, implementation=implementation
+            q, k, v, bias=bias, scale=scale, is_causal=causal, implementation=by
         )
     elif implementation in kernels.KERNELS:
         out = kernels.KERNELS[implementation](q, k, v, scale).astype(q.dtype)

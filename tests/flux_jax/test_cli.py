@@ -187,7 +187,7 @@ def test_info_tells_the_memory(folder):
     memory = json.loads(run(*arguments, "--json").stdout)["memory"]
     assert (memory["height"], memory["width"]) == (32, 64)
     for need in memory["stages"].values():
-        assert need["peak"] == need["weights"] + need["work"]
+        assert need["peak"] == need["weights"] + need["work"] + need["held"]
     text = run(*arguments).stdout
     assert f"{memory['stages']['denoise']['peak'] / 1e6:,.1f}" in text
 
