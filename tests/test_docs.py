@@ -147,5 +147,7 @@ def test_the_site_builds(tmp_path):
     assert 'id="ternary.config.QuantConfig"' in reference
     # Everything a page needs comes with it.
     for page in tmp_path.rglob("*.html"):
-        fetched = re.findall(r'(?:<script[^>]*src|<link[^>]*href)="(https?:[^"]+)', page.read_text())
+        fetched = re.findall(
+            r'(?:<script[^>]*src|<link[^>]*href)="(https?:[^"]+)', page.read_text()
+        )
         assert not fetched, (page.name, fetched)
