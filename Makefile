@@ -30,7 +30,7 @@ constraints = requirements/constraints-$(shell $(BIN)/python -c \
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml $(wildcard requirements/*.txt)
 
-.PHONY: help demo test lint format bench tables install-demo install-test lock clean
+.PHONY: help demo test lint format bench tables docs notebooks install-demo install-test lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,15 +55,22 @@ bench: $(VENV)/.installed-test ## time a FLUX.1-dev step on this machine's GPU, 
 	$(BIN)/python -m benchmarks.transformer_step --peers
 	$(BIN)/python -m benchmarks.render_tables
 
-tables: $(VENV)/.installed ## rewrite what is generated in README and docs: tables, commands, public names
+tables: $(VENV)/.installed-test ## rewrite what is generated in README and docs: tables, commands, public names
 	$(BIN)/python -m benchmarks.render_tables
 	$(BIN)/python -m tools.commands
+	$(BIN)/python -m tools.public_api
+
+docs: $(VENV)/.installed-test ## build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: $(VENV)/.installed-test ## run the notebooks and keep their outputs (some minutes)
+	JAX_PLATFORMS=cpu $(BIN)/python -m tools.notebooks
 
 install-demo: $(VENV)/.installed ## only install, what `make demo` needs
 install-test: $(VENV)/.installed-test $(VENV)/.browser ## only install, what `make test` and `make lint` need
 
 lock: $(VENV)/.installed-test ## write the constraints file of this Python from what is installed
-	$(PIP) install -e ".[test,parity,lint,notebooks]"
+	$(PIP) install -e ".[test,parity,lint,notebooks,docs]"
 	@head -1 $(constraints) > $(constraints).new
 	$(PIP) list --format=freeze --exclude flux-jax --exclude pip \
 		| sed "s/+cpu$$//" >> $(constraints).new
@@ -89,7 +96,7 @@ $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing the test requirements (torch among them) ..."
-	@$(PIP) install -q -c $(constraints) --no-build-isolation -e ".[test,parity,lint]"
+	@$(PIP) install -q -c $(constraints) --no-build-isolation -e ".[test,parity,lint,notebooks,docs]"
 	@touch $@
 
 # Headless Chromium, for the tests that look at pages. Where none can be had they are skipped.

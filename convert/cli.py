@@ -22,8 +22,8 @@ def main(
         str,
         typer.Argument(
             metavar="SRC",
-            help="tiny, a diffusers folder or hub id, a Black Forest Labs .safetensors file, or a Flax "
-            "checkpoint.",
+            help="tiny, a diffusers folder or hub id, a Black Forest Labs .safetensors file, or a "
+            "Flax checkpoint.",
             show_default=False,
         ),
     ],

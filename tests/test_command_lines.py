@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
+from typing import Annotated
 
 import jax
 import pytest
@@ -80,6 +81,28 @@ def test_the_page_is_current():
     assert blocks.replaced(before, "commands", commands.render()) == before, (
         "docs/commands.md is out of date: run `make tables`"
     )
+
+
+def test_groups_are_walked_and_hidden_commands_left_out():
+    app, inner = App(name="outer"), App(name="inner")
+
+    @app.command()
+    def plain() -> None:
+        """Plain."""
+
+    @inner.command()
+    def deep(limit: Annotated[int, typer.Option(help="How many.")] = 3) -> None:
+        """Deep."""
+
+    @inner.command(hidden=True)
+    def old() -> None:
+        """Old."""
+
+    app.add_typer(inner, name="group")
+    inner.callback()(lambda: None)
+    found = {c.call: c for c in commands.below("python -m x", typer.main.get_command(app))}
+    assert found.keys() == {"python -m x plain", "python -m x group deep"}
+    assert {"--limit", "--quiet", "--verbose"} <= options(found["python -m x group deep"]).keys()
 
 
 def test_a_page_without_the_block_is_refused():

@@ -114,13 +114,15 @@ KNOWN = {command.call.removeprefix("python -m "): command for command in command
 @pytest.mark.parametrize(("page", "command"), shell_commands())
 def test_a_command_of_a_page_exists(page, command):
     words = shlex.split(command, comments=True)
-    call = words[0] if words[0] in KNOWN else " ".join(words[:2])
-    if call not in KNOWN:
-        assert "[OPTIONS]" in command, f"{page}: no command {call}"
-        return
-    known = {o for p in KNOWN[call].parameters for o in [*p.opts, *p.secondary_opts]}
+    calls = [" ".join(words[:count]) for count in (3, 2, 1)]
+    call = next((call for call in calls if call in KNOWN), None)
+    # A group without the name of one of its commands takes the options of its default.
+    meant = [KNOWN[call]] if call else [c for n, c in KNOWN.items() if n.startswith(calls[1] + " ")]
+    assert meant, f"{page}: no command {calls[1]}"
+    parameters = [parameter for each in meant for parameter in each.parameters]
+    known = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
     used = {word for word in words if word.startswith("--")}
-    assert used <= known | {"--help"}, f"{page}: {call} has no {sorted(used - known)}"
+    assert used <= known | {"--help"}, f"{page}: {command} has no {sorted(used - known)}"
 
 
 @pytest.mark.slow
@@ -151,3 +153,17 @@ def test_the_site_builds(tmp_path):
             r'(?:<script[^>]*src|<link[^>]*href)="(https?:[^"]+)', page.read_text()
         )
         assert not fetched, (page.name, fetched)
+
+
+def test_the_settings_of_a_page_are_settings():
+    """What `distill` is told by `--set` on a page is read without complaint."""
+    from ternary import RunConfig
+    from ternary.distillation.run_config import read_run_config
+
+    seen = 0
+    for _, command in shell_commands():
+        changes = re.findall(r"--set (\S+=\S+)", command)
+        if changes:
+            assert isinstance(read_run_config(None, changes), RunConfig)
+            seen += 1
+    assert seen >= 3

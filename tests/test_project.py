@@ -139,7 +139,7 @@ def test_pins_cover_every_dependency():
     """Each constraints file pins what pyproject.toml names, at a version it admits."""
     project = PYPROJECT["project"]
     wanted = list(project["dependencies"])
-    for extra in ("test", "parity", "lint", "notebooks"):
+    for extra in ("test", "parity", "lint", "notebooks", "docs"):
         wanted += project["optional-dependencies"][extra]
     files = sorted((ROOT / "requirements").glob("constraints-*.txt"))
     assert [path.name for path in files] == ["constraints-py311.txt", "constraints-py312.txt"]

@@ -65,14 +65,19 @@ class Command:
 def commands() -> Iterator[Command]:
     """Every command of ours that is not hidden."""
     for package, module in APPS.items():
-        root: Any = typer.main.get_command(importlib.import_module(module).app)
-        found = getattr(root, "commands", None)
-        if found is None:
-            yield _command(f"python -m {package}", root)
-            continue
-        for name, command in found.items():
-            if not command.hidden:
-                yield _command(f"python -m {package} {name}", command)
+        app = importlib.import_module(module).app
+        yield from below(f"python -m {package}", typer.main.get_command(app))
+
+
+def below(call: str, parser: Any) -> Iterator[Command]:
+    """The commands of a parser: itself, or those of a group and of the groups in it."""
+    inner = getattr(parser, "commands", None)
+    if inner is None:
+        yield _command(call, parser)
+        return
+    for name, command in inner.items():
+        if not command.hidden:
+            yield from below(f"{call} {name}", command)
 
 
 def _command(call: str, command: Any) -> Command:

@@ -72,6 +72,9 @@ def execute(path: Path, *, quick: bool) -> NotebookNode:
     for cell in notebook.cells:
         for key in _TRANSIENT:
             cell.metadata.pop(key, None)
+        # Warnings of libraries, with the paths of this machine.
+        if cell.cell_type == "code":
+            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook
 

@@ -141,6 +141,10 @@ def notebook_files(path: Path) -> Iterator[tuple[str, str | bytes]]:
 
 
 def _mathml(latex: str, block: bool) -> str:
-    return latex2mathml.converter.convert(
-        html.unescape(latex).strip(), display="block" if block else "inline"
-    )
+    latex = html.unescape(latex).strip()
+    if block:
+        # The box scrolls where the page is too narrow; the element itself would be cut off.
+        return (
+            f'<div class="equation">{latex2mathml.converter.convert(latex, display="block")}</div>'
+        )
+    return latex2mathml.converter.convert(latex, display="inline")

@@ -21,8 +21,8 @@ from ternary.storage.pack import quantize_weight
 def quantize_checkpoint(
     src: str | Path,
     dst: str | Path,
-    quant: QuantConfig = QuantConfig(),
-    policy: Policy = Policy(),
+    quant: QuantConfig | None = None,
+    policy: Policy | None = None,
     *,
     force: bool = False,
     on_start: Callable[[int], None] = lambda nbytes: None,
@@ -35,8 +35,8 @@ def quantize_checkpoint(
     Args:
       src: folder, file, hub id or a shipped model's name, as for `load_checkpoint`.
       dst: folder to be made, in diffusers' layout; it appears complete or not at all.
-      quant: how the weights are rounded.
-      policy: which.
+      quant: how the weights are rounded; by default as `QuantConfig()`.
+      policy: which; by default all linears of all blocks.
       force: replace an existing checkpoint, once the new one is whole.
       on_start: told the bytes of the transformer's weights in bf16.
       on_bytes: told the bytes of each one that was handled.
@@ -47,6 +47,7 @@ def quantize_checkpoint(
     Raises:
       UserError: anything wrong with the source or the target.
     """
+    quant, policy = quant or QuantConfig(), policy or Policy()
     if quant.rank:
         raise UserError("rounding without training makes no low-rank branch; rank must be 0")
     dst = Path(dst)

@@ -87,6 +87,14 @@ def test_quiet_says_nothing(folder, out):
     assert (result.exit_code, result.output) == (0, "")
 
 
+def test_json_is_all_that_is_on_stdout(folder, out):
+    result = run(folder, out, "--verify", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["path"], told["verified"]) == (str(out), 57)
+    assert told["components"] == ["text_encoder", "text_encoder_2"]
+
+
 def test_importing_the_command_line_is_light():
     program = (
         "import sys, convert.cli; print([m for m in ('jax', 'torch', 'orbax') if m in sys.modules])"

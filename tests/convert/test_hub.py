@@ -1,5 +1,6 @@
 """The hub: what is downloaded, and what a failure says. The network is played by a function."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -7,7 +8,16 @@ import pytest
 from huggingface_hub import errors
 
 from convert import hub
+from flux_jax.assets import shipped_path
 from flux_jax.errors import UserError
+
+
+def test_a_shipped_model_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve("tiny") == shipped_path("tiny")
+    # A folder of that name comes first.
+    (tmp_path / "tiny").mkdir()
+    assert hub.resolve("tiny") == Path("tiny")
 
 
 def refuse(error):

@@ -70,12 +70,44 @@ def test_inspect_json_counts_right(made, teacher):
 
 
 def test_patterns(teacher, tmp_path):
-    arguments = ("--include", "single_blocks.*", "--exclude", "*.modulation.lin", "--quiet")
+    arguments = ("--include", "single_blocks.*", "--exclude", "*.modulation.lin", "-q", "--json")
     result = run("quantize", teacher, tmp_path / "m", *arguments)
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
     with open_checkpoint(tmp_path / "m") as checkpoint:
         assert checkpoint.layers == ["single_blocks.0.linear1", "single_blocks.0.linear2"]
+        shapes = checkpoint.shapes
+    told = json.loads(result.stdout)
+    chosen = sum(np.prod(shapes[f"single_blocks.0.linear{i}.weight"]) for i in (1, 2))
+    assert told["parameters"] == sum(int(np.prod(shape)) for shape in shapes.values())
+    assert told["ternary_share"] == pytest.approx(chosen / told["parameters"])
+    files = (tmp_path / "m" / "transformer").iterdir()
+    assert told["transformer_bytes"] == sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize("more", [("--json",), ("--json", "--quiet"), (), ("--quiet",)])
+def test_distill_tells_how_it_ended(monkeypatch, tmp_path, more):
+    import ternary.distillation.run as runs
+
+    outcome = runs.Outcome(
+        student=tmp_path / "student",
+        steps=1200,
+        loss=0.5,
+        median_psnr=20.0,
+        score=None,
+        teacher_score=None,
+    )
+    monkeypatch.setattr(runs, "distill", lambda *arguments, **options: outcome)
+    result = run("distill", "--teacher", "tiny", "--prompts", "p", "--out", tmp_path, *more)
+    assert (result.exit_code, result.stderr) == (0, "")
+    if "--json" in more:
+        told = json.loads(result.stdout)
+        assert told == {**vars(outcome), "student": str(tmp_path / "student")}
+    elif more:
+        assert result.stdout == ""
+    else:
+        figures = "1,200 steps, loss 0.50000; held-out pictures 20.00 dB (median)"
+        assert result.stdout == f"{tmp_path / 'student'}: {figures}\n"
 
 
 @pytest.mark.parametrize(
