@@ -94,8 +94,8 @@ def picture_figures(names: list[Implementation], steps: int) -> dict[str, Figure
     pipe = FluxPipeline.from_pretrained(STUDENT, attention="xla")
 
     def draw() -> np.ndarray:
-        call = {"seed": 0, "num_inference_steps": steps, "output_type": "np", "progress": False}
-        return pipe(list(PROMPTS), **call).images  # pyright: ignore[reportArgumentType]
+        call: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
+        return np.asarray(pipe(list(PROMPTS), seed=0, progress=False, **call).images)
 
     reference, figures = draw(), {}
     for name in names:

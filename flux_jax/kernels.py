@@ -37,7 +37,7 @@ def use_kernels(
         _check_attention(transformer, attention_by)
     for _, module in nnx.iter_modules(transformer):
         if hasattr(module, "backend"):
-            module.backend = kernels
+            vars(module)["backend"] = kernels
         if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
             module.attention = attention_by
 
