@@ -16,8 +16,8 @@ def test_the_error_is_that_of_bfloat16():
 
 def test_what_runs_is_measured():
     figures = attention.measure("xla", (1, 64, 2, 32), 1)
-    assert set(figures) == {"xla_ms", "xla_tflops", "xla_error"}
+    assert set(figures) == {"xla/ms", "xla/tflops", "xla/error"}
     operations = 4 * 2 * 64**2 * 32
-    rate = operations / (figures["xla_ms"].value / 1e3) / 1e12
-    assert figures["xla_tflops"].value == pytest.approx(rate)
-    assert 0 < figures["xla_error"].value < 0.01
+    rate = operations / (figures["xla/ms"].value / 1e3) / 1e12
+    assert figures["xla/tflops"].value == pytest.approx(rate)
+    assert 0 < figures["xla/error"].value < 0.01
