@@ -1,12 +1,12 @@
 """Times every implementation of attention that runs here, and what each is off by.
 
     python -m benchmarks.attention               # FLUX.1's shape: 4608 tokens, 24 heads of 128
-    python -m benchmarks.attention --tiny        # the shipped model's, anywhere; writes nothing
+    python -m benchmarks.attention --tiny        # the shipped model's, anywhere
 
-- *_ms, *_tflops: median over calls queued on several sets of random inputs in bfloat16.
-- *_error: root mean square of the difference from float64, over that of the result; some queries of
+- ms, tflops: median over calls queued on several sets of random inputs in bfloat16.
+- error: root mean square of the difference from float64, over that of the result; some queries of
   every head.
-- *_psnr: of the shipped 1.58-bit model's pictures against those drawn with the plain XLA attention,
+- psnr: of the shipped 1.58-bit model's pictures against those drawn with the plain XLA attention,
   the median over prompts. Implementations that do not suit the shipped model's heads have none.
 
 An implementation that cannot run is left out, after its reason. Writes
@@ -83,9 +83,9 @@ def measure(
     batch, tokens, heads, width = shape
     operations = 4.0 * batch * heads * tokens**2 * width
     return {
-        f"{name}_ms": Figure(value=1e3 * seconds, unit="ms"),
-        f"{name}_tflops": Figure(value=operations / seconds / 1e12, unit="TFLOP/s"),
-        f"{name}_error": Figure(value=error, unit="x", note="relative to float64"),
+        f"{name}/ms": Figure(value=1e3 * seconds, unit="ms"),
+        f"{name}/tflops": Figure(value=operations / seconds / 1e12, unit="TFLOP/s"),
+        f"{name}/error": Figure(value=error, unit="x", note="relative to float64"),
     }
 
 
@@ -94,8 +94,8 @@ def picture_figures(names: list[Implementation], steps: int) -> dict[str, Figure
     pipe = FluxPipeline.from_pretrained(STUDENT, attention="xla")
 
     def draw() -> np.ndarray:
-        call = {"seed": 0, "num_inference_steps": steps, "output_type": "np", "progress": False}
-        return pipe(list(PROMPTS), **call).images  # pyright: ignore[reportArgumentType]
+        call: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
+        return np.asarray(pipe(list(PROMPTS), seed=0, progress=False, **call).images)
 
     reference, figures = draw(), {}
     for name in names:
@@ -106,12 +106,14 @@ def picture_figures(names: list[Implementation], steps: int) -> dict[str, Figure
             print(f"  no picture: {reason}", flush=True)
             continue
         note = f"{len(PROMPTS)} prompts, {steps} steps, against xla"
-        figures[f"{name}_psnr"] = Figure(value=distance, unit="dB", note=note)
+        figures[f"{name}/psnr"] = Figure(value=distance, unit="dB", note=note)
     return figures
 
 
 def main(
-    tiny: Annotated[bool, typer.Option("--tiny", help="A small shape; writes nothing.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A small shape; writes with --out alone.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timings that each median is over.")] = 15,
     pictures: Annotated[bool, typer.Option(help="Draw with the shipped model too.")] = True,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 28,

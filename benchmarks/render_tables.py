@@ -68,6 +68,18 @@ LAYOUTS = {
             ("peak", "peak"),
         ),
     ),
+    **{
+        name: Layout(
+            title="attention",
+            columns=(
+                ("ms", "time"),
+                ("tflops", "rate"),
+                ("error", "off from float64"),
+                ("psnr", "pictures against xla's"),
+            ),
+        )
+        for name in ("attention", "attention_tiny")
+    },
     "composition": Layout(
         title="composition score, 720 held-out prompts, guidance 3.5, 28 steps",
         rows=(

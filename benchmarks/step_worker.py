@@ -26,8 +26,12 @@ from benchmarks.common import QUEUED_STEPS, median_seconds
 from benchmarks.paper import Step
 from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
+from flux_jax.kernels import use_kernels
 from flux_jax.rope import image_ids, rotary_angles, text_ids
 from flux_jax.transformer import DoubleStreamBlock, SingleStreamBlock
+from ternary.config import QuantConfig
+from ternary.layers import TernaryLinear
+from ternary.policy import Policy, linears, replace_linears, select
 
 INPUT_SETS = 4
 SIZES: dict[str, tuple[FluxConfig, Step]] = {
@@ -53,20 +57,76 @@ def random_weights(config: FluxConfig) -> tuple[Any, Any]:
     Returns:
       (graphdef, state) of `nnx.split`.
     """
-    abstract = abstract_module("transformer", config, jnp.bfloat16)
+    return random_weights_of(abstract_module("transformer", config, jnp.bfloat16))
+
+
+def random_weights_of(abstract: Any) -> tuple[Any, Any]:
+    """As `random_weights`, for a transformer of shapes alone, with packed linears or without."""
     graphdef, state = nnx.split(abstract)
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     key = jax.random.key(0, impl="rbg")
     drawn = []
+    packed = {
+        path[:-2]: 4 * leaf.shape[1]
+        for path, leaf in leaves
+        if jax.tree_util.keystr(path[-2:-1]) == "['packed']"
+    }
     for index, (path, leaf) in enumerate(leaves):
+        key_of_leaf = jax.random.fold_in(key, index)
+        if leaf.dtype == jnp.uint8:
+            drawn.append(_codes(key_of_leaf, leaf.shape))
+            continue
+        if path[:-2] in packed and leaf.dtype == jnp.float16:
+            # Two of three codes are not zero.
+            size = math.sqrt(1.5 / packed[path[:-2]])
+            drawn.append(_normal(key_of_leaf, leaf.shape, size, 0.1 * size).astype(leaf.dtype))
+            continue
         if "scale" in jax.tree_util.keystr(path):
             mean, deviation = 1.0, 0.1
         elif len(leaf.shape) == 1:
             mean, deviation = 0.0, 0.02
         else:
             mean, deviation = 0.0, 1.0 / math.sqrt(leaf.shape[-1])
-        drawn.append(_normal(jax.random.fold_in(key, index), leaf.shape, mean, deviation))
+        drawn.append(_normal(key_of_leaf, leaf.shape, mean, deviation))
     return graphdef, jax.tree_util.tree_unflatten(structure, drawn)
+
+
+def random_ternary_weights(
+    config: FluxConfig, activation_bits: int, kernels: str | None
+) -> tuple[Any, Any]:
+    """As `random_weights`, with the default policy's linears packed: random codes, a scale per
+    output that keeps the variance.
+
+    Args:
+      config: of the transformer.
+      activation_bits: 8 or 16.
+      kernels: as in `flux_jax.kernels.use_kernels`.
+    """
+    graphdef, state = random_weights_of(ternary_structure(config, activation_bits))
+    # Its check asks where the weights are: they must be there.
+    model = nnx.merge(graphdef, state)
+    use_kernels(model, kernels=kernels)
+    return nnx.split(model)
+
+
+def ternary_structure(config: FluxConfig, activation_bits: int) -> Any:
+    """The transformer with packed linears, of shapes alone."""
+    model = abstract_module("transformer", config, jnp.bfloat16)
+    quant = QuantConfig(activation_bits=activation_bits)
+
+    def make(_: str, linear: Any) -> TernaryLinear:
+        rows, columns = linear.weight.shape
+        return nnx.eval_shape(lambda: TernaryLinear(columns, rows, quant))
+
+    replace_linears(model, select(list(linears(model)), Policy()), make)
+    return model
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _codes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random packed codes, each of 0, 1 and 2."""
+    planes = jax.random.randint(key, (4, *shape), 0, 3, jnp.uint8)
+    return planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
 
 
 def random_inputs(config: FluxConfig, step: Step) -> list[Inputs]:
@@ -180,6 +240,10 @@ VARIANTS: dict[str, Callable[[Any, Any, list[Inputs]], Prepared]] = {
 }
 
 
+# With packed weights, the step as the pipeline runs it; the activations' bits.
+TERNARY = {"ternary-a8": 8, "ternary-a16": 16}
+
+
 def check_outputs(step: Callable[..., Any], arguments: list[Inputs]) -> None:
     """Raises RuntimeError unless the step is finite, depends on its input and repeats itself."""
     first, again, other = (
@@ -194,7 +258,13 @@ def check_outputs(step: Callable[..., Any], arguments: list[Inputs]) -> None:
 def main(
     output: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")],
     size: Annotated[str, typer.Option(help="full or tiny.")] = "full",
-    variant: Annotated[str, typer.Option(help="whole, hoisted or blocks.")] = "whole",
+    variant: Annotated[
+        str, typer.Option(help="whole, hoisted, blocks, ternary-a8 or ternary-a16.")
+    ] = "whole",
+    kernels: Annotated[
+        str | None,
+        typer.Option(help="Of packed weights: mosaic, triton or jax; by itself if none."),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed steps; 0 only compiles.")] = 20,
     floor: Annotated[bool, typer.Option(help="Time the step's products alone too.")] = False,
     profile: Annotated[Path | None, typer.Option(help="Write a trace here; print it.")] = None,
@@ -203,7 +273,10 @@ def main(
     config, step_size = SIZES[size]
     device = jax.devices()[0]
     start = time.perf_counter()
-    graphdef, state = random_weights(config)
+    if variant in TERNARY:
+        graphdef, state = random_ternary_weights(config, TERNARY[variant], kernels)
+    else:
+        graphdef, state = random_weights(config)
     sets = random_inputs(config, step_size)
     jax.block_until_ready((state, sets))
     figures: dict[str, Any] = {
@@ -213,7 +286,8 @@ def main(
     }
 
     start = time.perf_counter()
-    step, arguments, text = VARIANTS[variant](graphdef, state, sets)
+    prepare = prepare_hoisted if variant in TERNARY else VARIANTS[variant]
+    step, arguments, text = prepare(graphdef, state, sets)
     figures["compile_s"] = time.perf_counter() - start
     print(f"  {variant}: compiled in {figures['compile_s']:.1f} s", flush=True)
     if repeats:

@@ -52,16 +52,23 @@ def run_module(module: str, *arguments: str, environment: dict[str, str]) -> dic
 
 
 def run_variant(
-    variant: str, size: str, repeats: int, *, cold: bool, extra: list[str]
+    variant: str, size: str, repeats: int, *, cold: bool, extra: list[str], common: list[str]
 ) -> dict[str, Any] | None:
-    """Compiles one variant from an empty cache, then again from the filled one, and times it."""
+    """Compiles one variant from an empty cache, then again from the filled one, and times it.
+
+    Args:
+      variant, size, repeats: of the step.
+      cold: whether the first is wanted.
+      extra: options of the timed run alone.
+      common: options of both.
+    """
     with tempfile.TemporaryDirectory() as cache:
         environment = {
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        common = ["--size", size, "--variant", variant]
+        common = ["--size", size, "--variant", variant, *common]
         first = None
         if cold:
             first = run_module(
@@ -160,14 +167,24 @@ def peer_results(measured: dict[str, Any]) -> dict[str, Peer]:
 def main(
     tiny: Annotated[bool, typer.Option(help="The shipped model's size.")] = False,
     variants: Annotated[
-        str, typer.Option(help="whole, hoisted, blocks: comma-separated, the first is the figure.")
+        str,
+        typer.Option(
+            help="whole, hoisted, blocks, ternary-a8, ternary-a16: comma-separated, the first is "
+            "the figure."
+        ),
     ] = "whole",
+    kernels: Annotated[
+        str | None,
+        typer.Option(help="Of packed weights: mosaic, triton or jax; by itself if none."),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed steps.")] = 20,
     cold: Annotated[bool, typer.Option(help="Measure the compile with an empty cache.")] = True,
     floor: Annotated[bool, typer.Option(help="Time the products and the attention alone.")] = True,
     peers: Annotated[bool, typer.Option(help="Time diffusers too, eager and compiled.")] = False,
     peer_compile: Annotated[bool, typer.Option(help="Whether diffusers compiles too.")] = True,
-    profile: Annotated[Path | None, typer.Option(help="Trace the first variant here.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Trace the first variant here, others in folders below.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the result file.")] = None,
     commit: Annotated[str | None, typer.Option(help="Where .git is absent: the commit.")] = None,
 ) -> None:
@@ -181,8 +198,11 @@ def main(
         extra = []
         if index == 0:
             extra = ["--floor"] * floor + (["--profile", str(profile.resolve())] if profile else [])
+        elif profile is not None:
+            extra = ["--profile", str(profile.resolve() / variant)]
         print(f"variant {variant}", flush=True)
-        measured = run_variant(variant, size, repeats, cold=cold, extra=extra)
+        chosen = ["--kernels", kernels] if kernels else []
+        measured = run_variant(variant, size, repeats, cold=cold, extra=extra, common=chosen)
         if measured is None:
             failed = True
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +17,7 @@ def use_kernels(
     transformer: FluxTransformer,
     *,
     kernels: str | None = None,
-    attention_by: attention.Implementation | None = None,
+    attention_by: str | None = None,
 ) -> None:
     """Names the kernels of every layer; None leaves a choice to where it is made by itself.
 
@@ -37,9 +39,9 @@ def use_kernels(
         _check_attention(transformer, attention_by)
     for _, module in nnx.iter_modules(transformer):
         if hasattr(module, "backend"):
-            module.backend = kernels
+            vars(module)["backend"] = kernels
         if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
-            module.attention = attention_by
+            module.attention = cast(attention.Implementation | None, attention_by)
 
 
 def _check_kernels(transformer: FluxTransformer, kernels: str) -> None:
@@ -59,7 +61,7 @@ def _check_kernels(transformer: FluxTransformer, kernels: str) -> None:
         raise UserError(f"kernels={kernels!r} cannot run here: {reason}; use 'jax' or None")
 
 
-def _check_attention(transformer: FluxTransformer, name: attention.Implementation) -> None:
+def _check_attention(transformer: FluxTransformer, name: str) -> None:
     arguments.choice("attention", name, attention.IMPLEMENTATIONS)
     config, dtype = transformer.config, transformer.img_in.weight.dtype
     # Any length that suits them all.

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 import flux_jax
 from flux_jax import arguments, images
-from flux_jax.attention import Implementation
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import SchedulerConfig
 from flux_jax.denoise import denoise
@@ -108,7 +107,7 @@ class FluxPipeline:
         transformer: FluxTransformer | None = None,
         vae: Autoencoder | None = None,
         kernels: str | None = None,
-        attention: Implementation | None = None,
+        attention: str | None = None,
     ) -> FluxPipeline:
         """A pipeline from a checkpoint, its weights straight onto the device or mesh.
 
@@ -158,9 +157,7 @@ class FluxPipeline:
         pipe.use_kernels(kernels=kernels, attention=attention)
         return pipe
 
-    def use_kernels(
-        self, *, kernels: str | None = None, attention: Implementation | None = None
-    ) -> None:
+    def use_kernels(self, *, kernels: str | None = None, attention: str | None = None) -> None:
         """Which kernels compute the steps from now on.
 
         Args:

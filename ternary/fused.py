@@ -2,7 +2,10 @@
 
 With int8 activations: one pass over memory makes them (layer norm, modulation and rounding; or
 GELU, concatenation and rounding), and the product's epilogue adds the gated result to the residual
-stream. With 16-bit activations the epilogue alone is fused; XLA makes the activations.
+stream. With 16-bit activations XLA makes them, and GELU, gate and residual are in the epilogue.
+
+GELU before int8 is not in the epilogue of the product before, though the kernels could: there the
+tensor cores wait for it, while the pass that rounds waits for memory.
 """
 
 from __future__ import annotations
@@ -42,8 +45,9 @@ def product(
     activation_bits: int,
     dtype: Any,
     backend: str | None,
+    gelu: bool = False,
 ) -> Float[Array, "*L N"]:
-    """`residual + gate * (x @ weight.T + bias)`, or without the two; rounded once, to `dtype`.
+    """`residual + gate * gelu(x @ weight.T + bias)`, with what is asked for; rounded to `dtype`.
 
     Differentiable in everything floating. The gradient is that of 16-bit activations: the rounding
     to int8 counts as the identity.
@@ -56,8 +60,9 @@ def product(
       activation_bits: 8 or 16.
       dtype: of 16-bit activations and of the result.
       backend: of `pallas_kernels`.
+      gelu: the tanh form.
     """
-    settings: dict[str, Any] = {"out_dtype": dtype, "backend": backend}
+    settings: dict[str, Any] = {"out_dtype": dtype, "backend": backend, "gelu": gelu}
     # What is None is part of the structure: an operand of the gradient's rule must be an array.
     arrays, structure = jax.tree.flatten((x, weights, gate, residual))
 

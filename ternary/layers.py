@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from flux_jax.inputs import Input, dense, surround
+from flux_jax.inputs import Hidden, Input, dense, surround
 from flux_jax.layers import AnyLinear, Axes, DType, Linear
 from pallas_kernels import pack_codes, packed_width, ternary_matmul, unpack_codes
 from pallas_kernels.reference import signed_product
@@ -100,15 +100,37 @@ class TernaryLinear(AnyLinear):
         What `ternary.fused` can compute with the product is rounded once, at the end. With a
         low-rank branch nothing is: its 16-bit product needs the activations too.
         """
-        bias = None if self.bias is None else self.bias[...]
-        weights = Weights(self.packed[...], self.scale[...], bias)
-        settings: Any = {"activation_bits": self.activation_bits, "backend": self.backend}
         if self.low_rank_a is None or self.low_rank_b is None:
-            return product(x, weights, gate, residual, dtype=self.dtype, **settings)
+            return self._product(x, gate, residual)
         x = dense(x).astype(self.dtype)
-        y = ternary_matmul(x, *weights, out_dtype=jnp.float32, **settings)
+        settings: Any = {"activation_bits": self.activation_bits, "backend": self.backend}
+        y = ternary_matmul(x, *self._weights(), out_dtype=jnp.float32, **settings)
         y = (y + _through(x, self.low_rank_a[...], self.low_rank_b[...])).astype(self.dtype)
         return surround(y, gate, residual)
+
+    def hidden(self, x: Input, start: int = 0) -> Hidden:
+        """See `AnyLinear`; 16-bit results go through GELU before they are rounded."""
+        if self.activation_bits == 8 or start or self.low_rank_a is not None:
+            return super().hidden(x, start)
+        return Hidden(self._product(x, gelu=True), activated=True)
+
+    def _weights(self) -> Weights:
+        bias = None if self.bias is None else self.bias[...]
+        return Weights(self.packed[...], self.scale[...], bias)
+
+    def _product(
+        self, x: Input, gate: Any = None, residual: Any = None, gelu: bool = False
+    ) -> Array:
+        return product(
+            x,
+            self._weights(),
+            gate,
+            residual,
+            activation_bits=self.activation_bits,
+            dtype=self.dtype,
+            backend=self.backend,
+            gelu=gelu,
+        )
 
 
 class FakeTernaryLinear(AnyLinear):

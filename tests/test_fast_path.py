@@ -83,9 +83,9 @@ def velocity(transformer, rows, tokens=(4, 4), text=6):
 def test_images_of_a_batch_have_their_own_modulation(pipe, bits):
     """Each as if alone: gains, shifts and gates are not mixed up."""
     set_bits(pipe, bits)
-    together = velocity(pipe.transformer, [0, 1])
+    together = velocity(pipe.transformer, np.array([0, 1]))
     for row in range(2):
-        alone = velocity(pipe.transformer, [row])[0]
+        alone = velocity(pipe.transformer, np.array([row]))[0]
         error = np.linalg.norm(alone - together[row]) / np.linalg.norm(alone)
         # bfloat16 sums in another order.
         assert error < 0.02, (row, error)

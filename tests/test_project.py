@@ -29,7 +29,7 @@ SEAMS = {("flux_jax/checkpoint.py", "convert"), ("ternary/storage/files.py", "co
 PACKAGES = [name for name in MAY_IMPORT if (ROOT / name / "__init__.py").exists()]
 SOURCES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 # Imported late, where they are installed: no dependency of ours.
-OPTIONAL = {"diffusers", "torch", "jax_triton", "triton"}
+OPTIONAL = {"diffusers", "torch", "jax_triton", "tokamax", "triton"}
 
 
 def tree(path: Path) -> ast.Module:

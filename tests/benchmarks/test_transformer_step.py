@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from benchmarks import step_worker, transformer_step
 from benchmarks.common import read_result
@@ -48,6 +49,22 @@ def test_variants_compute_the_same():
         # bf16: programs cut at other places round at other places.
         error = np.linalg.norm(output - whole) / np.linalg.norm(whole)
         assert error < 2e-2, name
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_ternary_step_runs_and_keeps_the_variance(bits):
+    config, step = step_worker.SIZES["tiny"]
+    config = dataclasses.replace(config, depth=1, depth_single_blocks=1)
+    graphdef, state = step_worker.random_ternary_weights(config, bits, "jax")
+    layer = nnx.merge(graphdef, state).single_blocks[0].linear2
+    assert layer.backend == "jax"
+    assert layer.activation_bits == bits
+    weight = np.asarray(layer.dense_weight())
+    assert weight.std() == pytest.approx(weight.shape[1] ** -0.5, rel=0.05)
+    sets = step_worker.random_inputs(config, step)
+    run, arguments, text = step_worker.prepare_hoisted(graphdef, state, sets)
+    step_worker.check_outputs(run, arguments)
+    assert ("s8[1,112,256]" in text or "s8[112,256]" in text) == (bits == 8)
 
 
 def test_weights_hold_no_zeros_and_are_scaled_by_their_inputs():

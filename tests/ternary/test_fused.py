@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from flux_jax.inputs import Hidden, Joined, Modulated, dense, gelu, modulate, surround
 from flux_jax.layers import Linear
@@ -134,8 +135,6 @@ def test_every_linear_takes_every_statement(kind):
     """Dense, trained and packed: the same product of the same activations."""
     x, plain = stated(kind)
     gate, residual = draw(BATCH, OUTPUTS, seed=5), draw(BATCH, LENGTH, OUTPUTS, seed=6)
-    from flax import nnx
-
     made = Linear(plain.shape[-1], OUTPUTS, dtype=jnp.float32, rngs=nnx.Rngs(0))
     config = QuantConfig(activation_bits=8, rank=2)
     fake = FakeTernaryLinear.from_linear(made, config)
@@ -149,6 +148,21 @@ def test_every_linear_takes_every_statement(kind):
         np.testing.assert_allclose(
             np.asarray(hidden.dense()), np.asarray(gelu(linear(plain)[..., 16:])), atol=1e-5
         )
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_hidden_activations_are_those_of_gelu(bits):
+    """Whether the product does it or leaves it to the next."""
+    made = Linear(WIDTH, OUTPUTS, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = TernaryLinear.from_linear(made, QuantConfig(activation_bits=bits))
+    x, _ = stated("modulated")
+    whole, part = layer.hidden(x), layer.hidden(x, 16)
+    assert whole.activated == (bits == 16)
+    assert not part.activated
+    want = np.asarray(gelu(layer(x)))
+    np.testing.assert_allclose(np.asarray(whole.dense()), want, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(part.dense()), want[..., 16:], atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(part.array), np.asarray(layer(x)))
 
 
 def test_gate_and_residual_go_together():

@@ -1,0 +1,54 @@
+"""The choice of kernels for a whole transformer."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from flux_jax.errors import UserError
+from flux_jax.kernels import use_kernels
+from ternary.config import QuantConfig
+from ternary.layers import TernaryLinear
+from ternary.policy import Policy, linears, replace_linears, select
+from tests.random_module import random_module
+from tests.small_pipeline import TRANSFORMER
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = random_module("transformer", TRANSFORMER, jnp.bfloat16)
+    names = select(list(linears(made)), Policy())
+    replace_linears(made, names, lambda _, one: TernaryLinear.from_linear(one, QuantConfig()))
+    return made
+
+
+def test_every_layer_is_told_and_programs_are_others(model):
+    use_kernels(model)
+    before = nnx.split(model)[0]
+    use_kernels(model, kernels="jax", attention_by="xla_fp8")
+    layers = linears(model, TernaryLinear).values()
+    assert {layer.backend for layer in layers} == {"jax"}
+    blocks = [*model.double_blocks, *model.single_blocks]
+    assert {block.attention for block in blocks} == {"xla_fp8"}
+    # The structure is what a compiled program is found by.
+    assert nnx.split(model)[0] != before
+    use_kernels(model)
+    assert nnx.split(model)[0] == before
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"kernels": "cutlass"}, "kernels must be one of mosaic, triton, jax, got 'cutlass'"),
+        ({"attention_by": "flash"}, "attention must be one of cudnn, .*, got 'flash'"),
+        ({"kernels": "mosaic"}, "kernels='mosaic' cannot run here: it needs an NVIDIA GPU"),
+        ({"attention_by": "cudnn_fp8"}, "attention='cudnn_fp8' cannot run here: it needs an NVI"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_changes(model, choice, message):
+    use_kernels(model, kernels="jax")
+    if jax.default_backend() == "gpu":
+        pytest.skip("a GPU may run it")
+    with pytest.raises(UserError, match=message):
+        use_kernels(model, **choice)
+    assert {layer.backend for layer in linears(model, TernaryLinear).values()} == {"jax"}
