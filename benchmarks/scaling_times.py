@@ -12,7 +12,7 @@ A model of a few lines, to be held against what 2 and 4 devices measure:
 
 Of FLUX.1-dev with N parameters, distilled with fsdp = F in bf16 with float32 latent weights, every
 device receives (F - 1) / F of 2 N bytes for the teacher, of 4 N twice for the student (forward and
-recomputation) and of 4 N for its gradients; then its part of the gradients, 4 N / F, is averaged
+recomputation) and of 4 N for its gradients, and holds 14 N / F (teacher, latent weights, moments); then its part of the gradients, 4 N / F, is averaged
 over data = D, which takes 2 (D - 1) / D of it. One image on n devices (`flux_jax.sequence`) moves
 (n - 1) / n of 4 L C / n numbers of two bytes in each block, of L tokens and width C.
 """
@@ -37,6 +37,7 @@ HOST = 8
 # What starting an exchange takes, whatever its size: measured by none of us, and of this order.
 LATENCY = 20e-6
 STEPS = 28
+GIB = 2**30
 # Name of a row: (data, fsdp).
 DISTILL = {
     "2 devices, fsdp 2": (1, 2),
@@ -124,12 +125,34 @@ def image_step(config: FluxConfig, step: paper.Step, forward: float, sequence: i
     return Times(compute=forward / sequence, exchange=exchange)
 
 
+def measured_rows(directory: Path) -> dict[str, Figure]:
+    """What `benchmarks.scaling` measured, under the names of the rows here."""
+    found: dict[str, Figure] = {}
+    for name, (data, fsdp) in DISTILL.items():
+        for result in map(read_result, sorted(directory.glob("scaling_distill_*.json"))):
+            step = result.figures.get(f"{fsdp} devices, fsdp, adamw/step")
+            if step is not None and data == 1 and result.benchmark == "scaling_distill":
+                found[f"distill, {name}/measured"] = step
+    for name, (data, sequence) in GENERATE.items():
+        devices = data * sequence
+        how = "one image" if data == 1 else "an image each"
+        row = f"{devices} device{'s' if devices > 1 else ''}, {how}, bf16/seconds"
+        for result in map(read_result, sorted(directory.glob("scaling_generate_*.json"))):
+            taken = result.figures.get(row)
+            if taken is not None and 1 in (data, sequence):
+                note = "an image's time over its steps, decoder included"
+                value = 1e3 * taken.value / STEPS
+                found[f"draw, {name}/measured"] = Figure(value=value, unit="ms", note=note)
+    return found
+
+
 def figures(measured: Result) -> dict[str, Figure]:
     """Every row, from `transformer_step`'s figures of one device."""
     config, step = FluxConfig.dev(), paper.Step()
     parameters = paper.parameter_count(config)
     forward = measured.figures["step_ms"].value / 1e3
     hoisted = measured.figures["step_ms/hoisted"].value / 1e3
+    activations = sum(paper.activation_bytes(config, step).values())
     found: dict[str, Figure] = {}
     for name, (data, fsdp) in DISTILL.items():
         times = distill_step(parameters, forward, data, fsdp)
@@ -140,6 +163,9 @@ def figures(measured: Result) -> dict[str, Figure]:
             f"distill, {name}/overlapped": Figure(value=times.overlapped * 1e3, unit="ms"),
             f"distill, {name}/sequential": Figure(value=times.sequential * 1e3, unit="ms"),
             f"distill, {name}/rate": Figure(value=states / times.sequential, unit="states/s"),
+            f"distill, {name}/memory": Figure(
+                value=14.0 * parameters / fsdp / GIB, unit="GiB", note="held between steps"
+            ),
         }
     for name, (data, sequence) in GENERATE.items():
         times = image_step(config, step, hoisted, sequence)
@@ -149,6 +175,11 @@ def figures(measured: Result) -> dict[str, Figure]:
             f"draw, {name}/sequential": Figure(value=times.sequential * 1e3, unit="ms"),
             f"draw, {name}/rate": Figure(
                 value=data / times.sequential / STEPS, unit="images/s", note="28 steps, no decoder"
+            ),
+            f"draw, {name}/memory": Figure(
+                value=(2.0 * parameters + activations / sequence) / GIB,
+                unit="GiB",
+                note="weights in bf16, and activations",
             ),
         }
     return found
@@ -163,7 +194,7 @@ def main(
     result = Result(
         benchmark="scaling_times",
         device="paper, from one NVIDIA H200",
-        figures=figures(read_result(source)),
+        figures=figures(read_result(source)) | measured_rows(RESULTS),
     )
     for name, figure in result.figures.items():
         if name.endswith("/sequential"):

@@ -104,6 +104,15 @@ def test_processes_need_a_file_of_prompts():
 
 
 @pytest.mark.slow
+def test_a_mesh_draws_the_same_images(inputs, whole, tmp_path):
+    """Images over data are the same bits, also those that fill up the last batch."""
+    run(*inputs, "--out", tmp_path / "out", "--mesh", "data=8")
+    assert contents(tmp_path / "out") == contents(whole)
+    message = run(*inputs, "--out", tmp_path / "out", "--mesh", "data=16", code=2).stderr
+    assert "a mesh of data=16 needs 16 devices, 8 are here" in message
+
+
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(inputs, whole, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "flux_jax", *inputs, "--out", str(out), "--quiet"]

@@ -209,12 +209,13 @@ def test_a_mesh_that_cannot_be_read_is_refused(text):
 def test_meshes_are_read_and_made():
     assert read_mesh("data=4, fsdp=2") == MeshConfig(data=4, fsdp=2)
     # What is left over goes to data.
-    assert dict(make_mesh(**vars(read_mesh("fsdp=2"))).shape) == {
+    assert dict(read_mesh("fsdp=2").make().shape) == {
         "data": 4,
         "fsdp": 2,
+        "sequence": 1,
         "tensor": 1,
     }
-    with pytest.raises(UserError, match="data=4 fsdp=4 tensor=1 needs 16 devices, 8 are here"):
+    with pytest.raises(UserError, match="a mesh of data=4 fsdp=4 needs 16 devices, 8 are here"):
         make_mesh(data=4, fsdp=4)
     with pytest.raises(UserError, match="mesh axis fsdp must be a whole number above 0, got 0"):
         MeshConfig(fsdp=0)
