@@ -11,10 +11,11 @@ A model of a few lines, to be held against what 2 and 4 devices measure:
 - Within a host devices are joined by NVLink, between hosts by a network card each.
 
 Of FLUX.1-dev with N parameters, distilled with fsdp = F in bf16 with float32 latent weights, every
-device receives (F - 1) / F of 2 N bytes for the teacher, of 4 N twice for the student (forward and
-recomputation) and of 4 N for its gradients, and holds 14 N / F (teacher, latent weights, moments); then its part of the gradients, 4 N / F, is averaged
-over data = D, which takes 2 (D - 1) / D of it. One image on n devices (`flux_jax.sequence`) moves
-(n - 1) / n of 4 L C / n numbers of two bytes in each block, of L tokens and width C.
+device holds 14 N / F bytes (teacher, latent weights, moments). It receives (F - 1) / F of 2 N bytes
+for the teacher, of 4 N twice for the student (forward and recomputation) and of 4 N for its
+gradients; then its part of the gradients, 4 N / F, is averaged over data = D, which takes
+2 (D - 1) / D of it. One image on n devices (`flux_jax.sequence`) moves (n - 1) / n of 4 L C / n
+numbers of two bytes in each block, of L tokens and width C.
 """
 
 from __future__ import annotations
