@@ -88,13 +88,17 @@ def test_several_images_of_each_prompt(inputs, tmp_path):
         (("--no-metadata",), "--prompts goes without --no-metadata"),
         (("--prompts", "absent.txt"), "cannot read the prompt file absent.txt"),
         (("--seed", -1), "seed must be a whole number of at least 0, got -1"),
+        (
+            ("--out", "image.png"),
+            "--prompts draws into a folder: give one with --out, got image.png",
+        ),
         (("--num-images", 0), "num_images must be a whole number of at least 1, got 0"),
     ],
 )
 def test_refusals(inputs, tmp_path, arguments, message):
-    result = run(*inputs, *arguments, "--out", tmp_path / "out", code=2)
+    result = run(*inputs, "--out", tmp_path / "out", *arguments, code=2)
     assert message in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_need_a_file_of_prompts():

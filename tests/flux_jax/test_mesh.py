@@ -223,6 +223,15 @@ def test_what_a_mesh_cannot_divide_is_refused(axes, options, message):
         pipe.plan(**options)
 
 
+def test_devices_of_other_processes_are_refused(monkeypatch):
+    mesh = make_mesh(data=2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(UserError, match="draws on devices of its own process"):
+        on_mesh("dense", jnp.float32, mesh)
+    with pytest.raises(UserError, match="draws on devices of its own process"):
+        FluxPipeline.from_pretrained("tiny", mesh=mesh)
+
+
 def test_text_encoders_that_wait_in_host_memory_go_to_the_mesh():
     pipe = small_pipeline(offload=True, mesh=make_mesh(tensor=2))
     expected = small_pipeline().encode_prompt(PROMPTS)

@@ -18,7 +18,10 @@ from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat, to_flat
 from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig
 from ternary.distillation.placement import Freezer, Start, abstract_student
+from ternary.distillation.run import distill
+from ternary.distillation.run_config import RunConfig
 from ternary.distillation.step import PromptSet, StepFunction
+from ternary.distillation.task import Task
 from ternary.distillation.training_state import StateStore
 from ternary.distillation.trajectory import Trajectories
 from ternary.policy import Policy
@@ -196,6 +199,13 @@ def test_a_dimension_that_does_not_divide_stays_whole():
     places = flat_shardings(layer, make_mesh(fsdp=2, tensor=3))
     assert places["single_blocks.0.linear2.weight"].spec == PartitionSpec("fsdp", None)
     assert places["img_in.weight"].spec == PartitionSpec("fsdp", None)
+
+
+def test_a_distillation_has_no_sequence_axis(tmp_path):
+    task = Task(teacher="tiny", prompts=tmp_path / "prompts.txt")
+    with pytest.raises(UserError, match="no mesh axis sequence: use data, fsdp and tensor"):
+        distill(task, tmp_path / "out", RunConfig(mesh=MeshConfig(sequence=2)))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
