@@ -29,6 +29,7 @@ class Layout:
 
     Attributes:
         title: what was measured; the table's first heading.
+        how: what the figures are, before the name of the device.
         rows: (figure, label), in order. Figures that are not named here are left out.
         columns: (measure, label), in order, for figures that are called `row/measure`; the rows are
             then theirs, in the order of the file, and the peers'.
@@ -37,6 +38,7 @@ class Layout:
     """
 
     title: str
+    how: str = "Measured on"
     rows: tuple[tuple[str, str], ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
     targets: tuple[tuple[str, str, str, str], ...] = ()
@@ -62,6 +64,7 @@ LAYOUTS = {
     ),
     "scaling_plan": Layout(
         title="distilling FLUX.1-dev, GiB a device",
+        how="Planned on",
         columns=(
             ("held", "held between steps"),
             ("work", "intermediate values"),
@@ -80,6 +83,40 @@ LAYOUTS = {
         )
         for name in ("attention", "attention_tiny")
     },
+    "scaling_times": Layout(
+        title="FLUX.1-dev, one step",
+        how="Computed on",
+        columns=(
+            ("compute", "arithmetic"),
+            ("exchange", "exchange"),
+            ("sequential", "one after the other"),
+            ("overlapped", "overlapped"),
+            ("measured", "measured"),
+            ("rate", "of all devices"),
+            ("memory", "memory a device"),
+        ),
+    ),
+    "scaling_distill": Layout(
+        title="distilling FLUX.1-dev, one state a device",
+        columns=(
+            ("step", "step"),
+            ("rate", "of all devices"),
+            ("scaling", "over 2 devices"),
+            ("utilisation", "utilisation"),
+            ("peak", "peak memory a device"),
+            ("first_loss", "loss at first"),
+            ("last_loss", "at last"),
+        ),
+    ),
+    "scaling_generate": Layout(
+        title="FLUX.1-dev, 1024 x 1024, 28 steps",
+        columns=(
+            ("seconds", "time"),
+            ("rate", "of all devices"),
+            ("scaling", "over 1 device"),
+            ("peak", "peak memory a device"),
+        ),
+    ),
     "composition": Layout(
         title="composition score, 720 held-out prompts, guidance 3.5, 28 steps",
         rows=(
@@ -282,7 +319,8 @@ def _source(result: Result) -> str:
         theirs = {n: v for n, v in peer.versions.items() if result.versions.get(n) != v}
         versions += [f"{name} {v}" for name, v in theirs.items() if name != "python"]
     parts = [where, *dict.fromkeys(versions), result.date, f"`{result.command}`"]
-    return "Measured on " + ", ".join(parts) + "."
+    layout = LAYOUTS.get(result.benchmark, Layout(title=""))
+    return f"{layout.how} " + ", ".join(parts) + "."
 
 
 def main(

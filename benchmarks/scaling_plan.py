@@ -60,27 +60,12 @@ def planned(
       text: text tokens.
       width: of the model, a multiple of 128; 3072 for FLUX.1-dev.
     """
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from flux_jax.configs import FluxConfig, SchedulerConfig
-    from flux_jax.sharding import flat_shardings, make_mesh
-    from flux_jax.transformer import FluxTransformer
-    from flux_jax.tree import split_flat
-    from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig
-    from ternary.distillation.placement import (
-        Start,
-        abstract_student,
-        batch_split,
-        with_shardings,
-    )
-    from ternary.distillation.step import PromptRows, StepFunction
-    from ternary.distillation.trajectory import Trajectories
-    from ternary.policy import Policy
+    from benchmarks.distill_setup import Setup
+    from flux_jax.configs import FluxConfig
+    from flux_jax.sharding import make_mesh
+    from ternary.config import DistillConfig
 
     data, fsdp, tensor = axes
-    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
     flux = dataclasses.replace(
         FluxConfig.dev(),
         depth=depth,
@@ -88,29 +73,15 @@ def planned(
         hidden_size=width,
         num_heads=width // 128,
     )
-    teacher = nnx.eval_shape(lambda: FluxTransformer(flux, rngs=nnx.Rngs(0)))
-    config = DistillConfig(remat=True)
-    quant, policy = QuantConfig(learned_scale=True), Policy()
-    student = abstract_student(teacher, quant, policy, config)
-    batch = data * fsdp
-    trajectories = Trajectories(
-        TrajectoryConfig(),
-        SchedulerConfig.dev(),
-        tokens=(tokens, flux.in_channels),
-        batch_size=batch,
-        prompts=7232,
+    setup = Setup.of(
+        flux,
+        make_mesh(data=data, fsdp=fsdp, tensor=tensor),
+        DistillConfig(remat=True),
+        tokens=tokens,
+        text=text,
+        batch=data * fsdp,
     )
-    step = StepFunction(teacher, student, config, trajectories, mesh=mesh)
-    start = Start(step, teacher, student, quant, policy, seed=0, mesh=mesh)
-    shapes = ((1, batch, text, flux.context_in_dim), (1, batch, flux.vec_in_dim))
-    places: list[Any] = [
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=batch_split(shape, mesh))
-        for shape in shapes
-    ]
-    rows = PromptRows(*places)
-    weights = with_shardings(split_flat(teacher)[1], flat_shardings(teacher, mesh))
-    program = jax.jit(step, donate_argnums=0, out_shardings=(start.shardings, None))
-    stats: Any = program.lower(start.abstract(), weights, rows).compile().memory_analysis()
+    stats: Any = setup.compiled().memory_analysis()
     made = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Bytes(arguments=stats.argument_size_in_bytes, work=stats.temp_size_in_bytes + made)
 
@@ -138,7 +109,11 @@ def main(
         raise typer.BadParameter(f"image tokens must be a square number, got {tokens}")
     # Before anything imports JAX.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    # What nobody will run needs no optimised machine code; memory is laid out before that.
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={DEVICES} "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
     figures: dict[str, Figure] = {}
     for name in mesh or MESHES:
         found = {
@@ -154,8 +129,9 @@ def main(
             note = "extrapolated from 1 and 2 blocks of each kind, at full width"
             figures[f"{name}/{measure}"] = Figure(value=value / 2**30, unit="GiB", note=note)
         print(f"{name}: {(whole.arguments + whole.work) / 2**30:.1f} GiB", flush=True)
-    result = Result(benchmark="scaling_plan", device="simulated CPU devices", figures=figures)
-    print(f"written: {result.write(out).name}")
+        # Row by row: a plan takes minutes.
+        result = Result(benchmark="scaling_plan", device="simulated CPU devices", figures=figures)
+        print(f"written: {result.write(out).name}", flush=True)
 
 
 if __name__ == "__main__":

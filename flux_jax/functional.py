@@ -153,6 +153,7 @@ class ModuleFunction:
                 # Kernels do not say over which axes their results vary.
                 check_vma=False,
             )
+            part.__name__ = call.__name__
             return jax.jit(part, in_shardings=(None, places), out_shardings=result)
         # Fixed placements keep one program per shape: jit compiles anew for an argument that is
         # committed elsewhere, or not yet committed at all.

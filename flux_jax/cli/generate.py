@@ -142,6 +142,8 @@ def generate(
             }.items():
                 if used:
                     raise UserError(f"--prompts goes without {name}")
+            if out.suffix.lower() == ".png":
+                raise UserError(f"--prompts draws into a folder: give one with --out, got {out}")
             generate_many(
                 prompt_file,
                 out,

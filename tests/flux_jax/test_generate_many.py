@@ -88,19 +88,32 @@ def test_several_images_of_each_prompt(inputs, tmp_path):
         (("--no-metadata",), "--prompts goes without --no-metadata"),
         (("--prompts", "absent.txt"), "cannot read the prompt file absent.txt"),
         (("--seed", -1), "seed must be a whole number of at least 0, got -1"),
+        (
+            ("--out", "image.png"),
+            "--prompts draws into a folder: give one with --out, got image.png",
+        ),
         (("--num-images", 0), "num_images must be a whole number of at least 1, got 0"),
     ],
 )
 def test_refusals(inputs, tmp_path, arguments, message):
-    result = run(*inputs, *arguments, "--out", tmp_path / "out", code=2)
+    result = run(*inputs, "--out", tmp_path / "out", *arguments, code=2)
     assert message in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_need_a_file_of_prompts():
     assert (
         "--distributed goes with --prompts" in run("generate", "a", "--distributed", code=2).stderr
     )
+
+
+@pytest.mark.slow
+def test_a_mesh_draws_the_same_images(inputs, whole, tmp_path):
+    """Images over data are the same bits, also those that fill up the last batch."""
+    run(*inputs, "--out", tmp_path / "out", "--mesh", "data=8")
+    assert contents(tmp_path / "out") == contents(whole)
+    message = run(*inputs, "--out", tmp_path / "out", "--mesh", "data=16", code=2).stderr
+    assert "a mesh of data=16 needs 16 devices, 8 are here" in message
 
 
 @pytest.mark.slow

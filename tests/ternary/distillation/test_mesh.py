@@ -18,7 +18,10 @@ from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat, to_flat
 from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig
 from ternary.distillation.placement import Freezer, Start, abstract_student
+from ternary.distillation.run import distill
+from ternary.distillation.run_config import RunConfig
 from ternary.distillation.step import PromptSet, StepFunction
+from ternary.distillation.task import Task
 from ternary.distillation.training_state import StateStore
 from ternary.distillation.trajectory import Trajectories
 from ternary.policy import Policy
@@ -198,6 +201,13 @@ def test_a_dimension_that_does_not_divide_stays_whole():
     assert places["img_in.weight"].spec == PartitionSpec("fsdp", None)
 
 
+def test_a_distillation_has_no_sequence_axis(tmp_path):
+    task = Task(teacher="tiny", prompts=tmp_path / "prompts.txt")
+    with pytest.raises(UserError, match="no mesh axis sequence: use data, fsdp and tensor"):
+        distill(task, tmp_path / "out", RunConfig(mesh=MeshConfig(sequence=2)))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "text", ["data", "rows=2", "data=2,data=2", "data=two", "", "data=4;fsdp=2"]
 )
@@ -209,12 +219,13 @@ def test_a_mesh_that_cannot_be_read_is_refused(text):
 def test_meshes_are_read_and_made():
     assert read_mesh("data=4, fsdp=2") == MeshConfig(data=4, fsdp=2)
     # What is left over goes to data.
-    assert dict(make_mesh(**vars(read_mesh("fsdp=2"))).shape) == {
+    assert dict(read_mesh("fsdp=2").make().shape) == {
         "data": 4,
         "fsdp": 2,
+        "sequence": 1,
         "tensor": 1,
     }
-    with pytest.raises(UserError, match="data=4 fsdp=4 tensor=1 needs 16 devices, 8 are here"):
+    with pytest.raises(UserError, match="a mesh of data=4 fsdp=4 needs 16 devices, 8 are here"):
         make_mesh(data=4, fsdp=4)
     with pytest.raises(UserError, match="mesh axis fsdp must be a whole number above 0, got 0"):
         MeshConfig(fsdp=0)

@@ -1,0 +1,270 @@
+"""Distillation and drawing on 1, 2, 4 and 8 GPUs of one host: FLUX.1-dev's shapes, random weights.
+
+    python -m benchmarks.scaling distill --devices 2     # then 4, 8
+    python -m benchmarks.scaling generate --devices 1    # then 2, 4, 8
+    python -m benchmarks.scaling generate --devices 4 --ternary
+    python -m benchmarks.scaling distill --devices 2 --tiny     # anywhere
+
+Each run adds its rows to `benchmarks/results/scaling_<what>_<device>.json` and takes a few minutes;
+the rows of other numbers of devices stay, and what compares them is computed anew.
+
+Distillation: `--steps` training steps with one state a device, split over fsdp. Model-FLOP
+utilisation counts a forward pass for the teacher and three for the student (the gradient is two),
+not the recomputation, against the dense bf16 rate of `transformer_step` on the same kind of device.
+
+Drawing: one image split over all devices, and one image a device, 28 steps and the decoder, waited
+for. Prompts are not encoded: their embeddings are random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import paper
+from benchmarks.common import RESULTS, Figure, Result, describe_hardware, read_result
+from flux_jax.configs import AutoencoderConfig, FluxConfig, SchedulerConfig
+
+GIB = 2**30
+app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+Devices = Annotated[int, typer.Option(help="How many, from the first.")]
+Tiny = Annotated[bool, typer.Option(help="The shipped model's size, to try the command.")]
+Out = Annotated[Path, typer.Option(help="Folder of the result file.")]
+
+
+def device_name() -> str:
+    """The kind of the first device, or the CPU's name."""
+    import jax
+
+    device = jax.devices()[0]
+    return device.device_kind if device.platform != "cpu" else describe_hardware()["cpu"]
+
+
+def dense_rate(directory: Path, device: str) -> float | None:
+    """FLOP/s of the step's bf16 products alone, measured on such a device; None if it was not."""
+    for path in directory.glob("transformer_step_*.json"):
+        found = read_result(path)
+        if found.device == device and "floor_linears_ms" in found.figures:
+            work = found.figures["paper_linears_tflop"].value * 1e12
+            return work / (found.figures["floor_linears_ms"].value / 1e3)
+    return None
+
+
+def forward_flops(config: FluxConfig, step: paper.Step) -> float:
+    """Of one pass through the transformer."""
+    linears = sum(product.flops for product in paper.products(config, step))
+    return linears + paper.attention_flops(config, step)
+
+
+def peak_gib() -> float | None:
+    """The most memory that was in use on any device; None where it is not told."""
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return max(peaks) / GIB if peaks else None
+
+
+def merged(result: Result, directory: Path, row: str) -> Result:
+    """`result` with the rows of earlier runs on such a device, this run's `row` replaced.
+
+    Raises:
+      ResultError: the earlier file cannot be read.
+    """
+    path = directory / result.file_name
+    earlier: Mapping[str, Figure] = read_result(path).figures if path.exists() else {}
+    kept = {n: f for n, f in earlier.items() if n.rpartition("/")[0] != row}
+    rows = {**kept, **result.figures}
+    ordered = sorted(rows, key=lambda name: (int(name.split()[0]), name.rpartition("/")[0]))
+    return dataclasses.replace(result, figures={name: rows[name] for name in ordered})
+
+
+def with_scaling(figures: Mapping[str, Figure], measure: str, base: int) -> dict[str, Figure]:
+    """Each row's rate over that of `base` devices, where both are there.
+
+    Rows are called "<devices> devices, ..." or "1 device, ...".
+    """
+    found = {name: f for name, f in figures.items() if not name.endswith("/scaling")}
+    rows = [name.rpartition("/")[0] for name in found if name.endswith(f"/{measure}")]
+    for row in rows:
+        for other in rows:
+            same = row.partition(",")[2] == other.partition(",")[2]
+            if same and int(other.split()[0]) == base < int(row.split()[0]):
+                times = found[f"{row}/{measure}"].value / found[f"{other}/{measure}"].value
+                note = f"{measure} over that of {base} device{'s' if base > 1 else ''}"
+                found[f"{row}/scaling"] = Figure(value=times, unit="x", note=note)
+    order = list(dict.fromkeys(name.rpartition("/")[0] for name in found))
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0].rpartition("/")[0])))
+
+
+def write(benchmark: str, row: str, figures: dict[str, Figure], out: Path, base: int) -> None:
+    """Add a row to a result file."""
+    named = {f"{row}/{measure}": figure for measure, figure in figures.items()}
+    result = merged(Result(benchmark=benchmark, device=device_name(), figures=named), out, row)
+    result = dataclasses.replace(result, figures=with_scaling(result.figures, "rate", base))
+    for measure in figures:
+        figure = result.figures[f"{row}/{measure}"]
+        print(f"  {row}: {measure} {figure.value:.4g} {figure.unit}")
+    print(f"written: {result.write(out).name}")
+
+
+def row_name(devices: int, how: str) -> str:
+    """Of a row."""
+    return f"{devices} device{'s' if devices > 1 else ''}, {how}"
+
+
+@app.command()
+def distill(
+    devices: Devices,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 50,
+    optimizer: Annotated[str, typer.Option(help="adamw, lion or adafactor.")] = "adamw",
+    tiny: Tiny = False,
+    out: Out = RESULTS,
+) -> None:
+    """Distil at random states; time, loss, memory and utilisation."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.distill_setup import Setup
+    from benchmarks.random_models import random_transformer
+    from flux_jax.sharding import make_mesh
+    from flux_jax.tree import split_flat
+    from ternary.config import DistillConfig
+
+    flux = FluxConfig.tiny() if tiny else FluxConfig.dev()
+    size = paper.Step(image_tokens=64, text_tokens=48) if tiny else paper.Step()
+    mesh = make_mesh(fsdp=devices)
+    config = DistillConfig(
+        steps=1000, learning_rate=1e-4, warmup=5, remat=True, optimizer=optimizer
+    )
+    teacher = random_transformer(flux, mesh)
+    setup = Setup.of(
+        flux,
+        mesh,
+        config,
+        tokens=size.image_tokens,
+        text=size.text_tokens,
+        batch=devices,
+        teacher=teacher,
+    )
+    begun = time.perf_counter()
+    program = setup.compiled()
+    compiled = time.perf_counter() - begun
+    print(f"  compiled in {compiled:.0f} s", flush=True)
+    state = setup.start.from_teacher()
+    weights = split_flat(teacher)[1]
+    draw = jax.jit(
+        lambda key: jax.tree.map(
+            lambda row: jax.random.normal(key, row.shape, jnp.float32).astype(row.dtype),
+            setup.rows,
+        ),
+        out_shardings=jax.tree.map(lambda row: row.sharding, setup.rows),
+    )
+    rows = draw(jax.random.key(1))
+    losses, seconds = [], []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        state, metrics = program(state, weights, rows)
+        losses.append(float(metrics.loss))
+        seconds.append(time.perf_counter() - begun)
+    tenth = max(1, steps // 10)
+    first, last = statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])
+    if not last < first:
+        raise SystemExit(f"error: the loss did not fall: {first:.4f} at first, {last:.4f} at last")
+    step = statistics.median(seconds[tenth:])
+    figures = {
+        "step": Figure(value=1e3 * step, unit="ms", note="median, each waited for"),
+        "rate": Figure(value=devices / step, unit="states/s"),
+        "first_loss": Figure(value=first, unit="count", note=f"mean of {tenth} steps"),
+        "last_loss": Figure(value=last, unit="count", note=f"mean of {tenth} steps"),
+        "compile": Figure(value=compiled, unit="s"),
+    }
+    if (peak := peak_gib()) is not None:
+        figures["peak"] = Figure(value=peak, unit="GiB", note="largest of all devices")
+    if (rate := dense_rate(RESULTS, device_name())) is not None and not tiny:
+        used = 4 * forward_flops(flux, size) / step / rate
+        figures["utilisation"] = Figure(value=used, unit="share", note="of the dense bf16 rate")
+    name = "scaling_distill_tiny" if tiny else "scaling_distill"
+    write(name, row_name(devices, f"fsdp, {optimizer}"), figures, out, base=2)
+
+
+@app.command()
+def generate(
+    devices: Devices,
+    ternary: Annotated[bool, typer.Option(help="W1.58A8 in place of bf16.")] = False,
+    repeats: Annotated[int, typer.Option(help="Timed calls.")] = 3,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
+    tiny: Tiny = False,
+    out: Out = RESULTS,
+) -> None:
+    """Draw one image on all devices, and one on each; seconds, memory, scaling."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.random_models import random_autoencoder, random_transformer
+    from flux_jax.pipeline import FluxPipeline
+    from flux_jax.prompts import PromptEmbeds
+    from flux_jax.sharding import MeshConfig
+
+    flux = FluxConfig.tiny() if tiny else FluxConfig.dev()
+    vae = AutoencoderConfig.tiny() if tiny else AutoencoderConfig()
+    text = 48 if tiny else 512
+    weights = "W1.58A8" if ternary else "bf16"
+    rows: dict[str, dict[str, Figure]] = {}
+    for how, axes in {
+        "one image": {"sequence": devices},
+        "an image each": {"data": devices},
+    }.items():
+        if devices == 1 and how == "an image each":
+            continue
+        mesh = MeshConfig(**axes).make()
+        pipe = FluxPipeline(
+            transformer=random_transformer(flux, mesh, ternary=ternary),
+            vae=random_autoencoder(vae, mesh),
+            scheduler=SchedulerConfig.dev(),
+        )
+        count = axes.get("data", 1)
+        keys = jax.random.split(jax.random.key(0))
+        embeds = PromptEmbeds(
+            prompts=("",) * count,
+            prompt_embeds=jax.random.normal(
+                keys[0], (count, text, flux.context_in_dim), jnp.bfloat16
+            ),
+            pooled_prompt_embeds=jax.random.normal(keys[1], (count, flux.vec_in_dim), jnp.bfloat16),
+        )
+        seconds = []
+        for _ in range(repeats + 1):
+            begun = time.perf_counter()
+            pipe(
+                embeds,
+                seed=0,
+                num_inference_steps=steps,
+                max_sequence_length=text,
+                output_type="np",
+                progress=False,
+            )
+            seconds.append(time.perf_counter() - begun)
+        taken = statistics.median(seconds[1:])
+        rows[how] = {
+            "seconds": Figure(value=taken, unit="s", note=f"{steps} steps and the decoder"),
+            "rate": Figure(value=count / taken, unit="images/s"),
+            "first": Figure(value=seconds[0], unit="s", note="compilation included"),
+        }
+        if (peak := peak_gib()) is not None:
+            rows[how]["peak"] = Figure(value=peak, unit="GiB", note="largest of all devices")
+        del pipe
+    if devices == 1:
+        rows["an image each"] = rows["one image"]
+    name = "scaling_generate_tiny" if tiny else "scaling_generate"
+    for how, figures in rows.items():
+        write(name, row_name(devices, f"{how}, {weights}"), figures, out, base=1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,121 @@
+"""The scaling benchmarks at tiny size, and their arithmetic by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import paper, scaling, scaling_times
+from benchmarks.common import RESULTS, Figure, Result, read_result
+from flux_jax.configs import FluxConfig
+
+
+def figures(folder, name):
+    (path,) = folder.glob(f"{name}_*.json")
+    return read_result(path).figures
+
+
+@pytest.mark.slow
+def test_distill_adds_a_row_for_each_number_of_devices(tmp_path):
+    for devices in (2, 4):
+        arguments = ["distill", "--devices", str(devices), "--tiny", "--steps", "12"]
+        result = CliRunner().invoke(scaling.app, [*arguments, "--out", str(tmp_path)])
+        assert result.exit_code == 0, (result.output, result.exception)
+    found = figures(tmp_path, "scaling_distill_tiny")
+    two, four = "2 devices, fsdp, adamw", "4 devices, fsdp, adamw"
+    assert {name.rpartition("/")[0] for name in found} == {two, four}
+    assert found[f"{four}/last_loss"].value < found[f"{four}/first_loss"].value
+    ratio = found[f"{four}/rate"].value / found[f"{two}/rate"].value
+    assert found[f"{four}/scaling"].value == pytest.approx(ratio, rel=1e-4)
+    assert f"{two}/scaling" not in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [[], ["--ternary"]])
+def test_generate_draws_one_image_and_one_on_each_device(tmp_path, kind):
+    arguments = ["generate", "--devices", "2", "--tiny", "--steps", "2", "--repeats", "1", *kind]
+    result = CliRunner().invoke(scaling.app, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = figures(tmp_path, "scaling_generate_tiny")
+    weights = "W1.58A8" if kind else "bf16"
+    for how, images in (("one image", 1), ("an image each", 2)):
+        row = f"2 devices, {how}, {weights}"
+        each = images / found[f"{row}/seconds"].value
+        assert found[f"{row}/rate"].value == pytest.approx(each, rel=1e-4)
+
+
+def test_rows_of_earlier_runs_stay(tmp_path):
+    def add(row, rate):
+        scaling.write("scaling_x", row, {"rate": Figure(value=rate, unit="x")}, tmp_path, base=2)
+
+    add("4 devices, fsdp", 7.0)
+    add("2 devices, fsdp", 4.0)
+    add("8 devices, fsdp", 12.0)
+    add("4 devices, other", 1.0)
+    add("2 devices, fsdp", 5.0)
+    found = figures(tmp_path, "scaling_x")
+    assert list(found) == [
+        "2 devices, fsdp/rate",
+        "4 devices, fsdp/rate",
+        "4 devices, fsdp/scaling",
+        "4 devices, other/rate",
+        "8 devices, fsdp/rate",
+        "8 devices, fsdp/scaling",
+    ]
+    assert found["4 devices, fsdp/scaling"].value == pytest.approx(1.4)
+
+
+def test_the_rate_that_utilisation_is_measured_against():
+    """The step's products without attention, of the committed measurement."""
+    (path,) = RESULTS.glob("transformer_step_nvidia-h200.json")
+    found = json.loads(path.read_text())["figures"]
+    rate = scaling.dense_rate(RESULTS, "NVIDIA H200")
+    expected = found["paper_linears_tflop"]["value"] / found["floor_linears_ms"]["value"] * 1e15
+    assert rate == pytest.approx(expected)
+    assert scaling.dense_rate(RESULTS, "another card") is None
+
+
+# -- computed times ------------------------------------------------------------------------------
+
+
+def test_gathering_is_bound_by_the_slower_link():
+    # 8 devices of one host: each lacks 7/8, at 450 GB/s.
+    assert scaling_times.gathered_seconds(450e9, 8) == pytest.approx(7 / 8)
+    # 16 on two hosts: half of it must come in through 8 cards of 50 GB/s.
+    assert scaling_times.gathered_seconds(400e9, 16) == pytest.approx(max(15 / 16 * 400 / 450, 0.5))
+    assert scaling_times.gathered_seconds(1e9, 1) == 0.0
+
+
+def test_a_distillation_step_by_hand():
+    times = scaling_times.distill_step(12e9, 0.1, data=8, fsdp=8)
+    assert times.compute == pytest.approx(0.5)
+    gathered = 14 * 12e9 * 7 / 8 / 450e9
+    averaged = 2 * 7 / 8 * 4 * 12e9 / 8 / 50e9
+    assert times.exchange == pytest.approx(gathered + averaged)
+    assert times.sequential == pytest.approx(0.5 + gathered + averaged)
+    assert times.overlapped == pytest.approx(max(0.5, gathered + averaged))
+    assert scaling_times.distill_step(12e9, 0.1, data=1, fsdp=1).exchange == 0.0
+
+
+def test_an_image_over_devices_by_hand():
+    config = dataclasses.replace(FluxConfig.dev(), depth=1, depth_single_blocks=0)
+    step = paper.Step()
+    times = scaling_times.image_step(config, step, 0.12, sequence=4)
+    # Of q, k, v and the result, a quarter of the tokens, three quarters of the heads.
+    sent = 4 * (4608 / 4) * 3072 * 2 * 3 / 4
+    assert times.compute == pytest.approx(0.03)
+    assert times.exchange == pytest.approx(sent / 450e9 + 2 * scaling_times.LATENCY)
+    assert scaling_times.image_step(config, step, 0.12, sequence=1).exchange == 0.0
+
+
+def test_every_row_follows_from_one_device(tmp_path):
+    source = read_result(RESULTS / "transformer_step_nvidia-h200.json")
+    found = scaling_times.figures(source)
+    one = found["draw, 1 device/sequential"].value
+    assert one == pytest.approx(source.figures["step_ms/hoisted"].value)
+    assert found["draw, 64 devices, data 64/rate"].value == pytest.approx(64 / (28 * one / 1e3))
+    path = Result(benchmark="scaling_times", device="x", figures=found).write(tmp_path)
+    assert read_result(path).figures.keys() == found.keys()
