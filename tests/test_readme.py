@@ -28,13 +28,15 @@ def test_quick_start_draws_an_image(tmp_path):
 
 
 def commands() -> list[tuple[str, ...]]:
-    """(module, subcommand or "", options...) of every `python -m` command in the README."""
+    """(module, subcommands or "", options...) of every `python -m` command in the README."""
     found = set()
     for line in re.findall(r"python -m (?:flux_jax|convert)[^`\n|]*", README):
         words = line.split()[2:]
         module, rest = words[0], words[1:]
         options = sorted(word for word in rest if word.startswith("--"))
         subcommand = rest[0] if module == "flux_jax" else ""
+        if subcommand == "evaluate" and len(rest) > 1:
+            subcommand += f" {rest[1]}"
         found.add((module, subcommand, *options))
     return sorted(found)
 
@@ -42,7 +44,7 @@ def commands() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_and_options_exist(command):
     module, subcommand, *options = command
-    arguments = [sys.executable, "-m", module, *filter(None, [subcommand]), "--help"]
+    arguments = [sys.executable, "-m", module, *subcommand.split(), "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     for option in options:

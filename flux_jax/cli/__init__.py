@@ -18,10 +18,10 @@ for command in (
     generate.generate,
     demo.demo,
     info.info,
-    evaluate.evaluate,
     compare.compare,
 ):
     app.command()(command)
+app.add_typer(evaluate.app, name="evaluate")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`python -m flux_jax evaluate`: the composition score of a model."""
+"""`python -m flux_jax evaluate`: a model's composition score, or pictures for other scorers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from flux_jax.assets import DEFAULT_MODEL
-from flux_jax.cli import common
+from flux_jax.cli import benchmarks, common
 
 
-def evaluate(
+class _Commands(TyperGroup):
+    """The scores; without a name it is the composition score."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command's name where it was left out."""
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["composition", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Score a model, or draw for a benchmark's own scorer. Alone: composition.",
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def composition(
     model: common.Model = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the images and report.json.")
@@ -38,8 +57,8 @@ def evaluate(
 
     \b
     Examples:
-      python -m flux_jax evaluate --out evaluation
-      python -m flux_jax evaluate --model FOLDER --limit 10 --steps 14 --json
+      python -m flux_jax evaluate composition --out evaluation
+      python -m flux_jax evaluate composition --model FOLDER --limit 10 --steps 14 --json
     """
     with common.command(quiet=quiet):
         from flux_jax import evaluate as scoring
@@ -69,3 +88,7 @@ def evaluate(
         typer.echo(format_table(result.scores))
         if not quiet:
             typer.echo(f"images and report: {out}", err=True)
+
+
+for name, command in benchmarks.COMMANDS.items():
+    app.command(name)(command)

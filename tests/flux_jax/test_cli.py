@@ -161,6 +161,8 @@ def test_evaluate(folder, tmp_path):
     assert report["model"] == str(folder)
     assert report["images"] == json.loads((tmp_path / "report.json").read_text())["images"]
     assert "at least 1 prompt" in only_line(run("evaluate", "--limit", 0, code=2))
+    assert "at least 1 prompt" in only_line(run("evaluate", "composition", "--limit", 0, code=2))
+    assert "No such command 'geneva'" in run("evaluate", "geneva", code=2).stderr
 
 
 # -- info ----------------------------------------------------------------------------------------
@@ -195,9 +197,17 @@ def test_info_tells_the_memory(folder):
 # -- the program ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["generate", "info", "evaluate", "compare"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate",
+        "info",
+        "compare",
+        *(f"evaluate {name}" for name in ("composition", "geneval", "compbench", "dpg")),
+    ],
+)
 def test_help_has_examples(command):
-    text = run(command, "--help").stdout
+    text = run(*command.split(), "--help").stdout
     assert f"python -m flux_jax {command}" in text
     assert "--json" in text
 

@@ -1,0 +1,224 @@
+"""Draws a benchmark with several models from the same noise, each into a folder of its own.
+
+Picture i of every prompt has seed `seed + i`, whichever the model: as in the published scripts, the
+prompts of a benchmark share their noise. A model's folder has a manifest of what it holds; a call
+that was stopped goes on where it was, and one with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flux_jax import loading
+from flux_jax.drawing import Job, draw
+from flux_jax.errors import UserError
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.processes import Processes
+from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.scorers.layout import Item, Layout
+
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is drawn, whichever model draws it.
+
+    Attributes:
+      layout: of the benchmark.
+      prompts: the published file.
+      items: its prompts.
+      samples: pictures of each.
+      seed: of the first of them.
+      settings: keyword arguments of the pipeline's call; None for the model's own.
+    """
+
+    layout: Layout
+    prompts: Path
+    items: Sequence[Item]
+    samples: int
+    seed: int
+    settings: Mapping[str, Any]
+
+    def jobs(self) -> list[Job]:
+        """Every picture, prompt by prompt."""
+        return [
+            Job(
+                prompt=item.prompt,
+                seed=self.seed + sample,
+                file=self.layout.file(index, item, sample, self.samples),
+            )
+            for index, item in enumerate(self.items)
+            for sample in range(self.samples)
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A model's pictures.
+
+    Attributes:
+      model: as it was named.
+      folder: of its pictures.
+      images: how many there are, and `drawn`, how many of them this call drew.
+      commands: that score them, in the scorer's checkout.
+    """
+
+    model: str
+    folder: Path
+    images: int
+    drawn: int
+    commands: tuple[str, ...]
+
+
+def folder_names(models: Sequence[str]) -> list[str]:
+    """A folder's name for each model: the last part of its own name.
+
+    Raises:
+      UserError: two models would share one.
+    """
+    names = [Path(model).name or Path(model).resolve().name for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models would be drawn into the folder {name!r}: rename one")
+    return names
+
+
+def draw_model(
+    task: Task, model: str, folder: Path, *, dtype: str, progress: bool, processes: Processes
+) -> Drawn:
+    """Draw what is missing of one model's pictures, and lay out the rest for the scorer.
+
+    Args:
+      task: what is drawn.
+      model: as for `FluxPipeline.from_pretrained`.
+      folder: of its pictures; made if absent.
+      dtype: "bfloat16" or "float32".
+      progress: whether to show a progress bar on stderr.
+      processes: among which the pictures are divided.
+
+    Raises:
+      UserError: a setting out of its range, or a folder of another evaluation.
+    """
+    jobs = task.jobs()
+    checked = {**task.settings, "seed": task.seed + task.samples - 1}
+    request = loading.check_request(model, checked, images=1, num_images_per_prompt=1)
+    plan = request.plan
+    if task.layout.square and plan.height != plan.width:
+        raise UserError(
+            f"{task.layout.title} cuts squares: height and width must be the same, got "
+            f"{plan.height} and {plan.width}"
+        )
+    # In host memory while pictures are drawn: prompts are encoded by and by.
+    encoders = TextEncoders.from_pretrained(request.path, dtype=dtype, offload=True)
+    pipe = FluxPipeline.from_pretrained(request.path, dtype=dtype, text_encoders=encoders)
+    pipe.name = model
+    manifest = {
+        "benchmark": task.layout.title,
+        "layout": task.layout.source,
+        "prompts": len(task.items),
+        "prompts_sha256": _digest(task.items),
+        "samples": task.samples,
+        "seed": task.seed,
+        "model": model,
+        "fingerprint": pipe.fingerprint(),
+        "dtype": dtype,
+        "num_inference_steps": plan.schedule.num_steps,
+        "guidance_scale": plan.guidance_scale,
+        "height": plan.height,
+        "width": plan.width,
+        "max_sequence_length": plan.max_sequence_length,
+    }
+    if processes.first:
+        _claim(folder, manifest)
+    processes.wait("manifest")
+
+    def encode(texts: Sequence[str]) -> PromptEmbeds:
+        """Each prompt once, however many pictures it has."""
+        once = list(dict.fromkeys(texts))
+        embeds = pipe.encode_prompt(once, max_sequence_length=plan.max_sequence_length)
+        return embeds.take([once.index(text) for text in texts])
+
+    drawn = draw(
+        pipe,
+        jobs,
+        folder,
+        settings=task.settings,
+        encode=encode,
+        progress=progress,
+        processes=processes,
+    )
+    commands = task.layout.commands(
+        folder.absolute(), task.prompts, samples=task.samples, side=plan.height
+    )
+    _finish(task, folder, processes)
+    if processes.first:
+        images = [dataclasses.asdict(job) for job in jobs]
+        _write(folder, {**manifest, "complete": True, "commands": commands, "images": images})
+    return Drawn(
+        model=model, folder=folder, images=len(jobs), drawn=drawn, commands=tuple(commands)
+    )
+
+
+def _finish(task: Task, folder: Path, processes: Processes) -> None:
+    """What stands beside the pictures; each process does its share, on all cores."""
+
+    def one(index: int) -> None:
+        item = task.items[index]
+        files = [task.layout.file(index, item, i, task.samples) for i in range(task.samples)]
+        task.layout.finish(folder, item, [folder / file for file in files])
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(one, range(processes.index, len(task.items), processes.count)):
+            pass
+    processes.wait("layout")
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """Of names and prompts, wherever the file lies."""
+    text = json.dumps([[item.name, item.prompt, item.metadata] for item in items])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Say what the folder is for, or see that it is for this.
+
+    Raises:
+      UserError: it is for something else, or cannot be written to.
+    """
+    path = folder / MANIFEST
+    try:
+        before = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} is not empty and has no {MANIFEST}: choose another folder"
+            ) from None
+        _write(folder, {**manifest, "complete": False})
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for name, value in manifest.items():
+        # The same weights may lie elsewhere by now.
+        if name != "model" and before.get(name) != value:
+            raise UserError(
+                f"{folder} holds pictures with {name} {before.get(name)!r}, where {value!r} is "
+                "asked for: choose another folder, or remove this one"
+            )
+
+
+def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    partial = folder / f".{MANIFEST}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(manifest, indent=1) + "\n")
+        os.replace(partial, folder / MANIFEST)
+    except OSError as error:
+        raise UserError(f"cannot write {folder / MANIFEST}: {error.strerror}") from error
