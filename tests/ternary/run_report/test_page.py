@@ -300,6 +300,33 @@ def test_an_evaluation_is_shown_in_place_of_the_runs_scores(tmp_path):
     assert "plain rounding" not in page_of(folder).text
 
 
+def test_score_draws_and_judges_all_three(teacher, student, tmp_path):
+    folder = make_run(tmp_path / "run", teacher=str(teacher))
+    settings = folder / "run.yaml"
+    text = settings.read_text().replace("sampling_steps: 28", "sampling_steps: 1")
+    settings.write_text(text.replace("sample_batch_size: 1", "sample_batch_size: 6"))
+    named = ("--student", student, "--score", "--limit", 1, "--force")
+    text = report(folder, *named)
+    assert "plain rounding: 6 pictures" in Page(text).text
+    reports = {
+        kind: json.loads((folder / "evaluation" / kind / "report.json").read_text())
+        for kind in ("teacher", "student", "rounded")
+    }
+    assert len({found["settings"]["fingerprint"] for found in reports.values()}) == 3
+    for found in reports.values():
+        assert found["settings"]["num_inference_steps"] == 1
+        assert [image["seed"] for image in found["images"]] == list(range(6))
+    with open_checkpoint(folder / "evaluation" / "rounded_checkpoint") as rounded:
+        # The student was refitted; plain rounding is not.
+        assert rounded.description.quant == QuantConfig()
+        assert set(rounded.layers) == {layer.name for layer in inspect_checkpoint(student).layers}
+    pictures = sorted((folder / "evaluation").glob("*/*.png"))
+    before = [path.stat().st_mtime_ns for path in pictures]
+    assert len(pictures) == 18
+    report(folder, *named)
+    assert [path.stat().st_mtime_ns for path in pictures] == before
+
+
 def test_layers_are_measured_against_the_teacher(teacher, student):
     found, distances = inspect_student(student, str(teacher))
     assert set(distances) == {layer.name for layer in found.layers}
