@@ -63,9 +63,8 @@ def tiles(run: Run, columns: Sequence[Column], student: Report | None) -> Elemen
                 f"of the parameters; {student.zeros:.1%} of those are 0",
             ),
         ]
-    by_kind = {column.kind: column for column in columns}
-    if {"teacher", "student"} <= by_kind.keys():
-        ours, theirs = by_kind["student"].overall, by_kind["teacher"].overall
+    ours, theirs = _overall(run, columns)
+    if ours is not None and theirs is not None:
         kept = f"{ours / theirs:.1%} kept; " if theirs else ""
         found.append(("composition score", f"{ours:.3f}", f"{kept}teacher {theirs:.3f}"))
     psnr = finite(run.held_out.get("median_psnr_db"))
@@ -91,6 +90,15 @@ def tiles(run: Run, columns: Sequence[Column], student: Report | None) -> Elemen
         ),
         class_="tiles",
     )
+
+
+def _overall(run: Run, columns: Sequence[Column]) -> tuple[float | None, float | None]:
+    """The student's and the teacher's score: of these columns, else of the run's last drawing."""
+    by_kind = {column.kind: column.overall for column in columns}
+    if columns:
+        return by_kind.get("student"), by_kind.get("teacher")
+    ours, theirs = (finite(run.held_out.get(name)) for name in ("score", "teacher_score"))
+    return (float(ours[-1]), float(theirs[-1])) if len(ours) and len(theirs) else (None, None)
 
 
 def missing(run: Run, student: Report | None) -> Element | None:
@@ -235,7 +243,7 @@ def settings(run: Run) -> Element | None:
     defaults = {name: _plain(v) for name, v in _flat(dataclasses.asdict(RunConfig())).items()}
     values = {name: _plain(v) for name, v in _flat(run.settings).items()}
     order = sorted(values, key=lambda name: (name not in TASK, "." in name, name))
-    chosen = [name for name in order if values[name] != defaults.get(name)]
+    chosen = [name for name in order if values[name] != defaults.get(name, "-")]
     heads = ["setting", "value", "default"]
     every: list[list[Child]] = [[name, values[name], defaults.get(name, "")] for name in order]
     rows = [row for row in every if row[0] in chosen]

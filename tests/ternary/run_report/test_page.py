@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from tests.ternary.run_report.run_folder import (
     write_metrics,
 )
 
+ROOT = Path(__file__).resolve().parents[3]
 VOID = {"meta", "img", "input", "br"}
 
 
@@ -206,6 +208,15 @@ def test_a_run_in_progress_says_so(tmp_path):
 def test_all_steps_without_a_student(tmp_path):
     page = page_of(make_run(tmp_path / "run"))
     assert "All 40 steps are taken; student/ is not in the folder." in page.text
+
+
+def test_the_record_of_the_shipped_student():
+    """A real run of before the pictures had legends; only its tables and settings were kept."""
+    page = page_of(ROOT / "examples" / "tiny_flux" / "record" / "student")
+    assert "All 18,000 steps are taken; student/ is not in the folder." in page.text
+    assert "composition score 0.936 98.4% kept; teacher 0.951" in page.text
+    assert "samples/ has no pictures." in page.text
+    assert "this run recorded no categories" in page.text
 
 
 @pytest.mark.parametrize(
