@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flux_jax.sequence import exchange
+
 Implementation = Literal["cudnn", "xla"]
 
 # Largest score matrix (batch x heads x queries x keys) that the XLA path materialises at once:
@@ -41,6 +43,9 @@ def attention(
 ) -> Float[Array, "B Lq H D"]:
     """`softmax(scale * q @ k.T + bias) @ v` per head; the softmax is in float32.
 
+    Where the tokens are split over devices (`flux_jax.sequence`), q, k and v are a part of them and
+    attend to all.
+
     Args:
       q, k, v: queries, keys and values.
       bias: added to the scores before the softmax.
@@ -52,16 +57,23 @@ def attention(
     Returns:
       (B, Lq, H, D), in q's dtype.
     """
+    others = exchange()
+    if others is not None:
+        if bias is not None or causal:
+            raise NotImplementedError("attention over split tokens takes no bias and no mask")
+        q, k, v = others.to_heads(q, k, v)
     if implementation is None:
         implementation = "xla" if bias is not None else default_implementation(q)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     batch, queries, heads, _ = q.shape
     scores = batch * heads * queries * k.shape[1]
     if implementation == "xla" and scores > _MAX_SCORES and bias is None and not causal:
-        return _chunked_attention(q, k, v, scale, math.ceil(scores / _MAX_SCORES))
-    return jax.nn.dot_product_attention(
-        q, k, v, bias=bias, scale=scale, is_causal=causal, implementation=implementation
-    )
+        out = _chunked_attention(q, k, v, scale, math.ceil(scores / _MAX_SCORES))
+    else:
+        out = jax.nn.dot_product_attention(
+            q, k, v, bias=bias, scale=scale, is_causal=causal, implementation=implementation
+        )
+    return out if others is None else others.to_tokens(out)
 
 
 def _chunked_attention(

@@ -285,7 +285,7 @@ class Autoencoder(nnx.Module):
     def decode_tiled(
         self, latents: Float[Array, "B h w Z"], *, tile: int = 64, overlap: int = 16
     ) -> Float[np.ndarray, "B H W C"]:
-        """Scaled latents to images, one tile of one image at a time.
+        """Scaled latents to images, one tile of one image at a time on each device.
 
         Device memory depends on `tile` alone: every tile has the same shape, is decoded by one
         compiled function, and is blended on the host with linear ramps across the overlaps. Not
@@ -316,15 +316,28 @@ class Autoencoder(nnx.Module):
         shape = (batch, unit * height, unit * width, self.config.out_channels)
         images = np.zeros(shape, np.float32)
         on_host = np.asarray(latents)
-        for i in range(batch):
-            for top, row in zip(tops, rows, strict=True):
-                for left, column in zip(lefts, columns, strict=True):
-                    piece = on_host[i : i + 1, top : top + sides[0], left : left + sides[1]]
-                    decoded = np.asarray(decode(piece)[0], np.float32)
-                    ys = slice(unit * top, unit * (top + sides[0]))
-                    xs = slice(unit * left, unit * (left + sides[1]))
-                    images[i, ys, xs] += row[:, None, None] * column[:, None] * decoded
+        pieces = [
+            (i, (top, row), (left, column))
+            for i in range(batch)
+            for top, row in zip(tops, rows, strict=True)
+            for left, column in zip(lefts, columns, strict=True)
+        ]
+        for start in range(0, len(pieces), decode.parts):
+            some = pieces[start : start + decode.parts]
+            # Filled up with its last tile: every device has one.
+            filled = some + some[-1:] * (decode.parts - len(some))
+            tiles = np.stack(
+                [
+                    on_host[i, top : top + sides[0], left : left + sides[1]]
+                    for i, (top, _), (left, _) in filled
+                ]
+            )
+            decoded = np.asarray(decode(*decode.place(tiles)), np.float32)
+            for tile_image, (i, (top, row), (left, column)) in zip(decoded, some, strict=False):
+                ys = slice(unit * top, unit * (top + sides[0]))
+                xs = slice(unit * left, unit * (left + sides[1]))
+                images[i, ys, xs] += row[:, None, None] * column[:, None] * tile_image
         return images
 
 
-_DECODE = ModuleFunction(Autoencoder.decode)
+_DECODE = ModuleFunction(Autoencoder.decode, arguments=(("batch",),), result=("batch",))

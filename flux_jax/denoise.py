@@ -20,6 +20,7 @@ from flux_jax.functional import ModuleFunction
 from flux_jax.prompts import PromptEmbeds
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.scheduler import Schedule, euler_step, predict_clean
+from flux_jax.sequence import tokens_of_a_part
 from flux_jax.transformer import FluxTransformer, Modulations
 
 # Steps whose modulation vectors are computed together: their weights, a quarter of the model, are
@@ -66,7 +67,8 @@ def _velocity(
 ) -> Float[Array, "B I P"]:
     """The velocity at one step, float32."""
     mods = split_modulations(modulations, transformer.config)
-    return transformer.velocity(latents, img_ids, txt, txt_ids, mods).astype(jnp.float32)
+    with tokens_of_a_part(text=txt.shape[1]):
+        return transformer.velocity(latents, img_ids, txt, txt_ids, mods).astype(jnp.float32)
 
 
 @jax.jit
@@ -96,8 +98,18 @@ def _guide(
     return negative + scale * (positive - negative)
 
 
-MODULATIONS = ModuleFunction(_modulations)
-VELOCITY = ModuleFunction(_velocity)
+MODULATIONS = ModuleFunction(_modulations, arguments=((), ("batch",), ()), result=(None, "batch"))
+VELOCITY = ModuleFunction(
+    _velocity,
+    arguments=(
+        ("batch", "sequence"),
+        ("sequence",),
+        ("batch", "sequence"),
+        ("sequence",),
+        ("batch",),
+    ),
+    result=("batch", "sequence"),
+)
 
 
 def denoise(
@@ -131,13 +143,16 @@ def denoise(
     velocity = VELOCITY.bind(transformer)
     modulations = MODULATIONS.bind(transformer)
     guidance = None if guidance_scale is None else np.float32(guidance_scale)
-    latents = velocity.place(latents)
+    (latents,) = velocity.place(latents)
+    ids = image_ids(*grid), text_ids(embeds.prompt_embeds.shape[1])
 
     def conditions(prompt: PromptEmbeds) -> tuple[tuple[Any, ...], list[Array]]:
-        txt, pooled = velocity.place((prompt.prompt_embeds, prompt.pooled_prompt_embeds))
-        ids = velocity.place((image_ids(*grid), text_ids(txt.shape[1])))
-        chunks = [modulations(times, pooled, guidance) for times in _chunks(schedule.timesteps)]
-        return (ids[0], txt, ids[1]), chunks
+        inputs = velocity.place(latents, ids[0], prompt.prompt_embeds, ids[1])[1:]
+        chunks = []
+        for times in _chunks(schedule.timesteps):
+            placed = modulations.place(times, prompt.pooled_prompt_embeds, guidance)
+            chunks.append(modulations(*placed))
+        return inputs, chunks
 
     def predict(latents: Array, prompt: tuple[tuple[Any, ...], list[Array]], step: int) -> Array:
         inputs, chunks = prompt

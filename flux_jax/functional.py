@@ -10,18 +10,27 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from flux_jax.sharding import axis_size
+
+Axes = tuple[str | None, ...]
+# The dimensions of arguments that a mesh may divide, and the axes of it that do.
+SPLIT = {"batch": "data", "sequence": "sequence"}
+
 
 @dataclasses.dataclass(frozen=True)
 class BoundFunction:
     """A compiled function with its module's arrays filled in.
 
     Attributes:
-      sharding: where its arguments must be (host arrays are brought there) and its results are.
+      sharding: where its arguments must be (host arrays are brought there) and its results are:
+        one device, or all of a mesh alike.
+      arguments: of each argument, where it is split over the mesh instead.
     """
 
     program: Callable[..., Any]
     leaves: list[Any]
     sharding: Sharding
+    arguments: tuple[Sharding, ...] | None = None
 
     def __call__(self, *args: Any) -> Any:
         return self.program(self.leaves, args)
@@ -34,9 +43,18 @@ class BoundFunction:
         stats = self.program.lower(self.leaves, args).compile().memory_analysis()
         return stats.temp_size_in_bytes + stats.output_size_in_bytes
 
-    def place(self, tree: Any) -> Any:
-        """`tree` on the devices of the function, from wherever its arrays are."""
-        return jax.device_put(tree, self.sharding)
+    @property
+    def parts(self) -> int:
+        """Among how many groups of devices a batch is divided."""
+        mesh = getattr(self.sharding, "mesh", None)
+        return 1 if self.arguments is None or mesh is None else axis_size(mesh, SPLIT["batch"])
+
+    def place(self, *args: Any) -> tuple[Any, ...]:
+        """The first arguments on the devices of the function, from wherever their arrays are."""
+        if self.arguments is None:
+            return jax.device_put(args, self.sharding)
+        places = zip(args, self.arguments, strict=False)
+        return tuple(jax.device_put(argument, place) for argument, place in places)
 
 
 class ModuleFunction:
@@ -51,8 +69,28 @@ class ModuleFunction:
       images = decode.bind(pipe.vae)(latents)
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        arguments: tuple[Axes, ...] | None = None,
+        result: Axes = (),
+    ):
+        """A function, and which dimensions of its arguments a mesh may divide.
+
+        On a mesh with such axes the function is one device's: it is called with its part of the
+        arguments (`jax.shard_map`), so that it computes and rounds what it would there alone, and
+        may call kernels. Axes that only parameters are split over are left to the compiler.
+
+        Args:
+          function: of a module and arrays.
+          arguments: of each argument, the names of its first dimensions, as in `SPLIT`; by default
+            every device has all of them.
+          result: of the result.
+        """
         self._function = function
+        self._arguments = arguments
+        self._result = result
         self._programs: dict[Any, Any] = {}
 
     def bind(self, module: nnx.Module, **static: Any) -> BoundFunction:
@@ -70,19 +108,61 @@ class ModuleFunction:
         sharding = common_sharding(leaves)
         key = (graphdef, treedef, sharding, tuple(sorted(static.items())))
         program = self._programs.get(key)
+        split = self._split_axes(sharding)
         if program is None:
-            program = self._programs[key] = self._compile(graphdef, treedef, sharding, static)
-        return BoundFunction(program, leaves, sharding)
+            program = self._compile(graphdef, treedef, sharding, split, static)
+            self._programs[key] = program
+        if not split or not isinstance(sharding, NamedSharding):
+            return BoundFunction(program, leaves, sharding)
+        return BoundFunction(program, leaves, sharding, self._places(sharding, split))
 
-    def _compile(self, graphdef: Any, treedef: Any, sharding: Sharding, static: dict) -> Any:
+    def _split_axes(self, sharding: Sharding) -> frozenset[str]:
+        """The axes of the mesh that divide arguments."""
+        if self._arguments is None or not isinstance(sharding, NamedSharding):
+            return frozenset()
+        return frozenset(axis for axis in SPLIT.values() if axis_size(sharding.mesh, axis) > 1)
+
+    def _places(self, sharding: NamedSharding, split: frozenset[str]) -> tuple[NamedSharding, ...]:
+        return tuple(_place(sharding, axes, split) for axes in self._arguments or ())
+
+    def _compile(
+        self,
+        graphdef: Any,
+        treedef: Any,
+        sharding: Sharding,
+        split: frozenset[str],
+        static: dict[str, Any],
+    ) -> Any:
         def call(leaves: list, args: tuple) -> Any:
             module = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
             return self._function(module, *args, **static)
 
         call.__name__ = getattr(self._function, "__name__", "call")
+        if split and isinstance(sharding, NamedSharding):
+            places = self._places(sharding, split)
+            result = _place(sharding, self._result, split)
+            others = [a for a, size in sharding.mesh.shape.items() if size > 1 and a not in split]
+            part = jax.shard_map(
+                call,
+                mesh=sharding.mesh,
+                in_specs=(PartitionSpec(), tuple(place.spec for place in places)),
+                out_specs=result.spec,
+                # Where nothing is left to the compiler, it is told so: kernels want that.
+                axis_names=split if others else frozenset(sharding.mesh.axis_names),
+                # Kernels do not say over which axes their results vary.
+                check_vma=False,
+            )
+            return jax.jit(part, in_shardings=(None, places), out_shardings=result)
         # Fixed placements keep one program per shape: jit compiles anew for an argument that is
         # committed elsewhere, or not yet committed at all.
         return jax.jit(call, in_shardings=(None, sharding), out_shardings=sharding)
+
+
+def _place(sharding: NamedSharding, axes: Axes, split: frozenset[str]) -> NamedSharding:
+    """Where an argument lies whose dimensions have these names."""
+    named = (None if axis is None else SPLIT[axis] for axis in axes)
+    spec = PartitionSpec(*(axis if axis in split else None for axis in named))
+    return NamedSharding(sharding.mesh, spec)
 
 
 def common_sharding(leaves: list[Any]) -> Sharding:

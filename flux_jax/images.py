@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -24,7 +26,7 @@ def _unpack_decode(
     return vae.decode(unpack(tokens, rows * PATCH, columns * PATCH))
 
 
-UNPACK_DECODE = ModuleFunction(_unpack_decode)
+UNPACK_DECODE = ModuleFunction(_unpack_decode, arguments=(("batch",),), result=("batch",))
 
 
 def decode(
@@ -36,7 +38,7 @@ def decode(
 ) -> Float[np.ndarray, "B H W C"]:
     """Packed latents to images in [0, 1], float32.
 
-    Images are decoded together up to `WHOLE_DECODE_PIXELS` in all, and beyond it one by one.
+    A device decodes images together up to `WHOLE_DECODE_PIXELS` in all, and beyond it one by one.
 
     Args:
       vae: the autoencoder.
@@ -56,12 +58,16 @@ def decode(
         decoded = vae.decode_tiled(grid_latents, tile=TILE, overlap=OVERLAP)
     else:
         function = UNPACK_DECODE.bind(vae, rows=rows, columns=columns)
-        tokens = function.place(tokens)
-        together = max(1, WHOLE_DECODE_PIXELS // pixels)
-        parts = [
-            jax.device_get(function(tokens[start : start + together]))
-            for start in range(0, len(tokens), together)
-        ]
+        each = math.ceil(len(tokens) / function.parts)
+        together = function.parts * min(each, max(1, WHOLE_DECODE_PIXELS // pixels))
+        on_host = np.asarray(tokens)
+        parts = []
+        for start in range(0, len(tokens), together):
+            some = on_host[start : start + together]
+            filled = np.concatenate(
+                [some, np.repeat(some[-1:], -len(some) % function.parts, axis=0)]
+            )
+            parts.append(jax.device_get(function(*function.place(filled)))[: len(some)])
         decoded = np.concatenate(parts).astype(np.float32)
     if not np.isfinite(decoded).all():
         raise UserError(

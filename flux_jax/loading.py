@@ -52,6 +52,7 @@ def check_request(
     *,
     images: int,
     num_images_per_prompt: int,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Request:
     """Check a call's arguments against a checkpoint's configurations, before any weight is read.
 
@@ -61,6 +62,7 @@ def check_request(
         ignored.
       images: number of prompts.
       num_images_per_prompt: images of each.
+      mesh: the devices, if they are a mesh.
 
     Raises:
       UserError: an argument out of its range, or a checkpoint that lacks a part of a pipeline.
@@ -78,6 +80,7 @@ def check_request(
         found.scheduler,
         token_limit=max_length(load_tokenizer(found.tokenizer_paths["tokenizer_2"])),
         num_images_per_prompt=num_images_per_prompt,
+        mesh=None if mesh is None else mesh.shape,
         **{name: settings[name] for name in ARGUMENTS if name in settings},
     )
     arguments.seeds_and_keys(settings.get("seed"), None, images * num_images_per_prompt)

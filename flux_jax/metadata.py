@@ -33,7 +33,7 @@ class GenerationRecord:
       guidance_scale: None for a model that takes none.
       negative_prompt: None if there was none or it had no effect.
       true_cfg_scale: 1 without a negative prompt.
-      batch_size: how many images were drawn together.
+      batch_size: how many images a device drew together.
       model: as it was named to `from_pretrained`.
       dtype: of the transformer's weights.
       fingerprint: of the weights (`flux_jax.fingerprint`); None if not computed.

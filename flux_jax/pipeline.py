@@ -25,6 +25,7 @@ from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
 from flux_jax.plan import Plan, initial_noise, make_plan, sequence_length
 from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.sharding import spread
 from flux_jax.tokenization import max_length
 from flux_jax.transformer import FluxTransformer
 
@@ -55,15 +56,20 @@ class FluxPipeline:
         text_encoders: TextEncoders | None = None,
         vae_tiling: bool | None = None,
         name: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         """A pipeline of given parts.
 
         Args:
           transformer, vae, scheduler, vae_tiling, name: see the class.
           text_encoders: without them, calls take encoded prompts only.
+          mesh: devices (`flux_jax.make_mesh`) to which the parts are moved: images are split over
+            its axis `data`, the tokens of each over `sequence`, the weights over `tensor`. By
+            default the parts stay where they are.
 
         Raises:
-          UserError: parts whose widths do not fit together.
+          UserError: parts whose widths do not fit together, or a mesh with other processes'
+            devices.
         """
         text_encoders = TextEncoders() if text_encoders is None else text_encoders
         _check_widths(transformer, vae, text_encoders)
@@ -71,6 +77,11 @@ class FluxPipeline:
         self.vae = vae
         self.scheduler = scheduler
         self.text_encoders = text_encoders
+        if mesh is not None:
+            _check_devices(mesh)
+            spread(transformer, mesh)
+            spread(vae, mesh)
+            text_encoders.move_to(mesh)
         self.vae_tiling = vae_tiling
         self.name = name
 
@@ -94,7 +105,8 @@ class FluxPipeline:
             Face repository id, or the name of a model that ships with the package: "tiny", or
             "tiny-ternary", its 1.58-bit student.
           dtype: of all weights and so of the computation: bfloat16 or float32.
-          mesh: devices to spread the weights over; without one, the default device alone.
+          mesh: devices to draw on, as for a pipeline of given parts; without one, the default
+            device alone.
           offload_text_encoders: keep the text encoders in host memory except while they encode.
           vae_tiling: see the class.
           text_encoders, transformer, vae: used in place of the checkpoint's, which are then not
@@ -106,6 +118,8 @@ class FluxPipeline:
         # Late: a pipeline of given parts does not need the readers of checkpoints.
         from flux_jax.loading import load_image_parts
 
+        if mesh is not None:
+            _check_devices(mesh)
         if text_encoders is None:
             text_encoders = TextEncoders.from_pretrained(
                 path, dtype=dtype, mesh=mesh, offload=offload_text_encoders
@@ -160,8 +174,16 @@ class FluxPipeline:
             self.vae.config,
             self.scheduler,
             token_limit=self._token_limit,
+            mesh=None if self.mesh is None else self.mesh.shape,
             **settings,
         )
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The devices that the transformer lies on, if they are a mesh."""
+        sharding = self.transformer.img_in.weight.get_value().sharding
+        mesh = getattr(sharding, "mesh", None)
+        return mesh if isinstance(mesh, jax.sharding.Mesh) else None
 
     @property
     def _token_limit(self) -> int:
@@ -184,7 +206,7 @@ class FluxPipeline:
         latents: Float[Any, "N I P"] | None = None,
         output_type: str = "pil",
         return_latents: bool = False,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         callback: Callback | None = None,
         progress: bool = True,
     ) -> FluxOutput:
@@ -210,7 +232,8 @@ class FluxPipeline:
           latents: instead of either, the initial noise as packed tokens (N, I, P).
           output_type: "pil", "np" for a float array in [0, 1], or "latent".
           return_latents: whether the output carries the clean latents too.
-          batch_size: images drawn together.
+          batch_size: images drawn together, over all devices; by default one on each, or on each
+            group of devices that share an image.
           callback: called after each step with (step from 0, number of steps, `Preview`), once for
             every batch of images.
           progress: whether to show a progress bar on stderr.
@@ -257,7 +280,7 @@ class FluxPipeline:
             prompt = self.text_encoders.encode(
                 arguments.texts("prompt", prompt),
                 max_sequence_length=plan.max_sequence_length,
-                batch_size=plan.batch_size,
+                batch_size=plan.device_batch_size,
             )
         return prompt.take(rows)
 
@@ -328,7 +351,7 @@ class FluxPipeline:
                 guidance_scale=plan.guidance_scale,
                 negative_prompt=None if negative is None else negative.prompts[i],
                 true_cfg_scale=1.0 if negative is None else plan.true_cfg_scale,
-                batch_size=plan.batch_size,
+                batch_size=plan.device_batch_size,
                 model=self.name,
                 dtype=str(self.transformer.img_in.weight.dtype),
                 version=flux_jax.__version__,
@@ -357,6 +380,14 @@ def _prompt_rows(
 def _length(name: str, prompt: Prompt) -> int:
     is_encoded = isinstance(prompt, PromptEmbeds)
     return len(prompt.prompts if is_encoded else arguments.texts(name, prompt))
+
+
+def _check_devices(mesh: jax.sharding.Mesh) -> None:
+    if {device.process_index for device in mesh.devices.flat} != {jax.process_index()}:
+        raise UserError(
+            "a pipeline draws on devices of its own process: give each process a mesh of its own, "
+            "as make_mesh(data=2, devices=jax.local_devices()), and its share of the images"
+        )
 
 
 def _check_widths(

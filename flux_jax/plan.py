@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,8 @@ class Plan:
       guidance_scale: None for a model that takes none.
       true_cfg_scale: above 1 for a second, negative pass.
       max_sequence_length: T5 tokens.
-      batch_size: images drawn together.
+      batch_size: images drawn together, over all devices.
+      parts: groups of devices among which they are divided.
       images_per_prompt: images of each prompt.
     """
 
@@ -58,7 +59,13 @@ class Plan:
     true_cfg_scale: float
     max_sequence_length: int
     batch_size: int
+    parts: int
     images_per_prompt: int
+
+    @property
+    def device_batch_size(self) -> int:
+        """Images that a device draws together, which is what rounding depends on."""
+        return self.batch_size // self.parts
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -92,8 +99,9 @@ def make_plan(
     guidance_scale: float = 3.5,
     true_cfg_scale: float = 1.0,
     max_sequence_length: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     num_images_per_prompt: int = 1,
+    mesh: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of a call; None stands for the model's own value.
 
@@ -101,9 +109,10 @@ def make_plan(
       transformer, vae, scheduler: the models' configurations.
       token_limit: the most tokens T5's tokenizer gives.
       height, width, ...: as in the pipeline's call.
+      mesh: sizes of the axes of the devices' mesh, if there is one.
 
     Raises:
-      UserError: an argument out of its range.
+      UserError: an argument out of its range, or what the mesh cannot divide.
     """
     height = arguments.integer("height", vae.sample_size if height is None else height)
     width = arguments.integer("width", vae.sample_size if width is None else width)
@@ -114,6 +123,19 @@ def make_plan(
         num_inference_steps = DEV_STEPS if transformer.guidance_embed else SCHNELL_STEPS
     steps = arguments.integer("num_inference_steps", num_inference_steps)
     guidance = arguments.scale("guidance_scale", guidance_scale)
+    parts = 1 if mesh is None else mesh.get("data", 1)
+    batch = arguments.integer("batch_size", parts if batch_size is None else batch_size)
+    if batch % parts:
+        raise UserError(f"batch_size must be a multiple of the mesh's data={parts}, got {batch}")
+    length = sequence_length(transformer, token_limit, max_sequence_length)
+    pieces = 1 if mesh is None else mesh.get("sequence", 1)
+    for count, what in (
+        (transformer.num_heads, "attention heads"),
+        (grid[0] * grid[1], f"image tokens of {width} x {height} pixels"),
+        (length, "text tokens (max_sequence_length)"),
+    ):
+        if count % pieces:
+            raise UserError(f"the mesh's sequence={pieces} does not divide the {count} {what}")
     return Plan(
         schedule=make_schedule(scheduler, steps, grid[0] * grid[1]),
         height=height,
@@ -122,8 +144,9 @@ def make_plan(
         latent_shape=(grid[0] * PATCH, grid[1] * PATCH, vae.latent_channels),
         guidance_scale=guidance if transformer.guidance_embed else None,
         true_cfg_scale=arguments.scale("true_cfg_scale", true_cfg_scale),
-        max_sequence_length=sequence_length(transformer, token_limit, max_sequence_length),
-        batch_size=arguments.integer("batch_size", batch_size),
+        max_sequence_length=length,
+        batch_size=batch,
+        parts=parts,
         images_per_prompt=arguments.integer("num_images_per_prompt", num_images_per_prompt),
     )
 

@@ -17,6 +17,7 @@ from flux_jax.clip import CLIPTextEncoder
 from flux_jax.errors import UserError
 from flux_jax.fingerprint import component_digest
 from flux_jax.functional import ModuleFunction
+from flux_jax.sharding import spread
 from flux_jax.t5 import T5Encoder
 from flux_jax.tokenization import max_length, tokenize
 
@@ -143,6 +144,13 @@ class TextEncoders:
         """Drop both encoders and their memory."""
         self.text_encoder = self.text_encoder_2 = None
         self._restore = []
+
+    def move_to(self, mesh: jax.sharding.Mesh) -> None:
+        """Spread the encoders over a mesh."""
+        for module in self.modules().values():
+            spread(module, mesh)
+        if self.offload:
+            self._move_away()
 
     def encode(
         self, prompts: Sequence[str], *, max_sequence_length: int | None = None, batch_size: int = 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ DEFAULT_RULES: Rules = {
     "conv_out": None,
 }
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,14 @@ class MeshConfig:
 
     Attributes:
       data: parts of the batch; None for as many as there are devices left.
-      fsdp: parts of the batch, and of the parameters' residual width.
+      fsdp: parts of the batch, and of the parameters' residual width; for training.
+      sequence: parts of each image's tokens, with whole parameters; for drawing.
       tensor: parts of the parameters' wide dimensions.
     """
 
     data: int | None = None
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -59,6 +61,16 @@ class MeshConfig:
             whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
             if not whole and not (name == "data" and size is None):
                 raise UserError(f"mesh axis {name} must be a whole number above 0, got {size!r}")
+
+    def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh; see `make_mesh`."""
+        return make_mesh(
+            data=self.data,
+            fsdp=self.fsdp,
+            sequence=self.sequence,
+            tensor=self.tensor,
+            devices=devices,
+        )
 
 
 def read_mesh(text: str) -> MeshConfig:
@@ -79,34 +91,51 @@ def read_mesh(text: str) -> MeshConfig:
     return MeshConfig(**sizes)
 
 
-def make_mesh(*, data: int | None = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh with the axes of `MESH_AXES` over the first data x fsdp x tensor devices.
+def make_mesh(
+    *,
+    data: int | None = 1,
+    fsdp: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with the axes of `MESH_AXES` over the first data x fsdp x sequence x tensor devices.
 
     The devices of a process are neighbours in the last axes, whose traffic is the heaviest.
 
     Args:
       data: None for as many as there are devices left by the other axes.
-      fsdp, tensor: see `MeshConfig`.
+      fsdp, sequence, tensor: see `MeshConfig`.
+      devices: to choose from; by default those of all processes, each of which must then have a
+        part in the mesh.
 
     Raises:
       UserError: fewer devices are there, or a process would have none of the mesh's.
     """
-    devices = jax.devices()
-    inner = fsdp * tensor
+    everybody = devices is None
+    devices = jax.devices() if devices is None else devices
+    inner = fsdp * sequence * tensor
     data = max(len(devices) // inner, 1) if data is None else data
     wanted = data * inner
-    shown = f"a mesh of data={data} fsdp={fsdp} tensor={tensor}"
+    sizes = dict(zip(MESH_AXES, (data, fsdp, sequence, tensor), strict=True))
+    split = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+    shown = f"a mesh of {split or 'one device'}"
     if len(devices) < wanted:
         raise UserError(f"{shown} needs {wanted} devices, {len(devices)} are here")
     chosen = devices[:wanted]
     processes = {device.process_index for device in chosen}
-    if len(processes) < jax.process_count():
+    if everybody and len(processes) < jax.process_count():
         raise UserError(
             f"{shown} uses {wanted} of {len(devices)} devices, which leaves out "
             f"{jax.process_count() - len(processes)} of {jax.process_count()} processes: start "
             f"fewer, or make the mesh larger"
         )
-    return Mesh(np.array(chosen).reshape(data, fsdp, tensor), MESH_AXES)
+    return Mesh(np.array(chosen).reshape(tuple(sizes.values())), MESH_AXES)
+
+
+def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """Of an axis that a mesh need not have."""
+    return mesh.shape.get(axis, 1)
 
 
 def partition_spec(
@@ -186,6 +215,12 @@ def shardings(state: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
         return variable.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def spread(module: nnx.Module, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> None:
+    """Move a module's parameters to where they go on a mesh."""
+    state = nnx.state(module)
+    nnx.update(module, jax.device_put(state, shardings(state, mesh, rules)))
 
 
 def flat_shardings(

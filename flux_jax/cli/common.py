@@ -18,6 +18,8 @@ from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.prompts import PromptEmbeds
 
@@ -36,6 +38,15 @@ Model = Annotated[
 DType = Annotated[str, typer.Option(help="bf16 or fp32: the weights' type and the computation's.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")
+]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        help="How this process's devices are laid out, as data=4 (images over devices) or "
+        "data=2,sequence=2 (each image over two); tensor splits the weights.",
+        show_default="one device",
+    ),
 ]
 Distributed = Annotated[
     bool,
@@ -57,6 +68,21 @@ def dtype_name(text: str) -> str:
     if text not in DTYPES:
         raise UserError(f"--dtype must be bf16 or fp32, got {text}")
     return DTYPES[text]
+
+
+def mesh_of_this_process(text: str | None) -> Mesh | None:
+    """The mesh that --mesh asks for, of this process's devices; None without it.
+
+    Raises:
+      UserError: it cannot be read, or there are fewer devices.
+    """
+    if text is None:
+        return None
+    import jax
+
+    from flux_jax.sharding import read_mesh
+
+    return read_mesh(text).make(jax.local_devices())
 
 
 @contextlib.contextmanager
@@ -113,6 +139,7 @@ def load_and_encode(
     dtype: str,
     num_images: int = 1,
     with_fingerprint: bool = True,
+    mesh: Mesh | None = None,
 ) -> Loaded:
     """Check what is asked for, then load the model in stages, so that it never is there as a whole.
 
@@ -125,6 +152,7 @@ def load_and_encode(
       dtype: "bfloat16" or "float32".
       num_images: of each prompt.
       with_fingerprint: whether it is wanted.
+      mesh: devices to draw on; by default one.
     """
     from flux_jax import arguments, loading
     from flux_jax.pipeline import FluxPipeline
@@ -132,16 +160,16 @@ def load_and_encode(
 
     prompts = arguments.texts("prompt", settings["prompt"])
     request = loading.check_request(
-        model, settings, images=len(prompts), num_images_per_prompt=num_images
+        model, settings, images=len(prompts), num_images_per_prompt=num_images, mesh=mesh
     )
     path, length = request.path, request.plan.max_sequence_length
     negative = settings.get("negative_prompt")
     if settings.get("true_cfg_scale", 1.0) <= 1:
         negative = None
-    encoders = TextEncoders.from_pretrained(path, dtype=dtype)
+    encoders = TextEncoders.from_pretrained(path, dtype=dtype, mesh=mesh)
+    batch_size = request.plan.device_batch_size
 
     def encode(texts: list[str]) -> PromptEmbeds:
-        batch_size = settings.get("batch_size", 1)
         return encoders.encode(texts, max_sequence_length=length, batch_size=batch_size)
 
     embeds = encode(prompts)
@@ -149,7 +177,7 @@ def load_and_encode(
     if with_fingerprint:
         encoders.digests()
     encoders.free()
-    pipe = FluxPipeline.from_pretrained(path, dtype=dtype, text_encoders=encoders)
+    pipe = FluxPipeline.from_pretrained(path, dtype=dtype, text_encoders=encoders, mesh=mesh)
     pipe.name = model
     return Loaded(
         pipe=pipe,

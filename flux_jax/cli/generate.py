@@ -76,8 +76,9 @@ def generate(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Images drawn together; above 1 a seed's image is the same to rounding only.",
-            show_default="1",
+            help="Images drawn together, over all devices; above one a device, a seed's image is "
+            "the same to rounding only.",
+            show_default="one a device",
         ),
     ] = None,
     replay: Annotated[
@@ -90,6 +91,7 @@ def generate(
     metadata: Annotated[
         bool, typer.Option("--metadata/--no-metadata", help="Keep all of this in the PNG.")
     ] = True,
+    mesh: common.MeshOption = None,
     distributed: common.Distributed = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
@@ -105,7 +107,8 @@ def generate(
       python -m flux_jax generate "a cat" "a dog" --num-images 2 --out pets.png
       python -m flux_jax generate "a lighthouse" --model black-forest-labs/FLUX.1-dev --width 768
       python -m flux_jax generate --replay image.png --out again.png
-      python -m flux_jax generate --prompts prompts.txt --out images
+      python -m flux_jax generate "a lighthouse" --model FOLDER --mesh sequence=4
+      python -m flux_jax generate --prompts prompts.txt --out images --mesh data=4
     """
     with common.command(quiet=quiet):
         explicit = {
@@ -137,6 +140,7 @@ def generate(
                 out,
                 given,
                 num_images=num_images,
+                mesh=mesh,
                 distributed=distributed,
                 as_json=json,
                 quiet=quiet,
@@ -148,6 +152,7 @@ def generate(
             given,
             out=out,
             num_images=num_images,
+            mesh=mesh,
             replay=replay,
             metadata=metadata,
             as_json=json,
@@ -160,6 +165,7 @@ def _generate(
     *,
     out: Path,
     num_images: int,
+    mesh: str | None,
     replay: Path | None,
     metadata: bool,
     as_json: bool,
@@ -179,7 +185,12 @@ def _generate(
     watch = common.Stopwatch()
     with watch.stage("load and encode"):
         loaded = common.load_and_encode(
-            model, settings, dtype=dtype, num_images=num_images, with_fingerprint=metadata
+            model,
+            settings,
+            dtype=dtype,
+            num_images=num_images,
+            with_fingerprint=metadata,
+            mesh=common.mesh_of_this_process(mesh),
         )
     if None not in (expected, loaded.fingerprint) and expected != loaded.fingerprint:
         logger.warning(

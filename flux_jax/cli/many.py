@@ -22,6 +22,7 @@ def generate_many(
     explicit: Mapping[str, Any],
     *,
     num_images: int,
+    mesh: str | None,
     distributed: bool,
     as_json: bool,
     quiet: bool,
@@ -33,6 +34,7 @@ def generate_many(
       out: folder of the images, 00000.png or 00000-0.png.
       explicit: the options that were given.
       num_images: images of each prompt; image i of all takes seed + i.
+      mesh: as in `common.MeshOption`.
       distributed: whether to join the other processes of this job.
       as_json, quiet: as for every command.
 
@@ -65,11 +67,18 @@ def generate_many(
     job = joined_processes() if distributed else contextlib.nullcontext(Processes())
     with job as processes:
         with watch.stage("load"):
+            devices = common.mesh_of_this_process(mesh)
             checked = {**settings, "seed": jobs[-1].seed}
-            request = loading.check_request(model, checked, images=1, num_images_per_prompt=1)
+            request = loading.check_request(
+                model, checked, images=1, num_images_per_prompt=1, mesh=devices
+            )
             # In host memory while images are drawn: prompts are encoded by and by.
-            encoders = TextEncoders.from_pretrained(request.path, dtype=dtype, offload=True)
-            pipe = FluxPipeline.from_pretrained(request.path, dtype=dtype, text_encoders=encoders)
+            encoders = TextEncoders.from_pretrained(
+                request.path, dtype=dtype, mesh=devices, offload=True
+            )
+            pipe = FluxPipeline.from_pretrained(
+                request.path, dtype=dtype, mesh=devices, text_encoders=encoders
+            )
             pipe.name = model
         with watch.stage("draw"):
             drawn = drawing.draw(

@@ -23,7 +23,7 @@ from flux_jax.errors import UserError
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.processes import Processes
 from flux_jax.prompts import PromptEmbeds, TextEncoders
-from flux_jax.sharding import make_mesh
+from flux_jax.sharding import axis_size
 from flux_jax.tree import Flat, split_flat
 from ternary.distillation.held_out import HeldOut
 from ternary.distillation.metrics import first_not_finite
@@ -83,8 +83,10 @@ def distill(
       UserError: input that cannot be used, a loss that is not finite, or a disk that is full; the
         last good checkpoint is named.
     """
-    mesh = make_mesh(**vars(config.mesh)) if mesh is None else mesh
-    parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    mesh = config.mesh.make() if mesh is None else mesh
+    if axis_size(mesh, "sequence") > 1:
+        raise UserError("distillation has no mesh axis sequence: use data, fsdp and tensor")
+    parts = axis_size(mesh, "data") * axis_size(mesh, "fsdp")
     if config.batch_size % parts:
         raise UserError(
             f"batch_size must be a multiple of the {parts} devices of data and fsdp, "
