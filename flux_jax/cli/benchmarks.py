@@ -49,9 +49,11 @@ Length = Annotated[
     typer.Option(help="Tokens of the prompt that T5 reads.", show_default="the model's own"),
 ]
 BatchSize = Annotated[
-    int,
+    int | None,
     typer.Option(
-        help="Images drawn together; above 1 a seed's image is the same to rounding only."
+        help="Images drawn together, over all devices; above one a device, a seed's image is the "
+        "same to rounding only.",
+        show_default="one a device",
     ),
 ]
 NumImages = Annotated[
@@ -117,8 +119,9 @@ def _command(benchmark: str) -> Callable[..., None]:
         height: Side = None,
         width: Side = None,
         max_sequence_length: Length = None,
-        batch_size: BatchSize = 1,
+        batch_size: BatchSize = None,
         dtype: common.DType = "bf16",
+        mesh: common.MeshOption = None,
         distributed: common.Distributed = False,
         json: common.Json = False,
         quiet: common.Quiet = False,
@@ -131,32 +134,35 @@ def _command(benchmark: str) -> Callable[..., None]:
             found = _layout(benchmark)
             samples = found.samples if num_images is None else num_images
             found.check(arguments.integer("num_images", samples))
+            settings = {
+                "num_inference_steps": steps,
+                "guidance_scale": guidance,
+                "height": height,
+                "width": width,
+                "max_sequence_length": max_sequence_length,
+                "batch_size": batch_size,
+            }
             task = Task(
                 layout=found,
                 prompts=prompts,
                 items=found.read(prompts),
                 samples=samples,
                 seed=arguments.integer("seed", seed, least=0),
-                settings={
-                    "num_inference_steps": steps,
-                    "guidance_scale": guidance,
-                    "height": height,
-                    "width": width,
-                    "max_sequence_length": max_sequence_length,
-                    "batch_size": batch_size,
-                },
+                settings={key: value for key, value in settings.items() if value is not None},
             )
             models = model or [DEFAULT_MODEL]
             names = folder_names(models)
             name = common.dtype_name(dtype)
             job = joined_processes() if distributed else contextlib.nullcontext(Processes())
             with job as processes:
+                devices = common.mesh_of_this_process(mesh)
                 reports = [
                     draw_model(
                         task,
                         each,
                         out / folder,
                         dtype=name,
+                        mesh=devices,
                         progress=not quiet,
                         processes=processes,
                     )

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from flux_jax import loading
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
@@ -37,7 +39,7 @@ class Task:
       items: its prompts.
       samples: pictures of each.
       seed: of the first of them.
-      settings: keyword arguments of the pipeline's call; None for the model's own.
+      settings: keyword arguments of the pipeline's call.
     """
 
     layout: Layout
@@ -92,7 +94,14 @@ def folder_names(models: Sequence[str]) -> list[str]:
 
 
 def draw_model(
-    task: Task, model: str, folder: Path, *, dtype: str, progress: bool, processes: Processes
+    task: Task,
+    model: str,
+    folder: Path,
+    *,
+    dtype: str,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+    processes: Processes,
 ) -> Drawn:
     """Draw what is missing of one model's pictures, and lay out the rest for the scorer.
 
@@ -101,6 +110,7 @@ def draw_model(
       model: as for `FluxPipeline.from_pretrained`.
       folder: of its pictures; made if absent.
       dtype: "bfloat16" or "float32".
+      mesh: devices of this process to draw on; by default one.
       progress: whether to show a progress bar on stderr.
       processes: among which the pictures are divided.
 
@@ -109,7 +119,7 @@ def draw_model(
     """
     jobs = task.jobs()
     checked = {**task.settings, "seed": task.seed + task.samples - 1}
-    request = loading.check_request(model, checked, images=1, num_images_per_prompt=1)
+    request = loading.check_request(model, checked, images=1, num_images_per_prompt=1, mesh=mesh)
     plan = request.plan
     if task.layout.square and plan.height != plan.width:
         raise UserError(
@@ -117,8 +127,10 @@ def draw_model(
             f"{plan.height} and {plan.width}"
         )
     # In host memory while pictures are drawn: prompts are encoded by and by.
-    encoders = TextEncoders.from_pretrained(request.path, dtype=dtype, offload=True)
-    pipe = FluxPipeline.from_pretrained(request.path, dtype=dtype, text_encoders=encoders)
+    encoders = TextEncoders.from_pretrained(request.path, dtype=dtype, mesh=mesh, offload=True)
+    pipe = FluxPipeline.from_pretrained(
+        request.path, dtype=dtype, mesh=mesh, text_encoders=encoders
+    )
     pipe.name = model
     manifest = {
         "benchmark": task.layout.title,

@@ -161,6 +161,21 @@ def test_dpg(files, model, tmp_path, pictures):
     assert f"PIC_NUM={pictures} bash dpg_bench/dist_eval.sh {folder}/images 32" in result.stdout
 
 
+def test_devices_share_the_images(files, model, tmp_path):
+    """Two devices, one image at a time on each, draw what one draws."""
+    arguments = ("--prompts", files["dpg"], "--model", model, *FAST)
+    run("dpg", *arguments, "--out", tmp_path / "one")
+    run("dpg", *arguments, "--out", tmp_path / "two", "--mesh", "data=2")
+    for name in ("0", "diffusiondb19", "whoops31"):
+        one, two = (
+            pixels(tmp_path / n / "small" / "images" / f"{name}.png") for n in ("one", "two")
+        )
+        np.testing.assert_allclose(one.astype(int), two.astype(int), atol=1)
+    assert "a mesh is written" in refused(
+        "dpg", *arguments, "--out", tmp_path / "x", "--mesh", "what=2"
+    )
+
+
 def test_an_image_that_changed_changes_its_grid(files, model, tmp_path):
     arguments = ("--prompts", files["dpg"], "--model", model, *FAST, "--out", tmp_path)
     run("dpg", *arguments)
