@@ -126,7 +126,7 @@ def _command(benchmark: str) -> Callable[..., None]:
         json: common.Json = False,
         quiet: common.Quiet = False,
     ) -> None:
-        with common.command(quiet=quiet):
+        with common.command():
             from flux_jax import arguments
             from flux_jax.processes import Processes, joined_processes
             from flux_jax.scorers.run import Task, draw_model, folder_names

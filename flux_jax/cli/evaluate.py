@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import benchmarks, common
+from pallas_kernels.command_line import App
 
 
 class _Commands(TyperGroup):
@@ -22,10 +23,8 @@ class _Commands(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
-    cls=_Commands,
-    help="Score a model, or draw for a benchmark's own scorer. Alone: composition.",
-    rich_markup_mode=None,
+app = App(
+    cls=_Commands, help="Score a model, or draw for a benchmark's own scorer. Alone: composition."
 )
 
 

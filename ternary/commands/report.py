@@ -15,7 +15,10 @@ from pallas_kernels.command_line import Json, Quiet, print_json
 
 def report(
     run: Annotated[
-        Path, typer.Argument(help="A folder of `distill`; it may still grow.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A folder of `distill`; it may still grow.", show_default=False
+        ),
     ],
     out: Annotated[
         Path | None,
