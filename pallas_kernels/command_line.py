@@ -36,7 +36,7 @@ Verbose = Annotated[
     typer.Option("--verbose", "-v", help="Also versions, slow compilations and tracebacks."),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Replace an existing checkpoint, once the new is whole.")
+    bool, typer.Option("--force", help="Replace what is there, once the new is whole.")
 ]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from flux_jax.errors import UserError
-from pallas_kernels.command_line import Json, Quiet, print_json
+from pallas_kernels.command_line import Force, Json, Quiet, print_json
 
 
 def report(
@@ -49,9 +49,7 @@ def report(
             help="The teacher, if it lies elsewhere by now.", show_default="the settings'"
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing file, once the new one is whole.")
-    ] = False,
+    force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
