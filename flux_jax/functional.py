@@ -32,8 +32,15 @@ class BoundFunction:
 
         Nothing runs: of `args` and the bound module, shapes (`jax.ShapeDtypeStruct`) are enough.
         """
-        stats = self.program.lower(self.leaves, args).compile().memory_analysis()
+        stats = self.lower(*args).compile().memory_analysis()
         return stats.temp_size_in_bytes + stats.output_size_in_bytes
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The program for `args`, traced and lowered; a later call finds it so, and compiled.
+
+        Of `args` and the bound module, shapes are enough.
+        """
+        return self.program.lower(self.leaves, args)
 
     def place(self, tree: Any) -> Any:
         """`tree` on the devices of the function, from wherever its arrays are."""
