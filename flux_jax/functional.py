@@ -32,7 +32,7 @@ class BoundFunction:
 
         Nothing runs: of `args` and the bound module, shapes (`jax.ShapeDtypeStruct`) are enough.
         """
-        stats = self.lower(*args).compile().memory_analysis()
+        stats: Any = self.lower(*args).compile().memory_analysis()
         return stats.temp_size_in_bytes + stats.output_size_in_bytes
 
     def lower(self, *args: Any) -> jax.stages.Lowered:

@@ -269,14 +269,14 @@ class FluxPipeline:
         for prompt, _ in wanted:
             if not isinstance(prompt, PromptEmbeds):
                 texts += arguments.texts("prompt", prompt)
-        encoded = None
+        encoded: Any = None
         if texts:
             encoded = self.text_encoders.encode(
                 texts, max_sequence_length=plan.max_sequence_length, batch_size=plan.batch_size
             )
         found, start = [], 0
         for prompt, rows in wanted:
-            if isinstance(prompt, PromptEmbeds) or encoded is None:
+            if isinstance(prompt, PromptEmbeds):
                 found.append(prompt.take(rows))
                 continue
             found.append(encoded.take([start + row for row in rows]))

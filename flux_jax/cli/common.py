@@ -145,7 +145,7 @@ def load_and_encode(
         others = pool.submit(loading.load_image_parts, path, dtype=dtype, mesh=None, given={})
         programs = pool.submit(loading.lower_ahead, request, dtype)
         encoders = TextEncoders.from_pretrained(path, dtype=dtype, placement=STREAMED)
-        digests = pool.submit(encoders.digests if with_fingerprint else dict)
+        digests = pool.submit(lambda: encoders.digests() if with_fingerprint else {})
         # All at once: T5's weights are read once.
         embeds = encode(prompts if negative is None else [*prompts, negative])
         digests.result()
