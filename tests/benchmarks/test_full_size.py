@@ -63,6 +63,37 @@ def test_full_size_is_flux_dev():
     assert {2, 4, 8} <= set(size.batches)
 
 
+def test_on_paper_text_to_png_needs_less_than_8_gib(monkeypatch):
+    """The plan at full size: weights as they are, the work of `paper` and of `decode_bytes`."""
+    from benchmarks import paper
+    from benchmarks.scaled_weights import ternary_layers
+    from flux_jax import images, memory
+    from flux_jax.components import abstract_module
+    from flux_jax.configs import SchedulerConfig
+    from flux_jax.functional import BoundFunction
+    from flux_jax.plan import make_plan
+    from ternary.config import QuantConfig
+    from ternary.storage.checkpoint import abstract_ternary
+
+    configs = SIZES["full"].configs
+    config, vae = configs["transformer"], configs["vae"]
+    models = {name: abstract_module(name, part) for name, part in configs.items()}
+    quant = QuantConfig(activation_bits=8)
+    models["transformer"] = abstract_ternary(config, ternary_layers(config), quant, "bfloat16")
+    # Compiling it takes minutes on a CPU, and would tell of the CPU.
+    step = paper.Step()
+    work = max(
+        sum(paper.activation_bytes(config, step).values()), images.decode_bytes(vae, 1024**2)
+    )
+    monkeypatch.setattr(BoundFunction, "work_bytes", lambda self, *args: work)
+    plan = make_plan(config, vae, SchedulerConfig.dev(), token_limit=512)
+    stages = memory.stage_memory(models, plan)
+    assert 5 * GIB < max(need.peak for need in stages.values()) < 8 * GIB
+    assert stages["encode (T5)"].weights < 0.75 * GIB
+    resident = memory.stage_memory(models, plan, text_encoders="resident")
+    assert max(need.peak for need in resident.values()) > 14 * GIB
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_weights_are_like_trained_ones(kind):
     from flux_jax.tree import to_flat
