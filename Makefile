@@ -30,7 +30,7 @@ constraints = requirements/constraints-$(shell $(BIN)/python -c \
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml $(wildcard requirements/*.txt)
 
-.PHONY: help demo test lint format bench tables docs notebooks install-demo install-test lock clean
+.PHONY: help demo test lint format bench full-size tables docs notebooks install-demo install-test lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,12 @@ format: $(VENV)/.installed-test ## rewrite the sources as ruff wants them
 
 bench: $(VENV)/.installed-test ## time a FLUX.1-dev step on this machine's GPU, with its peers
 	$(BIN)/python -m benchmarks.transformer_step --peers
+	$(BIN)/python -m benchmarks.render_tables
+
+full-size: $(VENV)/.installed-test ## the whole pipeline at full size on a GPU, with peers and plots; WORK=FOLDER with 16 GB
+	$(PIP) install -q -c $(constraints) --no-build-isolation -e ".[notebooks]"
+	$(BIN)/python -m benchmarks.full_size --work "$(or $(WORK),$(error name a folder with 16 GB: WORK=FOLDER))"
+	for result in benchmarks/results/full_size_*.json; do $(BIN)/python -m benchmarks.full_size_plot "$$result"; done
 	$(BIN)/python -m benchmarks.render_tables
 
 tables: $(VENV)/.installed-test ## rewrite what is generated in README and docs: tables, commands, public names

@@ -207,6 +207,7 @@ LAYOUTS = {
             ("step_ms", "one step"),
             ("peak_gib", "peak memory"),
             ("planned_gib", "the same, planned by XLA"),
+            ("draw_s", "a picture"),
         ),
         image="full_size.svg",
     ),

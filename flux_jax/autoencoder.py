@@ -306,7 +306,7 @@ class Autoencoder(nnx.Module):
         Raises:
           ValueError: overlap not in [0, tile).
         """
-        decode = _DECODE.bind(self)
+        decode = DECODE.bind(self)
         unit = self.config.downscale
         batch, height, width, _ = latents.shape
         sides = (min(tile, height), min(tile, width))
@@ -340,4 +340,4 @@ class Autoencoder(nnx.Module):
         return images
 
 
-_DECODE = ModuleFunction(Autoencoder.decode, arguments=(("batch",),), result=("batch",))
+DECODE = ModuleFunction(Autoencoder.decode, arguments=(("batch",),), result=("batch",))

@@ -41,8 +41,15 @@ class BoundFunction:
 
         Nothing runs: of `args` and the bound module, shapes (`jax.ShapeDtypeStruct`) are enough.
         """
-        stats = self.program.lower(self.leaves, args).compile().memory_analysis()
+        stats: Any = self.lower(*args).compile().memory_analysis()
         return stats.temp_size_in_bytes + stats.output_size_in_bytes
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The program for `args`, traced and lowered; a later call finds it so, and compiled.
+
+        Of `args` and the bound module, shapes are enough.
+        """
+        return self.program.lower(self.leaves, args)
 
     @property
     def parts(self) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flux_jax import arguments
+from flux_jax import arguments, stages
 from flux_jax.assets import SHIPPED, shipped_path
 from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint, stored_component
 from flux_jax.encoding import StreamedT5
@@ -19,6 +19,7 @@ from flux_jax.errors import UserError
 from flux_jax.plan import ARGUMENTS, Plan, make_plan
 from flux_jax.prompts import TextEncoders
 from flux_jax.residence import AUTO, PLACEMENTS, RESIDENT, STREAMED, fits
+from flux_jax.sharding import place_shapes
 from flux_jax.tokenization import load_tokenizer, max_length
 
 _TEXT = ("text_encoder", "text_encoder_2")
@@ -88,6 +89,19 @@ def check_request(
     arguments.seeds_and_keys(settings.get("seed"), None, images * num_images_per_prompt)
     abstract = {name: part.abstract for name, part in found.components.items()}
     return Request(path=found.path, configs=configs, abstract=abstract, plan=plan)
+
+
+def lower_ahead(request: Request, dtype: Any, mesh: jax.sharding.Mesh | None) -> list[Any]:
+    """The programs of a request on the first device, before its weights are there.
+
+    See `flux_jax.stages.lower_ahead`. Those of a mesh are left to its first call.
+    """
+    if mesh is not None:
+        return []
+    models = {name: make(check_dtype(dtype)) for name, make in request.abstract.items()}
+    for model in models.values():
+        place_shapes(model, None)
+    return stages.lower_ahead(models, request.plan)
 
 
 def load_text_encoders(

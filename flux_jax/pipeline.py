@@ -296,10 +296,11 @@ class FluxPipeline:
         )
         rows, negative_rows = _prompt_rows(prompt, negative_prompt, plan)
         seeds, noise = initial_noise(seed, key, latents, len(rows), plan)
-        embeds = self._embeds(prompt, rows, plan)
-        negative = None
+        wanted = [(prompt, rows)]
         if negative_prompt is not None and negative_rows is not None:
-            negative = self._embeds(negative_prompt, negative_rows, plan)
+            wanted.append((negative_prompt, negative_rows))
+        embeds, *others = self._embeds(wanted, plan)
+        negative = others[0] if others else None
 
         decoded, clean = [], []
         for indices, tokens in self._drawn(noise, embeds, negative, plan, callback, progress):
@@ -316,15 +317,29 @@ class FluxPipeline:
             records=self._records(seeds, embeds, negative, plan),
         )
 
-    def _embeds(self, prompt: Prompt, rows: Sequence[int], plan: Plan) -> PromptEmbeds:
-        """One row per image: the prompts at `rows`, encoded if they are not yet."""
-        if not isinstance(prompt, PromptEmbeds):
-            prompt = self.text_encoders.encode(
-                arguments.texts("prompt", prompt),
+    def _embeds(
+        self, wanted: Sequence[tuple[Prompt, Sequence[int]]], plan: Plan
+    ) -> list[PromptEmbeds]:
+        """One row per image: of each prompt its `rows`; all texts are encoded together."""
+        texts: list[str] = []
+        for prompt, _ in wanted:
+            if not isinstance(prompt, PromptEmbeds):
+                texts += arguments.texts("prompt", prompt)
+        encoded: Any = None
+        if texts:
+            encoded = self.text_encoders.encode(
+                texts,
                 max_sequence_length=plan.max_sequence_length,
                 batch_size=plan.device_batch_size,
             )
-        return prompt.take(rows)
+        found, start = [], 0
+        for prompt, rows in wanted:
+            if isinstance(prompt, PromptEmbeds):
+                found.append(prompt.take(rows))
+                continue
+            found.append(encoded.take([start + row for row in rows]))
+            start += _length("prompt", prompt)
+        return found
 
     def _drawn(
         self,

@@ -9,6 +9,7 @@ alone:
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import time
@@ -70,31 +71,28 @@ SIZES: dict[str, dict[str, Any]] = {
 def make_pipeline(size: str, device: Any) -> Any:
     """diffusers' FluxPipeline with random bf16 weights on a device, without tokenizers."""
     import torch
-    from diffusers import (  # pyright: ignore[reportPrivateImportUsage]
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        FluxPipeline,
-        FluxTransformer2DModel,
-    )
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+    diffusers: Any = importlib.import_module("diffusers")
     sizes = SIZES[size]
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    vae = dict(sizes["vae"])
+    vae: dict[str, Any] = dict(sizes["vae"])
     levels = len(vae["block_out_channels"])
+    vae |= {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
     # On the device from the start: 17 B random numbers take long on a CPU.
     with torch.device(device):
-        parts = {
-            "transformer": FluxTransformer2DModel(**TRANSFORMERS[size][0]),
+        parts: dict[str, Any] = {
+            "transformer": diffusers.FluxTransformer2DModel(**TRANSFORMERS[size][0]),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**sizes["clip"])),
             "text_encoder_2": T5EncoderModel(
-                T5Config(**sizes["t5"], feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+                T5Config(**sizes["t5"], feed_forward_proj="gated-gelu")
             ),
-            "vae": AutoencoderKL(
+            "vae": diffusers.AutoencoderKL(
                 **vae,
-                down_block_types=("DownEncoderBlock2D",) * levels,
-                up_block_types=("UpDecoderBlock2D",) * levels,
                 latent_channels=16,
                 scaling_factor=0.3611,
                 shift_factor=0.1159,
@@ -105,8 +103,8 @@ def make_pipeline(size: str, device: Any) -> Any:
     torch.set_default_dtype(torch.float32)
     for part in parts.values():
         part.eval().requires_grad_(False)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    return FluxPipeline(scheduler=scheduler, tokenizer=None, tokenizer_2=None, **parts)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return diffusers.FluxPipeline(scheduler=scheduler, tokenizer=None, tokenizer_2=None, **parts)
 
 
 def main(

@@ -20,6 +20,10 @@ def quantize_rows(x: Any) -> tuple[Any, Any]:
 class Fp8Linear(torch.nn.Module):
     """`torch.nn.Linear` with a scale for every output and, at run time, for every token."""
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, linear: Any):
         super().__init__()
         weight, scale = quantize_rows(linear.weight.data)
@@ -31,7 +35,7 @@ class Fp8Linear(torch.nn.Module):
 
     def forward(self, x: Any) -> Any:
         rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
-        y = torch._scaled_mm(
+        y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             rows,
             self.weight,
             scale_a=scale,

@@ -134,7 +134,8 @@ def load_and_encode(
     """Check what is asked for, then encode the prompts while the rest of the model is loaded.
 
     T5 passes through the device two blocks at a time, so that it needs no room beside the
-    transformer; both encoders are gone at the end. Nothing is loaded if an argument is wrong.
+    transformer; both encoders are gone at the end. Meanwhile the programs of the call are traced.
+    Nothing is loaded if an argument is wrong.
 
     Args:
       model: as in `Model`.
@@ -163,14 +164,18 @@ def load_and_encode(
     def encode(texts: list[str]) -> PromptEmbeds:
         return encoders.encode(texts, max_sequence_length=length, batch_size=batch_size)
 
-    with ThreadPoolExecutor(1) as pool:
+    # Reading and copying leave the interpreter to tracing.
+    with ThreadPoolExecutor(3) as pool:
         others = pool.submit(loading.load_image_parts, path, dtype=dtype, mesh=mesh, given={})
+        programs = pool.submit(loading.lower_ahead, request, dtype, mesh)
         encoders = TextEncoders.from_pretrained(path, dtype=dtype, mesh=mesh, placement=STREAMED)
-        embeds = encode(prompts)
-        negative_embeds = None if negative is None else encode([negative])
-        if with_fingerprint:
-            encoders.digests()
+        digests = pool.submit(lambda: encoders.digests() if with_fingerprint else {})
+        # All at once: T5's weights are read once.
+        embeds = encode(prompts if negative is None else [*prompts, negative])
+        digests.result()
         encoders.free()
+        for program in programs.result():
+            program.compile()
         pipe = FluxPipeline(
             text_encoders=encoders,
             offload_modulation=offload_modulation,
@@ -179,8 +184,8 @@ def load_and_encode(
         )
     return Loaded(
         pipe=pipe,
-        prompts=embeds,
-        negative=negative_embeds,
+        prompts=embeds.take(range(len(prompts))),
+        negative=None if negative is None else embeds.take([len(prompts)]),
         fingerprint=pipe.fingerprint() if with_fingerprint else None,
     )
 

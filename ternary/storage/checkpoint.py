@@ -7,6 +7,7 @@ a byte to two bits a code, and handed to its device; a few at a time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -209,8 +210,13 @@ def open_checkpoint(folder: Path) -> Iterator[TernaryCheckpoint]:
 
 def dense_shapes(config: FluxConfig) -> dict[str, Shape]:
     """Shapes of a dense transformer's parameters by path."""
+    return dict(_dense_shapes(config))
+
+
+@functools.lru_cache(maxsize=4)
+def _dense_shapes(config: FluxConfig) -> tuple[tuple[str, Shape], ...]:
     flat = to_flat(abstract_module("transformer", config))
-    return {name: tuple(value.shape) for name, value in flat.items()}
+    return tuple((name, tuple(value.shape)) for name, value in flat.items())
 
 
 def abstract_ternary(

@@ -168,6 +168,12 @@ def test_evaluate(folder, tmp_path):
 # -- info ----------------------------------------------------------------------------------------
 
 
+def test_modulation_weights_that_wait_on_the_host_change_nothing(folder, tmp_path):
+    draw(folder, tmp_path / "a.png", "a red circle", "--seed", 3)
+    draw(folder, tmp_path / "b.png", "a red circle", "--seed", 3, "--offload-modulation")
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
 def test_info(folder):
     report = json.loads(run("info", folder, "--json").stdout)
     parts = report["components"]
@@ -190,8 +196,17 @@ def test_info_tells_the_memory(folder):
     assert (memory["height"], memory["width"]) == (32, 64)
     for need in memory["stages"].values():
         assert need["peak"] == need["weights"] + need["work"] + need["held"]
+    assert memory["peak"] == max(need["peak"] for need in memory["stages"].values())
     text = run(*arguments).stdout
     assert f"{memory['stages']['denoise']['peak'] / 1e6:,.1f}" in text
+    assert f"largest{memory['peak'] / 1e6:57,.1f}" in text
+    choices = ("--text-encoders", "resident", "--offload-modulation", "--tiled")
+    other = json.loads(run(*arguments, *choices, "--json").stdout)["memory"]["stages"]
+    # T5 and CLIP stay; a quarter of the transformer goes.
+    assert other["denoise"]["held"] > memory["stages"]["denoise"]["held"]
+    assert other["denoise"]["weights"] < memory["stages"]["denoise"]["weights"]
+    failed = run(*arguments, "--text-encoders", "auto", code=2).stderr
+    assert "text_encoders must be one of resident, offloaded, streamed, got 'auto'" in failed
 
 
 # -- the program ---------------------------------------------------------------------------------
