@@ -143,9 +143,10 @@ def _op(backend: str, bits: int) -> Callable[..., Any]:
 
 
 def _quantized_op(backend: str) -> Callable[..., Any]:
-    def run(q: Any, token_scale: Any, _: Any, packed: Any, scale: Any, bias: Any) -> Any:
+    def run(q: Any, token_scale: Any, row_sum: Any, packed: Any, scale: Any, bias: Any) -> Any:
+        rows: dict[str, Any] = {"token_scale": token_scale, "row_sum": row_sum}
         bits: dict[str, Any] = {"activation_bits": 8, "backend": backend}
-        return api.ternary_matmul(q, packed, scale, bias, token_scale=token_scale, **bits)
+        return api.ternary_matmul(q, packed, scale, bias, **rows, **bits)
 
     return run
 
