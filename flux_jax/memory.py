@@ -1,8 +1,9 @@
 """How much device memory each stage of the pipeline needs, known before anything is loaded.
 
 A stage needs its own weights and intermediate values, and beside them lie the weights of the other
-components that are on the device at that time. Asks the compiler for its plan of each stage's own program, on the device at hand. What else takes
-memory (the runtime's context, the allocator's fragments) comes on top.
+components that are on the device at that time. Asks the compiler for its plan of each stage's own
+program, on the device at hand. What else takes memory (the runtime's context, the allocator's
+fragments) comes on top.
 """
 
 from __future__ import annotations
