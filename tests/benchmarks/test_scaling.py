@@ -18,7 +18,15 @@ def figures(folder, name):
     return read_result(path).figures
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """The tiny size with a block of each kind: what is compiled here is not what is tested."""
+    config = dataclasses.replace(FluxConfig.tiny(), depth=1, depth_single_blocks=1)
+    monkeypatch.setattr(FluxConfig, "tiny", lambda: config)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 def test_distill_adds_a_row_for_each_number_of_devices(tmp_path):
     for devices in (2, 4):
         arguments = ["distill", "--devices", str(devices), "--tiny", "--steps", "12"]
@@ -34,6 +42,7 @@ def test_distill_adds_a_row_for_each_number_of_devices(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("kind", [[], ["--ternary"]])
 def test_generate_draws_one_image_and_one_on_each_device(tmp_path, kind):
     arguments = ["generate", "--devices", "2", "--tiny", "--steps", "2", "--repeats", "1", *kind]
