@@ -86,6 +86,8 @@ def open_folder(out: Path, task: Task, config: RunConfig) -> None:
       UserError: it was begun with other settings, or cannot be written to.
     """
     settings = {name: None if v is None else str(v) for name, v in vars(task).items()}
+    # `held_out` is a setting too: how many to keep from training where no file is given.
+    settings["held_out_prompts"] = settings.pop("held_out")
     text = to_yaml(config, **settings)
     path = out / "run.yaml"
     try:
