@@ -11,6 +11,7 @@ This module runs before anything imports JAX, which reads its settings from the 
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -113,3 +114,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("weights") and "FLUX_WEIGHTS" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="needs FLUX_WEIGHTS, a FLUX.1 checkpoint"))
+
+
+# Of the 65,530 mappings that Linux allows a process; past them, compiling ends in a crash.
+_MANY_MAPPINGS = 20_000
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between files, lets go of compiled programs when they are many: each maps memory."""
+    if nextitem is None or nextitem.path == item.path or "jax" not in sys.modules:
+        return
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            count = sum(1 for _ in maps)
+    except OSError:
+        # Not Linux.
+        return
+    if count > _MANY_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
