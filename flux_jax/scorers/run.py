@@ -23,7 +23,8 @@ from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.processes import Processes
-from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.prompts import PromptEmbeds
+from flux_jax.residence import STREAMED
 from flux_jax.scorers.layout import Item, Layout
 
 MANIFEST = "manifest.json"
@@ -126,10 +127,9 @@ def draw_model(
             f"{task.layout.title} cuts squares: height and width must be the same, got "
             f"{plan.height} and {plan.width}"
         )
-    # In host memory while pictures are drawn: prompts are encoded by and by.
-    encoders = TextEncoders.from_pretrained(request.path, dtype=dtype, mesh=mesh, offload=True)
+    # Prompts are encoded by and by: T5 stays in its files meanwhile.
     pipe = FluxPipeline.from_pretrained(
-        request.path, dtype=dtype, mesh=mesh, text_encoders=encoders
+        request.path, dtype=dtype, mesh=mesh, text_encoders=STREAMED
     )
     pipe.name = model
     manifest = {
