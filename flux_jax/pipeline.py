@@ -18,20 +18,18 @@ from flux_jax import arguments, images
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import SchedulerConfig
 from flux_jax.denoise import denoise
-from flux_jax.errors import UserError
 from flux_jax.fingerprint import component_digest, fingerprint
 from flux_jax.kernels import use_kernels
-from flux_jax.latents import PATCH
 from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
+from flux_jax.parts import check_devices, check_widths
 from flux_jax.plan import Plan, initial_noise, make_plan, sequence_length
+from flux_jax.prompt_rows import Prompt, embed_rows, prompt_rows
 from flux_jax.prompts import PromptEmbeds, TextEncoders
 from flux_jax.residence import AUTO, PLACEMENTS, HostWeights, modulation_layers
 from flux_jax.sharding import spread
 from flux_jax.tokenization import max_length
 from flux_jax.transformer import FluxTransformer
-
-Prompt = str | Sequence[str] | PromptEmbeds
 
 
 class FluxPipeline:
@@ -78,13 +76,13 @@ class FluxPipeline:
             devices.
         """
         text_encoders = TextEncoders() if text_encoders is None else text_encoders
-        _check_widths(transformer, vae, text_encoders)
+        check_widths(transformer, vae, text_encoders)
         self.transformer = transformer
         self.vae = vae
         self.scheduler = scheduler
         self.text_encoders = text_encoders
         if mesh is not None:
-            _check_devices(mesh)
+            check_devices(mesh)
             spread(transformer, mesh)
             spread(vae, mesh)
             text_encoders.move_to(mesh)
@@ -136,7 +134,7 @@ class FluxPipeline:
         from flux_jax.loading import load_image_parts
 
         if mesh is not None:
-            _check_devices(mesh)
+            check_devices(mesh)
         if isinstance(text_encoders, str):
             arguments.choice("text_encoders", text_encoders, PLACEMENTS)
         given = {"transformer": transformer, "vae": vae}
@@ -294,12 +292,12 @@ class FluxPipeline:
             batch_size=batch_size,
             num_images_per_prompt=num_images_per_prompt,
         )
-        rows, negative_rows = _prompt_rows(prompt, negative_prompt, plan)
+        rows, negative_rows = prompt_rows(prompt, negative_prompt, plan)
         seeds, noise = initial_noise(seed, key, latents, len(rows), plan)
         wanted = [(prompt, rows)]
         if negative_prompt is not None and negative_rows is not None:
             wanted.append((negative_prompt, negative_rows))
-        embeds, *others = self._embeds(wanted, plan)
+        embeds, *others = embed_rows(self.text_encoders, wanted, plan)
         negative = others[0] if others else None
 
         decoded, clean = [], []
@@ -316,30 +314,6 @@ class FluxPipeline:
             seeds=seeds,
             records=self._records(seeds, embeds, negative, plan),
         )
-
-    def _embeds(
-        self, wanted: Sequence[tuple[Prompt, Sequence[int]]], plan: Plan
-    ) -> list[PromptEmbeds]:
-        """One row per image: of each prompt its `rows`; all texts are encoded together."""
-        texts: list[str] = []
-        for prompt, _ in wanted:
-            if not isinstance(prompt, PromptEmbeds):
-                texts += arguments.texts("prompt", prompt)
-        encoded: Any = None
-        if texts:
-            encoded = self.text_encoders.encode(
-                texts,
-                max_sequence_length=plan.max_sequence_length,
-                batch_size=plan.device_batch_size,
-            )
-        found, start = [], 0
-        for prompt, rows in wanted:
-            if isinstance(prompt, PromptEmbeds):
-                found.append(prompt.take(rows))
-                continue
-            found.append(encoded.take([start + row for row in rows]))
-            start += _length("prompt", prompt)
-        return found
 
     def _drawn(
         self,
@@ -417,51 +391,3 @@ class FluxPipeline:
             )
             for i, seed in enumerate(seeds)
         )
-
-
-def _prompt_rows(
-    prompt: Prompt, negative: Prompt | None, plan: Plan
-) -> tuple[list[int], list[int] | None]:
-    """Which prompt and which negative prompt each image takes; None if a negative has no effect."""
-    count = _length("prompt", prompt)
-    rows = [row for row in range(count) for _ in range(plan.images_per_prompt)]
-    if negative is None or plan.true_cfg_scale <= 1:
-        return rows, None
-    negatives = _length("negative_prompt", negative)
-    if negatives not in (1, count):
-        raise UserError(
-            f"negative_prompt must be one text or {count}, one per prompt, got {negatives}"
-        )
-    return rows, rows if negatives == count else [0] * len(rows)
-
-
-def _length(name: str, prompt: Prompt) -> int:
-    is_encoded = isinstance(prompt, PromptEmbeds)
-    return len(prompt.prompts if is_encoded else arguments.texts(name, prompt))
-
-
-def _check_devices(mesh: jax.sharding.Mesh) -> None:
-    if {device.process_index for device in mesh.devices.flat} != {jax.process_index()}:
-        raise UserError(
-            "a pipeline draws on devices of its own process: give each process a mesh of its own, "
-            "as make_mesh(data=2, devices=jax.local_devices()), and its share of the images"
-        )
-
-
-def _check_widths(
-    transformer: FluxTransformer, vae: Autoencoder, text_encoders: TextEncoders
-) -> None:
-    config = transformer.config
-    widths = [("vae", "in_channels", vae.config.latent_channels * PATCH**2)]
-    if text_encoders.text_encoder is not None:
-        width = text_encoders.text_encoder.config.hidden_size
-        widths.append(("text_encoder", "vec_in_dim", width))
-    if text_encoders.text_encoder_2 is not None:
-        width = text_encoders.text_encoder_2.config.d_model
-        widths.append(("text_encoder_2", "context_in_dim", width))
-    for component, field, width in widths:
-        if width != getattr(config, field):
-            raise UserError(
-                f"{component} gives {width} channels where the transformer's {field} is "
-                f"{getattr(config, field)}: they do not belong together"
-            )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import full_size, full_size_plot, full_size_worker, render_tables
+from benchmarks import full_size, full_size_plot, full_size_worker, layouts, render_tables
 from benchmarks.common import Figure, Peer, Result, read_result
 from benchmarks.full_size_worker import KINDS, SIZES, random_transformer
 from benchmarks.ternary_fullsize import card_environment
@@ -199,7 +199,7 @@ def test_the_table_has_the_reach_beside_what_was_found(tmp_path):
 
 def test_every_reach_of_the_issue_is_a_figure_that_a_part_or_a_ratio_makes():
     source = Path(full_size.__file__).read_text()
-    for name, *_ in render_tables.LAYOUTS["full_size"].targets:
+    for name, *_ in layouts.LAYOUTS["full_size"].targets:
         assert f'"{name}"' in source, name
 
 

@@ -1,0 +1,206 @@
+"""What of each benchmark's figures is shown, and under which names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one benchmark is shown.
+
+    Attributes:
+        title: what was measured; the table's first heading.
+        how: what the figures are, before the name of the device.
+        rows: (figure, label), in order. Figures that are not named here are left out.
+        columns: (measure, label), in order, for figures that are called `row/measure`; the rows are
+            then theirs, in the order of the file, and the peers'.
+        targets: (figure, label, of the paper, what is to be reached), shown first, as a table.
+        image: of docs/images, shown last if it is there.
+    """
+
+    title: str
+    how: str = "Measured on"
+    rows: tuple[tuple[str, str], ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
+    targets: tuple[tuple[str, str, str, str], ...] = ()
+    image: str = ""
+
+
+# A benchmark without a layout shows every figure under its own name.
+LAYOUTS = {
+    "transformer_step": Layout(
+        title="FLUX.1-dev transformer, one step, 1024 x 1024, batch 1, bf16, random weights",
+        rows=(
+            ("step_ms", "time per step, steps queued"),
+            ("step_ms/hoisted", "as the pipeline runs it: modulation computed before the loop"),
+            ("waited_ms", "time per step, each waited for"),
+            ("waited_ms/hoisted", "as the pipeline runs it"),
+            ("floor_ms", "its products and attention, each timed alone"),
+            ("peak_gib", "peak memory"),
+            ("paper_total_gib", "weights and activations, computed"),
+            ("compile_cold_s", "compilation, empty cache"),
+            ("compile_warm_s", "compilation, filled cache"),
+            ("first_step_s", "first step, compilation included"),
+        ),
+    ),
+    "scaling_plan": Layout(
+        title="distilling FLUX.1-dev, GiB a device",
+        how="Planned on",
+        columns=(
+            ("held", "held between steps"),
+            ("work", "intermediate values"),
+            ("peak", "peak"),
+        ),
+    ),
+    **{
+        name: Layout(
+            title="attention",
+            columns=(
+                ("ms", "time"),
+                ("tflops", "rate"),
+                ("error", "off from float64"),
+                ("psnr", "pictures against xla's"),
+            ),
+        )
+        for name in ("attention", "attention_tiny")
+    },
+    "scaling_times": Layout(
+        title="FLUX.1-dev, one step",
+        how="Computed on",
+        columns=(
+            ("compute", "arithmetic"),
+            ("exchange", "exchange"),
+            ("sequential", "one after the other"),
+            ("overlapped", "overlapped"),
+            ("measured", "measured"),
+            ("rate", "of all devices"),
+            ("memory", "memory a device"),
+        ),
+    ),
+    "scaling_distill": Layout(
+        title="distilling FLUX.1-dev, one state a device",
+        columns=(
+            ("step", "step"),
+            ("rate", "of all devices"),
+            ("scaling", "over 2 devices"),
+            ("utilisation", "utilisation"),
+            ("peak", "peak memory a device"),
+            ("first_loss", "loss at first"),
+            ("last_loss", "at last"),
+        ),
+    ),
+    "scaling_generate": Layout(
+        title="FLUX.1-dev, 1024 x 1024, 28 steps",
+        columns=(
+            ("seconds", "time"),
+            ("rate", "of all devices"),
+            ("scaling", "over 1 device"),
+            ("peak", "peak memory a device"),
+        ),
+    ),
+    "composition": Layout(
+        title="composition score, 720 held-out prompts, guidance 3.5, 28 steps",
+        rows=(
+            ("overall", "overall, mean of the six"),
+            ("single_object", "single object"),
+            ("two_object", "two objects"),
+            ("counting", "counting"),
+            ("colors", "colors"),
+            ("position", "position"),
+            ("color_attribution", "color attribution"),
+            ("held_out/pair", "prompts with a colour-shape pair never seen in training"),
+            ("held_out/arrangement", "prompts with an arrangement never seen in training"),
+        ),
+    ),
+    "student": Layout(
+        title="720 held-out prompts, guidance 3.5, 28 steps, the teacher's noise",
+        rows=(
+            ("overall", "composition score, mean of the six categories"),
+            ("kept", "kept of the teacher's score"),
+            ("median_psnr", "image against the teacher's, median"),
+            ("low_psnr", "the same, 10th percentile"),
+            ("megabytes", "transformer on disk"),
+            ("bits", "bits a parameter, all counted"),
+            ("single_object", "single object"),
+            ("two_object", "two objects"),
+            ("counting", "counting"),
+            ("colors", "colors"),
+            ("position", "position"),
+            ("color_attribution", "color attribution"),
+        ),
+    ),
+    "distillation": Layout(
+        title="student",
+        columns=(
+            ("score", "composition score"),
+            ("kept", "kept of the teacher's"),
+            ("median_psnr", "median PSNR"),
+            ("low_psnr", "10th percentile"),
+            ("bits", "bits a parameter"),
+            ("megabytes", "on disk"),
+        ),
+    ),
+    "ternary_fullsize": Layout(
+        title="FLUX.1-dev's shapes, random weights, 1024 x 1024",
+        rows=(
+            ("source_gb", "bf16 weights"),
+            ("stored_gb", "ternary, on disk"),
+            ("ratio", "times smaller"),
+            ("ternary_share", "share of the parameters that is ternary"),
+            ("quantize_s", "`quantize`"),
+            ("quantize_gb_per_s", "of bf16 input"),
+            ("quantize_host_gb", "peak host memory"),
+            ("calibrate_s", "`calibrate`, two blocks trained, all written"),
+            ("calibrate_double_s", "training the double block"),
+            ("calibrate_single_s", "training the single block"),
+            ("calibrate_device_gib", "peak device memory"),
+            ("calibrate_limit_gib", "of so much that there was"),
+            ("calibrate_host_gb", "peak host memory"),
+            ("load_s", "loading the ternary checkpoint"),
+            ("weights_device_gib", "its weights on the device"),
+            ("load_host_gb", "peak host memory"),
+            ("step_ms", "one denoising step, plain JAX"),
+            ("first_step_s", "the first, with compilation"),
+            ("step_device_gib", "peak device memory"),
+        ),
+    ),
+    "full_size": Layout(
+        title="FLUX.1-dev's shapes, random weights, 1024 x 1024, 28 steps, batch 1",
+        targets=(
+            ("ratio_disk", "transformer on disk, bf16 over ternary", "7.7 x", "9.3 x"),
+            (
+                "ratio_peak",
+                "peak memory of the denoising loop, bf16 over ternary",
+                "5.1 x",
+                "6.5 x",
+            ),
+            ("over_eager", "one step, over diffusers bf16 eager", "1.13 x", "2.1 x"),
+            ("over_compiled", "one step, over diffusers bf16 compiled", "", "1.6 x"),
+            ("over_fp8", "one step, over diffusers fp8 row-wise compiled", "", "1.25 x"),
+            ("over_floor", "one step, over the floor", "", "at most 1.2 x"),
+            ("a16_over_compiled", "W1.58A16, over diffusers bf16 compiled", "", "1.05 x"),
+            ("pipeline_peak_gib", "text to PNG, peak device memory", "24 GB card", "under 8 GiB"),
+            ("card_bf16_runs_out", "24 GB budget: bf16 runs out of memory", "yes", "yes"),
+            ("card_ternary_draws", "24 GB budget: the ternary pipeline draws", "yes", "yes"),
+            ("first_image_s", "process start to first image, warm caches", "", "at most 20 s"),
+        ),
+        columns=(
+            ("step_ms", "one step"),
+            ("peak_gib", "peak memory"),
+            ("planned_gib", "the same, planned by XLA"),
+            ("draw_s", "a picture"),
+        ),
+        image="full_size.svg",
+    ),
+    "convert_fullsize": Layout(
+        title="FLUX.1-dev transformer, diffusers folder to Flax checkpoint",
+        rows=(
+            ("size_gb", "size"),
+            ("seconds", "time"),
+            ("synced_seconds", "time until all of it is on the disk"),
+            ("ratio", "time, of cp's"),
+            ("peak_gb", "peak host memory"),
+        ),
+    ),
+}

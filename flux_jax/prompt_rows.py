@@ -1,0 +1,72 @@
+"""Which prompt each image of a call takes, and its embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flux_jax import arguments
+from flux_jax.errors import UserError
+from flux_jax.plan import Plan
+from flux_jax.prompts import PromptEmbeds, TextEncoders
+
+Prompt = str | Sequence[str] | PromptEmbeds
+
+
+def prompt_rows(
+    prompt: Prompt, negative: Prompt | None, plan: Plan
+) -> tuple[list[int], list[int] | None]:
+    """Which prompt and which negative prompt each image takes; None if a negative has no effect.
+
+    Raises:
+      UserError: prompts that are no texts, or negative ones of another number.
+    """
+    count = _length("prompt", prompt)
+    rows = [row for row in range(count) for _ in range(plan.images_per_prompt)]
+    if negative is None or plan.true_cfg_scale <= 1:
+        return rows, None
+    negatives = _length("negative_prompt", negative)
+    if negatives not in (1, count):
+        raise UserError(
+            f"negative_prompt must be one text or {count}, one per prompt, got {negatives}"
+        )
+    return rows, rows if negatives == count else [0] * len(rows)
+
+
+def embed_rows(
+    encoders: TextEncoders, wanted: Sequence[tuple[Prompt, Sequence[int]]], plan: Plan
+) -> list[PromptEmbeds]:
+    """A row for each image; all texts are encoded together, in one pass over T5's weights.
+
+    Args:
+      encoders: used if any of the prompts is not encoded yet.
+      wanted: prompts, and of each the rows that images take.
+      plan: the call.
+
+    Raises:
+      UserError: a prompt that is no text, or encoders that are not there.
+    """
+    texts: list[str] = []
+    for prompt, _ in wanted:
+        if not isinstance(prompt, PromptEmbeds):
+            texts += arguments.texts("prompt", prompt)
+    encoded: Any = None
+    if texts:
+        encoded = encoders.encode(
+            texts,
+            max_sequence_length=plan.max_sequence_length,
+            batch_size=plan.device_batch_size,
+        )
+    found, start = [], 0
+    for prompt, rows in wanted:
+        if isinstance(prompt, PromptEmbeds):
+            found.append(prompt.take(rows))
+            continue
+        found.append(encoded.take([start + row for row in rows]))
+        start += _length("prompt", prompt)
+    return found
+
+
+def _length(name: str, prompt: Prompt) -> int:
+    is_encoded = isinstance(prompt, PromptEmbeds)
+    return len(prompt.prompts if is_encoded else arguments.texts(name, prompt))
