@@ -10,6 +10,7 @@ from flax import nnx
 
 from flux_jax import arguments, attention
 from flux_jax.errors import UserError
+from flux_jax.sharding import axis_size
 from flux_jax.transformer import DoubleStreamBlock, FluxTransformer, SingleStreamBlock
 
 
@@ -42,6 +43,23 @@ def use_kernels(
             vars(module)["backend"] = kernels
         if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
             module.attention = cast(attention.Implementation | None, attention_by)
+    suit_mesh(transformer)
+
+
+def suit_mesh(transformer: FluxTransformer) -> None:
+    """Leaves linears without a named kernel to plain JAX where their weights are split.
+
+    XLA partitions that; for a kernel it would gather the whole weight on every device.
+    """
+    if _splits_weights(transformer):
+        for _, module in nnx.iter_modules(transformer):
+            if hasattr(module, "backend") and vars(module)["backend"] is None:
+                vars(module)["backend"] = "jax"
+
+
+def _splits_weights(transformer: FluxTransformer) -> bool:
+    mesh = getattr(transformer.img_in.weight.get_value().sharding, "mesh", None)
+    return mesh is not None and any(axis_size(mesh, axis) > 1 for axis in ("fsdp", "tensor"))
 
 
 def _check_kernels(transformer: FluxTransformer, kernels: str) -> None:
@@ -50,13 +68,12 @@ def _check_kernels(transformer: FluxTransformer, kernels: str) -> None:
 
     arguments.choice("kernels", kernels, BACKENDS)
     weight = transformer.img_in.weight[...]
-    devices = weight.devices()
-    if kernels != "jax" and len(devices) > 1:
+    if kernels != "jax" and _splits_weights(transformer):
         raise UserError(
-            f"kernels={kernels!r} cannot run on a mesh of {len(devices)} devices, which XLA "
-            "partitions plain JAX for; use kernels='jax' or None"
+            f"kernels={kernels!r} cannot run on weights that are split over fsdp or tensor: XLA "
+            "partitions plain JAX; use kernels='jax' or None, or a mesh of data and sequence"
         )
-    reason = why_not(kernels, next(iter(devices)), weight.dtype, weight.dtype, 16)
+    reason = why_not(kernels, next(iter(weight.devices())), weight.dtype, weight.dtype, 16)
     if reason is not None:
         raise UserError(f"kernels={kernels!r} cannot run here: {reason}; use 'jax' or None")
 

@@ -19,7 +19,7 @@ from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import SchedulerConfig
 from flux_jax.denoise import denoise
 from flux_jax.fingerprint import component_digest, fingerprint
-from flux_jax.kernels import use_kernels
+from flux_jax.kernels import suit_mesh, use_kernels
 from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
 from flux_jax.parts import check_devices, check_widths
@@ -84,6 +84,7 @@ class FluxPipeline:
         if mesh is not None:
             check_devices(mesh)
             spread(transformer, mesh)
+            suit_mesh(transformer)
             spread(vae, mesh)
             text_encoders.move_to(mesh)
         self.offload_modulation = offload_modulation

@@ -7,6 +7,7 @@ from flax import nnx
 
 from flux_jax.errors import UserError
 from flux_jax.kernels import use_kernels
+from flux_jax.sharding import make_mesh, spread
 from ternary.config import QuantConfig
 from ternary.layers import TernaryLinear
 from ternary.policy import Policy, linears, replace_linears, select
@@ -52,3 +53,24 @@ def test_what_cannot_run_is_refused_before_anything_changes(model, choice, messa
     with pytest.raises(UserError, match=message):
         use_kernels(model, **choice)
     assert {layer.backend for layer in linears(model, TernaryLinear).values()} == {"jax"}
+
+
+def spread_copy(model, **axes):
+    copy = nnx.clone(model)
+    spread(copy, make_mesh(**axes))
+    return copy
+
+
+def test_split_weights_are_left_to_plain_jax(model):
+    use_kernels(model)
+    split = spread_copy(model, tensor=2)
+    use_kernels(split)
+    assert {layer.backend for layer in linears(split, TernaryLinear).values()} == {"jax"}
+    with pytest.raises(UserError, match="cannot run on weights that are split over fsdp or tensor"):
+        use_kernels(split, kernels="mosaic")
+    # Each device has all weights, and kernels of its own.
+    whole = spread_copy(model, data=2, sequence=2)
+    use_kernels(whole)
+    assert {layer.backend for layer in linears(whole, TernaryLinear).values()} == {None}
+    with pytest.raises(UserError, match="kernels='mosaic' cannot run here: it needs an NVIDIA GPU"):
+        use_kernels(whole, kernels="mosaic")
