@@ -12,6 +12,7 @@ from flux_jax import images
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import PromptEmbeds, TextEncoders
 from flux_jax.transformer import FluxTransformer
+from ternary.distillation.placement import on_every_device
 
 # Pairs of a picture grid that stand side by side.
 PAIRS = 4
@@ -62,7 +63,8 @@ class HeldOut:
         width: int | None = None,
         batch_size: int = 1,
     ):
-        self._parts = {"vae": pipe.vae, "scheduler": pipe.scheduler, "vae_tiling": pipe.vae_tiling}
+        vae = on_every_device(pipe.vae)
+        self._parts = {"vae": vae, "scheduler": pipe.scheduler, "vae_tiling": pipe.vae_tiling}
         self.embeds = embeds
         self.seeds = [seed + row for row in range(len(embeds.prompts))]
         self._settings = {
@@ -77,7 +79,9 @@ class HeldOut:
 
     def draw(self, transformer: FluxTransformer) -> Float[np.ndarray, "N H W 3"]:
         """The images of one transformer, in [0, 1]."""
-        pipe = FluxPipeline(transformer=transformer, text_encoders=TextEncoders(), **self._parts)
+        pipe = FluxPipeline(
+            transformer=on_every_device(transformer), text_encoders=TextEncoders(), **self._parts
+        )
         output = pipe(self.embeds, output_type="np", progress=False, **self._settings)
         return np.asarray(output.images)
 

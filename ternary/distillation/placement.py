@@ -7,7 +7,7 @@ device: the student is made from the teacher by a program whose results are alre
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -20,6 +20,10 @@ from ternary.config import DistillConfig, QuantConfig
 from ternary.distillation.step import StepFunction, TrainState
 from ternary.policy import Policy
 from ternary.student import freeze_student, make_student
+
+Module = TypeVar("Module", bound=nnx.Module)
+# What the axis `data` is called where it splits nothing.
+_ALIKE = "alike"
 
 
 def abstract_student(
@@ -125,6 +129,32 @@ class Start:
     def abstract(self) -> TrainState:
         """Shapes and places: what a restore needs."""
         return with_shardings(self.shapes, self.shardings)
+
+
+def on_every_device(module: Module) -> Module:
+    """The module on its devices, each of which draws all pictures, and has them whole at the end.
+
+    A pipeline splits pictures over the mesh's axis `data`, and could not gather those that other
+    processes drew. So that axis goes by another name here. No array is copied.
+    """
+    rebuild, flat = split_flat(module)
+    return rebuild({name: _on_every_device(value) for name, value in flat.items()})
+
+
+def _on_every_device(array: jax.Array) -> jax.Array:
+    place = array.sharding
+    if not isinstance(place, NamedSharding):
+        return array
+
+    def renamed(entry: Any) -> Any:
+        if isinstance(entry, tuple):
+            return tuple(map(renamed, entry))
+        return _ALIKE if entry == "data" else entry
+
+    mesh = Mesh(place.mesh.devices, tuple(map(renamed, place.mesh.axis_names)))
+    spec = PartitionSpec(*map(renamed, place.spec))
+    parts = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(mesh, spec), parts)
 
 
 class Freezer:

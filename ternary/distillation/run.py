@@ -160,9 +160,8 @@ class _Run:
         plan = request.plan
         table = self._table = self._embeds(request)
         dtype = jnp.dtype(config.distill.compute_dtype)
-        pipe = FluxPipeline.from_pretrained(
-            request.path, dtype=dtype, mesh=self.mesh, text_encoders=TextEncoders()
-        )
+        parts = loading.load_image_parts(request.path, dtype=dtype, mesh=self.mesh, given={})
+        pipe = FluxPipeline(**parts)
         teacher = split_flat(pipe.transformer)[1]
         trajectories = Trajectories(
             config.trajectory,

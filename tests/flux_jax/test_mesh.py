@@ -233,7 +233,7 @@ def test_devices_of_other_processes_are_refused(monkeypatch):
 
 
 def test_text_encoders_that_wait_in_host_memory_go_to_the_mesh():
-    pipe = small_pipeline(offload=True, mesh=make_mesh(tensor=2))
+    pipe = small_pipeline(placement="offloaded", mesh=make_mesh(tensor=2))
     expected = small_pipeline().encode_prompt(PROMPTS)
     assert isinstance(
         pipe.text_encoders.text_encoder_2.token_embedding.weight.get_value(), np.ndarray
