@@ -91,7 +91,7 @@ def check_request(
     return Request(path=found.path, configs=configs, abstract=abstract, plan=plan)
 
 
-def lower_ahead(request: Request, dtype: Any, mesh: jax.sharding.Mesh | None) -> list[Any]:
+def lower_ahead(request: Request, dtype: Any, mesh: jax.sharding.Mesh | None = None) -> list[Any]:
     """The programs of a request on the first device, before its weights are there.
 
     See `flux_jax.stages.lower_ahead`. Those of a mesh are left to its first call.
