@@ -8,14 +8,24 @@ import subprocess
 from collections.abc import Sequence
 
 
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a process with so many fake devices, whose programs are those of a test.
+
+    XLA's other flags stay: with more or less optimisation it rounds otherwise.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    kept = [flag for flag in flags if "device_count" not in flag]
+    flags = [*kept, f"--xla_force_host_platform_device_count={count}"]
+    return {**os.environ, "XLA_FLAGS": " ".join(flags)}
+
+
 def start(command: Sequence[str], count: int, devices: int) -> list[subprocess.Popen[str]]:
     """The processes of one job, each with some fake devices; `--distributed` is added."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     plain = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **with_devices(devices),
         "COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "NUM_PROCESSES": str(count),
     }

@@ -15,6 +15,7 @@ from benchmarks.full_size_worker import KINDS, SIZES, random_transformer
 from benchmarks.ternary_fullsize import card_environment
 from flux_jax.configs import AutoencoderConfig, FluxConfig, T5Config
 from flux_jax.pipeline import FluxPipeline
+from tests.jobs import with_devices
 
 GIB = 2**30
 
@@ -28,7 +29,7 @@ def make_result(figures, peers=None, **changes):
 def test_tiny_run_writes_a_result(tmp_path, monkeypatch):
     """Text to PNG from a checkpoint made by it, and steps; the other parts are alike."""
     # The processes that it starts must not see eight fake devices.
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", with_devices(1)["XLA_FLAGS"])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     command = [sys.executable, "-m", "benchmarks.full_size", "--size", "tiny"]

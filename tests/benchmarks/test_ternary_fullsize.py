@@ -15,12 +15,13 @@ from benchmarks.ternary_fullsize_worker import SIZES
 from convert.tensors import read_whole, total_bytes
 from flux_jax.checkpoint import inspect_checkpoint
 from flux_jax.configs import FluxConfig
+from tests.jobs import with_devices
 
 
 @pytest.mark.slow
 def test_tiny_run_writes_a_result(tmp_path, monkeypatch):
     # The processes that it starts must not see eight fake devices.
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", with_devices(1)["XLA_FLAGS"])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     command = [sys.executable, "-m", "benchmarks.ternary_fullsize", "--size", "tiny"]
     work = tmp_path / "work"

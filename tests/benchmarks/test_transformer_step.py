@@ -9,9 +9,10 @@ from flax import nnx
 
 from benchmarks import step_worker, transformer_step
 from benchmarks.common import read_result
+from tests.jobs import with_devices
 
 # The processes that the benchmark starts must not see eight fake devices.
-ENVIRONMENT = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = {"XLA_FLAGS": with_devices(1)["XLA_FLAGS"], "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 
 from flux_jax.errors import UserError
 from flux_jax.processes import settings
-from tests.jobs import finish, start
+from tests.jobs import finish, start, with_devices
 from tests.small_pipeline import WORDS, small_folder
 
 PROMPTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in WORDS[6:10]]
@@ -61,8 +61,7 @@ def losses(out):
 def alone(inputs, tmp_path_factory):
     """The run of one process with one device."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    subprocess.run([*inputs, "--out", str(out)], env=environment, check=True)
+    subprocess.run([*inputs, "--out", str(out)], env=with_devices(1), check=True)
     return out
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from ternary.cli import app
 from ternary.distillation.run import distill
 from ternary.distillation.run_config import RunConfig, read_run_config
 from ternary.distillation.task import Task, split_prompts
+from tests.jobs import with_devices
 from tests.small_pipeline import WORDS, small_folder
 
 pytestmark = pytest.mark.slow
@@ -146,15 +146,11 @@ def command(teacher, prompts, settings, out):
     ]
 
 
-def one_cpu():
-    return {**os.environ, "XLA_FLAGS": ""}
-
-
 def test_a_killed_run_goes_on_bit_for_bit(teacher, prompts, settings, whole, tmp_path):
     """Killed in the middle of things, then run again: the losses are those of the whole run."""
     out = tmp_path / "run"
     run = command(teacher, prompts, settings, out)
-    process = subprocess.Popen(run, env=one_cpu())
+    process = subprocess.Popen(run, env=with_devices(1))
     deadline = time.monotonic() + 300
     # After the first checkpoint is complete and before the run is.
     while not (out / "checkpoints" / "3").exists():
@@ -164,7 +160,7 @@ def test_a_killed_run_goes_on_bit_for_bit(teacher, prompts, settings, whole, tmp
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "student").exists()
-    subprocess.run(run, env=one_cpu(), check=True)
+    subprocess.run(run, env=with_devices(1), check=True)
     assert losses(out) == losses(whole[0])
     assert (out / "student" / "transformer" / "ternary.safetensors").read_bytes() == (
         whole[0] / "student" / "transformer" / "ternary.safetensors"
@@ -175,7 +171,7 @@ def test_a_full_disk_loses_nothing_saved(teacher, prompts, settings, whole, tmp_
     """No file may grow beyond a limit that only the checkpoints exceed: writing one fails."""
     out = tmp_path / "run"
     run = command(teacher, prompts, settings, out)
-    subprocess.run([*run, "--set", "distill.steps=3"], env=one_cpu(), check=True)
+    subprocess.run([*run, "--set", "distill.steps=3"], env=with_devices(1), check=True)
     # The same run, now to nine steps: as if it had been stopped.
     (out / "run.yaml").write_text((whole[0] / "run.yaml").read_text())
     code = (
@@ -185,11 +181,11 @@ def test_a_full_disk_loses_nothing_saved(teacher, prompts, settings, whole, tmp_
         "runpy.run_module('ternary', run_name='__main__', alter_sys=True)\n"
     )
     limited = [sys.executable, "-c", code, *run[3:]]
-    failed = subprocess.run(limited, env=one_cpu(), capture_output=True, text=True)
+    failed = subprocess.run(limited, env=with_devices(1), capture_output=True, text=True)
     assert failed.returncode == 2, failed.stderr
     assert "a checkpoint could not be written" in failed.stderr
     assert "the last good checkpoint is step 3" in failed.stderr
-    subprocess.run(run, env=one_cpu(), check=True)
+    subprocess.run(run, env=with_devices(1), check=True)
     assert len(losses(out)) == 9
 
 
