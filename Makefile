@@ -30,7 +30,7 @@ constraints = requirements/constraints-$(shell $(BIN)/python -c \
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml $(wildcard requirements/*.txt)
 
-.PHONY: help demo test lint format bench full-size tables docs notebooks install-demo install-test lock clean
+.PHONY: help demo test test-long lint format bench full-size tables docs notebooks install-demo install-test lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,7 +40,10 @@ demo: $(VENV)/.installed ## install, then draw one prompt with the shipped model
 	@echo "The image is in $(abspath $(OUT))"
 
 test: $(VENV)/.installed-test $(VENV)/.browser ## install what the tests need, then run them (two at a time)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-test ## the few tests that take minutes each: notebooks that train, benchmarks at tiny size
+	$(BIN)/python -m pytest -n 2 --dist load -m long $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test ## ruff (format and rules) and pyright
 	$(BIN)/ruff format --check .

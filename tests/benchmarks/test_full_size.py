@@ -25,7 +25,7 @@ def make_result(figures, peers=None, **changes):
     return Result(figures=figures, peers=peers or {}, **{**fields, **changes})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tiny_run_writes_a_result(tmp_path, monkeypatch):
     """Text to PNG from a checkpoint made by it, and steps; the other parts are alike."""
     # The processes that it starts must not see eight fake devices.
@@ -255,7 +255,7 @@ def test_bad_arguments(options, message):
         full_size.main(**{**call, "commit": None, **options})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parity
 def test_peers_write_their_figures(tmp_path):
     pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[parity]'")

@@ -25,7 +25,7 @@ def shallow(monkeypatch):
     monkeypatch.setattr(FluxConfig, "tiny", lambda: config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("shallow")
 def test_distill_adds_a_row_for_each_number_of_devices(tmp_path):
     for devices in (2, 4):
@@ -41,7 +41,7 @@ def test_distill_adds_a_row_for_each_number_of_devices(tmp_path):
     assert f"{two}/scaling" not in found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("kind", [[], ["--ternary"]])
 def test_generate_draws_one_image_and_one_on_each_device(tmp_path, kind):
