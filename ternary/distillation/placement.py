@@ -143,7 +143,7 @@ def on_every_device(module: Module) -> Module:
 
 def _on_every_device(array: jax.Array) -> jax.Array:
     place = array.sharding
-    if not isinstance(place, NamedSharding):
+    if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
         return array
 
     def renamed(entry: Any) -> Any:
