@@ -274,3 +274,17 @@ def _run(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def device_figures() -> dict[str, Any]:
+    """Device, and its peak and its limit where it tells them."""
+    import jax
+
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "limit_bytes": stats.get("bytes_limit"),
+    }

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import QUEUED_STEPS
+from benchmarks.common import QUEUED_STEPS, device_figures
 from flux_jax.configs import AutoencoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from flux_jax.tokenization import DEV_TOKENS
 
@@ -295,20 +295,6 @@ def run_floor(size: Size, work: Path, kind: str) -> dict[str, Any]:
     step = Step(image_tokens=rows * columns, text_tokens=size.text_tokens)
     found = floors.measure(size.transformer, step, int8=kind != "bf16")
     return {**device_figures(), "floors_ms": found}
-
-
-def device_figures() -> dict[str, Any]:
-    """Device, and its peak and its limit where it tells them."""
-    import jax
-
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
-        "limit_bytes": stats.get("bytes_limit"),
-    }
 
 
 STAGES: dict[str, Callable[[Size, Path, str], dict[str, Any]]] = {

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.common import device_figures
 from flux_jax.configs import FluxConfig
 
 
@@ -195,20 +196,6 @@ def step(size: Size, work: Path) -> dict[str, Any]:
         **device_figures(),
         "first_s": seconds[0],
         "step_s": statistics.median(seconds[1:]),
-    }
-
-
-def device_figures() -> dict[str, Any]:
-    """Device, and its peak and its limit where it tells them."""
-    import jax
-
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
-        "limit_bytes": stats.get("bytes_limit"),
     }
 
 
