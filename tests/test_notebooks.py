@@ -40,7 +40,7 @@ def marked(path: Path):
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-@pytest.mark.parametrize("path", map(marked, FOUND))
+@pytest.mark.parametrize("path", list(map(marked, FOUND)))
 def test_a_notebook_runs(path):
     """In the short form, which differs in one cell: fewer steps, smaller pictures of the same."""
     done = notebooks.execute(path, quick=True)
