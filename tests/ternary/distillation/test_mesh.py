@@ -114,8 +114,8 @@ def from_the_start(axes, kind):
         ((1, 8, 1), "channel"),
         ((1, 1, 4), "channel"),
         ((2, 2, 2), "channel"),
-        ((2, 2, 2), "tensor"),
-        ((2, 2, 2), "group128"),
+        pytest.param((2, 2, 2), "tensor", marks=pytest.mark.long),
+        pytest.param((2, 2, 2), "group128", marks=pytest.mark.long),
     ],
 )
 def test_every_mesh_gives_the_losses_and_gradients_of_one_device(axes, kind):

@@ -67,7 +67,11 @@ def alone(inputs, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "devices", "mesh"), [(2, 2, "data=2,fsdp=2"), (4, 1, "fsdp=2,tensor=2")]
+    ("count", "devices", "mesh"),
+    [
+        (2, 2, "data=2,fsdp=2"),
+        pytest.param(4, 1, "fsdp=2,tensor=2", marks=pytest.mark.long),
+    ],
 )
 def test_processes_give_the_losses_of_one(inputs, alone, tmp_path, count, devices, mesh):
     out = tmp_path / "run"
@@ -84,7 +88,7 @@ def test_processes_give_the_losses_of_one(inputs, alone, tmp_path, count, device
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(inputs, alone, tmp_path, killed):
     out = tmp_path / "run"
     command = [*inputs, "--out", str(out), "--mesh", "fsdp=2"]
