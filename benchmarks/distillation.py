@@ -1,7 +1,9 @@
 """What each choice of the distillation is worth, on the shipped model: one table, one run.
 
     python -m benchmarks.distillation --steps 4000    # a GPU; about a minute a row
-    python -m benchmarks.distillation --smoke         # that it works, on a CPU
+    python -m benchmarks.distillation --smoke         # that it works
+    # A CPU, some minutes a row:
+    python -m benchmarks.distillation --steps 400 --batch 16 --held-out 120 --dtype float32
 
 Every row makes a ternary student of the shipped model, trained for the same number of steps on the
 same prompts, and draws the held-out evaluation prompts with it from the teacher's noise. The two
@@ -124,16 +126,18 @@ MEASURES = {
 class Bench:
     """The teacher, the prompts and what all rows share."""
 
-    def __init__(self, *, steps: int, batch: int, prompts: int, limit: int | None, rate: float):
-        self.config = DistillConfig(steps=steps, learning_rate=rate, warmup=steps // 20, decay=0.6)
+    def __init__(
+        self, config: DistillConfig, *, batch: int, prompts: int, held_out: int | None = None
+    ):
+        self.config = config
         self.batch = batch
-        self.pipe = FluxPipeline.from_pretrained("tiny")
+        self.pipe = FluxPipeline.from_pretrained("tiny", dtype=config.compute_dtype)
         self.start = time.perf_counter()
         captions = sample_captions(17, 0, prompts)[0]
         self.embeds = self._encode(captions)
         self.prompts = PromptSet(self.embeds.prompt_embeds, self.embeds.pooled_prompt_embeds)
         judged = load_prompts()
-        self.judged = judged[:: max(1, len(judged) // limit)] if limit else judged
+        self.judged = judged[:: max(1, len(judged) // held_out)] if held_out else judged
         texts = [prompt.prompt for prompt in self.judged]
         self.held_out = HeldOut(self.pipe, self._encode(texts), batch_size=min(240, len(texts)))
         self.rebuild, self.teacher = split_flat(self.pipe.transformer)
@@ -304,6 +308,9 @@ def main(
     batch: Annotated[int, typer.Option(help="States of a step.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 3e-3,
     calibration_steps: Annotated[int, typer.Option(help="Of each block.")] = 300,
+    prompts: Annotated[int, typer.Option(help="Captions to train on.")] = 8192,
+    held_out: Annotated[int | None, typer.Option(help="Prompts that are drawn; all 720.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16; float32 is quicker on a CPU.")] = "bfloat16",
     seeds: Annotated[int, typer.Option(help="Seeds of the two best rows.")] = 3,
     only: Annotated[str | None, typer.Option(help="Rows whose name this pattern finds.")] = None,
     minutes: Annotated[
@@ -324,12 +331,18 @@ def main(
         print(f"written: {result.write(out).name}")
         return
     rows = {name: row for name, row in ROWS.items() if only is None or re.search(only, name)}
-    prompts, limit = 8192, None
     if smoke:
-        steps, batch, calibration_steps, seeds, prompts, limit = 2, 2, 2, 1, 16, 6
+        steps, batch, calibration_steps, seeds, prompts, held_out = 2, 2, 2, 1, 16, 6
         names = ("distilled, per channel", "calibrated only", "rounded, per channel")
         rows = {name: ROWS[name] for name in names}
-    bench = Bench(steps=steps, batch=batch, prompts=prompts, limit=limit, rate=learning_rate)
+    config = DistillConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup=steps // 20,
+        decay=0.6,
+        compute_dtype=dtype,
+    )
+    bench = Bench(config, batch=batch, prompts=prompts, held_out=held_out)
     wanted = {row.program: row for row in rows.values() if row.trained}
     # All at once and before anything runs: a compile that times kernels must be alone.
     with ThreadPoolExecutor(max(1, len(wanted))) as pool:
@@ -354,6 +367,8 @@ def main(
     figures = runner.finish()
     figures["steps"] = Figure(value=steps, unit="count")
     figures["batch"] = Figure(value=batch, unit="count")
+    figures["prompts"] = Figure(value=prompts, unit="count")
+    figures["held_out"] = Figure(value=len(bench.judged), unit="count")
     result = Result(
         benchmark="distillation",
         device=jax.devices()[0].device_kind,

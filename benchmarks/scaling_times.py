@@ -12,7 +12,7 @@ A model of a few lines, to be held against what 2 and 4 devices measure:
 
 Of FLUX.1-dev with N parameters, distilled with fsdp = F in bf16 with float32 latent weights, every
 device holds 14 N / F bytes (teacher, latent weights, moments). It receives (F - 1) / F of 2 N bytes
-for the teacher, of 4 N twice for the student (forward and recomputation) and of 4 N for its
+for the teacher, of N twice for the student's signs (forward and recomputation) and of 4 N for its
 gradients; then its part of the gradients, 4 N / F, is averaged over data = D, which takes
 2 (D - 1) / D of it. One image on n devices (`flux_jax.sequence`) moves (n - 1) / n of 4 L C / n
 numbers of two bytes in each block, of L tokens and width C.
@@ -105,7 +105,7 @@ def distill_step(parameters: float, forward: float, data: int, fsdp: int) -> Tim
       forward: seconds of a forward pass.
       data, fsdp: the mesh's axes; fsdp joins neighbours.
     """
-    gathered = (2.0 + 2 * 4.0 + 4.0) * parameters
+    gathered = (2.0 + 2 * 1.0 + 4.0) * parameters
     # Those that share a part of the parameters are on as many hosts, unless all is on one.
     link = NVLINK if data * fsdp <= HOST else NETWORK
     averaged = 2.0 * (data - 1) / data * 4.0 * parameters / fsdp / link

@@ -197,6 +197,24 @@ def constrain(
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh, rules))
 
 
+def gathered(
+    x: Shaped[Array, "*shape"], axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES
+) -> Shaped[Array, "*shape"]:
+    """Tell the compiler to bring a parameter together over `fsdp` here, as it now is.
+
+    Left to itself it does so where the parameter is used, which may be after a cast to a wider
+    type. Without `mesh_in_scope`, x as it is.
+
+    Args:
+      x: a parameter, or what was made of it element by element.
+      axes: the logical name of each dimension.
+      rules: logical name to mesh axis.
+    """
+    whole = tuple(None if name is not None and rules[name] == "fsdp" else name for name in axes)
+    # Both sides: the second alone would have what x is made of brought together.
+    return constrain(constrain(x, axes, rules), whole, rules)
+
+
 @contextlib.contextmanager
 def mesh_in_scope(mesh: Mesh | None) -> Iterator[None]:
     """While a function is traced: the mesh that `constrain` means. None changes nothing."""

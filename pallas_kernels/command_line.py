@@ -7,6 +7,7 @@ or something broke, 2 for what the user can mend, 130 after Ctrl-C, 143 after SI
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import inspect
@@ -91,12 +92,21 @@ def print_json(content: Any) -> None:
     typer.echo(json_module.dumps(content, indent=2))
 
 
+class _Brief(logging.Formatter):
+    """Messages without tracebacks: libraries log theirs, from threads that no `except` reaches."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        brief = copy.copy(record)
+        brief.exc_info = brief.exc_text = brief.stack_info = None
+        return super().format(brief)
+
+
 @contextlib.contextmanager
 def _messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
     """Our loggers at the level that is asked for, on stderr."""
     # Forced, as the stream is another one in each of several commands of one process.
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter((logging.Formatter if verbose else _Brief)("%(levelname)s: %(message)s"))
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     ours = [logging.getLogger(name) for name in PACKAGES]
     before = [each.level for each in ours]

@@ -198,7 +198,7 @@ class FakeTernaryLinear(AnyLinear):
             rows,
             config,
             bias=linear.bias is not None,
-            axes=linear.weight.get_metadata().get("axes", (None, None)),
+            axes=_axes(linear.weight),
             dtype=weight.dtype,
             master_dtype=master_dtype,
         )
@@ -233,7 +233,9 @@ class FakeTernaryLinear(AnyLinear):
         x = dense(x).astype(self.dtype)
         scale = self.quantization_scale()
         # Integers of at most 127 are exact in bf16, and so is everything that is summed.
-        signs = straight_through_signs(self.weight[...], scale).astype(self.dtype)
+        signs = straight_through_signs(self.weight[...], scale, _axes(self.weight)).astype(
+            self.dtype
+        )
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
         if self.config.activation_bits == 16:
             y = signed_product(x, signs, scale, bias)
@@ -249,7 +251,7 @@ class FakeTernaryLinear(AnyLinear):
     def freeze(self) -> TernaryLinear:
         """The packed layer with the same result."""
         rows, columns = self.weight.shape
-        axes = self.weight.get_metadata().get("axes", (None, None))
+        axes = _axes(self.weight)
         new = TernaryLinear(
             columns, rows, self.config, bias=self.bias is not None, axes=axes, dtype=self.dtype
         )
@@ -261,6 +263,11 @@ class FakeTernaryLinear(AnyLinear):
             if value is not None:
                 getattr(new, name)[...] = value[...].astype(self.dtype)
         return new
+
+
+def _axes(weight: nnx.Param) -> Axes:
+    """The logical names of its dimensions."""
+    return weight.get_metadata().get("axes", (None, None))
 
 
 # float16's smallest positive number.

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+from flux_jax.layers import Axes
+from flux_jax.sharding import constrain, gathered
 from pallas_kernels import GROUP, group_count, quantize_activations
 
 Scale = Float[Array, ""] | Float[Array, " N"] | Float[Array, "N G"]
@@ -104,23 +106,32 @@ def dequantize(
     return (signs.astype(jnp.float32) * spread).astype(dtype)
 
 
-@jax.custom_vjp
-def straight_through_signs(weight: Float[Array, "N K"], scale: Scale) -> Float[Array, "N K"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def straight_through_signs(
+    weight: Float[Array, "N K"], scale: Scale, axes: Axes = (None, None)
+) -> Float[Array, "N K"]:
     """The signs in float32, differentiable: as if they were `weight / scale`, unrounded.
 
     A product with these signs, multiplied by the scale, then hands its gradient to the latent
     weight as it is, clipped ones included; the scale's own gradient comes from that multiplication
     alone, with the codes fixed.
+
+    Args:
+      weight: latent weights.
+      scale: of the weight.
+      axes: the logical names of the weight's dimensions. Where `fsdp` splits one, devices exchange
+        signs of a byte in place of latent weights of four, and each takes its part of the gradient.
     """
-    return ternary_signs(weight, scale).astype(jnp.float32)
+    return gathered(ternary_signs(weight, scale), axes).astype(jnp.float32)
 
 
-def _signs_forward(weight: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
-    return straight_through_signs(weight, scale), (weight, scale)
+def _signs_forward(weight: Array, scale: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
+    return straight_through_signs(weight, scale, axes), (weight, scale)
 
 
-def _signs_backward(saved: tuple[Any, Any], grad: Any) -> tuple[Any, Any]:
+def _signs_backward(axes: Axes, saved: tuple[Any, Any], grad: Any) -> tuple[Any, Any]:
     weight, scale = saved
+    grad = constrain(grad, axes)
     spread = spread_scale(scale.astype(jnp.float32), weight.shape)
     passed = jnp.where(spread > 0, grad / jnp.where(spread > 0, spread, 1.0), 0.0)
     return passed.astype(weight.dtype), jnp.zeros_like(scale)

@@ -208,3 +208,20 @@ def test_shells_complete_the_scripts(script, module, words, expected):
         check=False,
     )
     assert expected in done.stdout.split(), done.stderr
+
+
+@pytest.mark.parametrize(("option", "shown"), [("--quiet", False), ("--verbose", True)])
+def test_tracebacks_of_libraries_are_for_the_verbose(option, shown):
+    """Such as of a thread of Orbax's, when another process was killed."""
+    app = App(name="made")
+
+    @app.command()
+    def run() -> None:
+        try:
+            raise TimeoutError("the other process is gone")
+        except TimeoutError:
+            logging.getLogger("absl").error("could not save", exc_info=True)
+
+    result = CliRunner().invoke(app, [option])
+    assert "ERROR: could not save\n" in result.stderr
+    assert ("Traceback" in result.stderr) == shown

@@ -101,7 +101,7 @@ def test_gathering_is_bound_by_the_slower_link():
 def test_a_distillation_step_by_hand():
     times = scaling_times.distill_step(12e9, 0.1, data=8, fsdp=8)
     assert times.compute == pytest.approx(0.5)
-    gathered = 14 * 12e9 * 7 / 8 / 450e9
+    gathered = 8 * 12e9 * 7 / 8 / 450e9
     averaged = 2 * 7 / 8 * 4 * 12e9 / 8 / 50e9
     assert times.exchange == pytest.approx(gathered + averaged)
     assert times.sequential == pytest.approx(0.5 + gathered + averaged)

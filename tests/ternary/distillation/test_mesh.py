@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,8 @@ from ternary.distillation.step import PromptSet, StepFunction
 from ternary.distillation.task import Task
 from ternary.distillation.training_state import StateStore
 from ternary.distillation.trajectory import Trajectories
-from ternary.policy import Policy
+from ternary.layers import FakeTernaryLinear
+from ternary.policy import Policy, linears
 
 FLUX = FluxConfig(
     in_channels=8,
@@ -65,7 +69,7 @@ class Training:
         dense = FluxTransformer(FLUX, dtype=jnp.float32, rngs=nnx.Rngs(0))
         rebuild, flat = split_flat(dense)
         teacher = rebuild(jax.device_put(flat, flat_shardings(dense, self.mesh)))
-        student = abstract_student(teacher, QUANTS[kind], POLICY, CONFIG)
+        self.student = student = abstract_student(teacher, QUANTS[kind], POLICY, CONFIG)
         trajectories = Trajectories(
             TrajectoryConfig(sampling_steps=(4, 6), groups=2),
             SchedulerConfig(),
@@ -159,6 +163,31 @@ def test_fsdp_splits_parameters_and_optimizer():
     assert gathered
     assert all("optimizer" not in line for line in gathered)
     assert moments > 2 * sum(value.size for value in state.params.values()) * 0.99
+
+
+def gathered_elements(program: str) -> Counter[str]:
+    """Elements that a device receives from others, by type, once for every place in the program."""
+    found: Counter[str] = Counter()
+    for line in program.splitlines():
+        results, _, _ = line.partition(" all-gather(")
+        if results != line:
+            for kind, shape in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", results):
+                found[kind] += math.prod(map(int, shape.split(",")))
+    return found
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_signs_in_place_of_latent_weights():
+    here = training((1, 8, 1), "channel")
+    student, teacher = here.start.shapes.params, here.inputs[0]
+    whole = sum(value.size for value in teacher.values())
+    names = linears(here.student, FakeTernaryLinear)
+    latent = sum(student[f"{name}.weight"].size for name in names)
+    found = gathered_elements(here.compiled.as_text())
+    # Signs of what is ternary, and the rest as it is: forward, and in the blocks once more, as they
+    # are recomputed. Modulation is not.
+    assert latent < found["s8"] <= 2 * latent
+    assert found["f32"] < whole + 2 * (whole - latent) + 0.5 * latent
 
 
 @pytest.mark.slow
