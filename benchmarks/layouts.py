@@ -165,6 +165,22 @@ LAYOUTS = {
             ("step_device_gib", "peak device memory"),
         ),
     ),
+    "ternary_fullsize_cpu": Layout(
+        title="FLUX.1-dev's shapes, random weights, on a CPU",
+        rows=(
+            ("source_gb", "bf16 weights"),
+            ("stored_gb", "ternary, on disk"),
+            ("ratio", "times smaller"),
+            ("ternary_share", "share of the parameters that is ternary"),
+            ("quantize_s", "`quantize`"),
+            ("quantize_gb_per_s", "of bf16 input"),
+            ("quantize_host_gb", "peak memory"),
+            ("load_s", "loading the ternary checkpoint"),
+            ("load_host_gb", "peak memory"),
+            ("step_ms", "one denoising step of 256 x 256"),
+            ("step_host_gb", "peak memory"),
+        ),
+    ),
     "full_size": Layout(
         title="FLUX.1-dev's shapes, random weights, 1024 x 1024, 28 steps, batch 1",
         targets=(

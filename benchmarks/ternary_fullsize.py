@@ -2,6 +2,7 @@
 
     python -m benchmarks.ternary_fullsize --work /a/disk/with/35/GB    # one GPU, 64 GB of memory
     python -m benchmarks.ternary_fullsize --size tiny                  # anywhere, in a minute
+    python -m benchmarks.ternary_fullsize --work /a/disk/with/30/GB --size cpu    # 8 GB of memory
 
 Random bf16 weights of a trained model's scale (23.8 GB), made here. Each stage is a process of its
 own, so that its peaks are its own; host memory is the peak resident set (`wait4`).
@@ -13,6 +14,8 @@ own, so that its peaks are its own; host memory is the peak resident set (`wait4
   the memory that `nvidia-smi` tells, and `XLA_PYTHON_CLIENT_PREALLOCATE=true` makes that pool all
   there is: a byte more is an error, not a figure.
 - load: the ternary checkpoint onto the device, uncapped.
+- With `--size cpu` nothing is calibrated: what is loaded is what was rounded, and a step is one of
+  256 x 256 pixels.
 - step: the pipeline's denoising loop, batch 1, plain JAX; the first step compiles.
 
 On paper, the device holds while a double block (340 M weights) is trained with AdamW in float32:
@@ -40,6 +43,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from benchmarks.common import REPOSITORY, RESULTS, Figure, Result, describe_hardware
+from benchmarks.ternary_fullsize_worker import SIZES
 
 GIB = 2**30
 # An A10 shows 22.5 GiB; the driver's context and the libraries' code are beside JAX's pool.
@@ -126,9 +130,10 @@ def measure(size: str, work: Path) -> dict[str, Any]:
     stored = folder_bytes(work / "rounded" / "transformer")
     found["quantize"] = {"process_s": seconds, "host_bytes": host, "stored_bytes": stored}
     print(f"quantize: {seconds:.1f} s, {stored / 1e9:.2f} GB stored", flush=True)
-    shutil.rmtree(work / "rounded")
-    found["calibrate"] = run_stage("calibrate", size, work, card_environment())
-    found["calibrate"]["stored_bytes"] = folder_bytes(work / "calibrated" / "transformer")
+    if SIZES[size].blocks:
+        shutil.rmtree(work / "rounded")
+        found["calibrate"] = run_stage("calibrate", size, work, card_environment())
+        found["calibrate"]["stored_bytes"] = folder_bytes(work / "calibrated" / "transformer")
     shutil.rmtree(work / "teacher")
     for stage in ("load", "step"):
         found[stage] = run_stage(stage, size, work)
@@ -137,12 +142,7 @@ def measure(size: str, work: Path) -> dict[str, Any]:
 
 def result_figures(found: dict[str, Any]) -> dict[str, Figure]:
     """The figures of the result file, from the stages'."""
-    source, quantize, calibrate = (found[s] for s in ("source", "quantize", "calibrate"))
-    moments, dense = calibrate["moments"], source["source_bytes"]
-    settings = (
-        f"{calibrate['samples']} states, {calibrate['steps']} steps of {calibrate['batch_size']}, "
-        "AdamW, float32 latent weights, compilation included"
-    )
+    quantize, load, dense = found["quantize"], found["load"], found["source"]["source_bytes"]
     figures = {
         "source_gb": Figure(value=dense / 1e9, unit="GB", note="bf16, random"),
         "quantize_s": Figure(
@@ -155,11 +155,39 @@ def result_figures(found: dict[str, Any]) -> dict[str, Figure]:
         "ratio": Figure(
             value=dense / quantize["stored_bytes"], unit="x", note="bf16 over ternary, on disk"
         ),
+        "ternary_share": Figure(
+            value=load["ternary_fraction"], unit="share", note="of all parameters"
+        ),
+        "load_s": Figure(value=load["seconds"], unit="s"),
+        "first_step_s": Figure(value=found["step"]["first_s"], unit="s", note="with compilation"),
+        "step_ms": Figure(value=1e3 * found["step"]["step_s"], unit="ms", note="plain JAX, median"),
+    }
+    if "calibrate" in found:
+        figures |= calibrate_figures(found["calibrate"])
+    for stage in ("quantize", "calibrate", "load", "step"):
+        if stage in found:
+            figures[f"{stage}_host_gb"] = Figure(
+                value=found[stage]["host_bytes"] / 1e9, unit="GB", note="peak resident set"
+            )
+            if peak := found[stage].get("peak_bytes"):
+                figures[f"{stage}_device_gib"] = Figure(value=peak / GIB, unit="GiB", note="peak")
+    if load["device_bytes"]:
+        figures["weights_device_gib"] = Figure(
+            value=load["device_bytes"] / GIB, unit="GiB", note="packed, loaded"
+        )
+    return figures
+
+
+def calibrate_figures(calibrate: dict[str, Any]) -> dict[str, Figure]:
+    """Those of the stage `calibrate`, but for its peaks."""
+    moments = calibrate["moments"]
+    settings = (
+        f"{calibrate['samples']} states, {calibrate['steps']} steps of {calibrate['batch_size']}, "
+        "AdamW, float32 latent weights, compilation included"
+    )
+    figures = {
         "calibrated_gb": Figure(
             value=calibrate["stored_bytes"] / 1e9, unit="GB", note="transformer"
-        ),
-        "ternary_share": Figure(
-            value=calibrate["ternary_fraction"], unit="share", note="of all parameters"
         ),
         "calibrate_s": Figure(
             value=calibrate["process_s"], unit="s", note="the whole process, two blocks trained"
@@ -172,9 +200,6 @@ def result_figures(found: dict[str, Any]) -> dict[str, Figure]:
             unit="s",
             note="the other blocks rounded, all packed and on the disk",
         ),
-        "load_s": Figure(value=found["load"]["seconds"], unit="s"),
-        "first_step_s": Figure(value=found["step"]["first_s"], unit="s", note="with compilation"),
-        "step_ms": Figure(value=1e3 * found["step"]["step_s"], unit="ms", note="plain JAX, median"),
     }
     for name, report in calibrate["reports"].items():
         kind = name.partition("_")[0]
@@ -183,26 +208,15 @@ def result_figures(found: dict[str, Any]) -> dict[str, Figure]:
             figures[f"{kind}_loss_{when}"] = Figure(
                 value=report[when], unit="share", note="relative squared error, random weights"
             )
-    for stage in ("quantize", "calibrate", "load", "step"):
-        figures[f"{stage}_host_gb"] = Figure(
-            value=found[stage]["host_bytes"] / 1e9, unit="GB", note="peak resident set"
-        )
-        peak = found[stage].get("peak_bytes")
-        if peak:
-            figures[f"{stage}_device_gib"] = Figure(value=peak / GIB, unit="GiB", note="peak")
     if calibrate["limit_bytes"]:
         figures["calibrate_limit_gib"] = Figure(
             value=calibrate["limit_bytes"] / GIB, unit="GiB", note="all the device memory there was"
-        )
-    if found["load"]["device_bytes"]:
-        figures["weights_device_gib"] = Figure(
-            value=found["load"]["device_bytes"] / GIB, unit="GiB", note="packed, loaded"
         )
     return figures
 
 
 def main(
-    size: Annotated[str, typer.Option(help="full, or tiny.")] = "full",
+    size: Annotated[str, typer.Option(help="full, cpu or tiny.")] = "full",
     work: Annotated[
         Path | None, typer.Option(help="Folder for the checkpoints: 35 GB free in full size.")
     ] = None,
@@ -211,23 +225,22 @@ def main(
     ] = None,
 ) -> None:
     """Measures every stage and writes the result file."""
-    if size not in ("full", "tiny"):
-        raise SystemExit(f"error: --size must be full or tiny, got {size}")
+    if size not in SIZES:
+        raise SystemExit(f"error: --size must be one of {', '.join(SIZES)}, got {size}")
     start = time.perf_counter()
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ternary-fullsize-", dir=work) as name:
         found = measure(size, Path(name))
-    calibrate = found["calibrate"]
-    on_cpu = calibrate["platform"] == "cpu"
+    load = found["load"]
     result = Result(
-        benchmark="ternary_fullsize" if size == "full" else "ternary_fullsize_tiny",
-        device=str(describe_hardware()["cpu"]) if on_cpu else calibrate["device"],
+        benchmark="ternary_fullsize" if size == "full" else f"ternary_fullsize_{size}",
+        device=str(describe_hardware()["cpu"]) if load["platform"] == "cpu" else load["device"],
         figures=result_figures(found),
     )
     for name, figure in result.figures.items():
         print(f"  {name:22} {figure.value:12.4g} {figure.unit:6} {figure.note}")
-    if size == "full" or out is not None:
+    if size != "tiny" or out is not None:
         print(f"written: {result.write(out or RESULTS).name}")
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
 

@@ -1,4 +1,4 @@
-"""docs/quickstart.md, copied command by command: from the shipped model to a student and its report."""
+"""docs/quickstart.md, copied command by command, ends in a student and its report."""
 
 from __future__ import annotations
 

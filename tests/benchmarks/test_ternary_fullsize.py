@@ -49,6 +49,26 @@ def test_full_size_is_flux_devs():
     assert [name.partition("_")[0] for name in size.blocks] == ["double", "single"]
 
 
+def test_on_a_cpu_nothing_is_calibrated():
+    assert (SIZES["cpu"].config, SIZES["cpu"].blocks) == (FluxConfig.dev(), ())
+    found = {
+        "source": {"source_bytes": 24e9},
+        "quantize": {"process_s": 12.0, "host_bytes": 1e9, "stored_bytes": 2.5e9},
+        "load": {
+            "seconds": 3.0,
+            "host_bytes": 4e9,
+            "device_bytes": None,
+            "ternary_fraction": 0.99,
+        },
+        "step": {"first_s": 9.0, "step_s": 8.0, "host_bytes": 5e9},
+    }
+    figures = {n: f.value for n, f in ternary_fullsize.result_figures(found).items()}
+    assert figures["ratio"] == pytest.approx(9.6)
+    assert figures["quantize_gb_per_s"] == pytest.approx(2.0)
+    assert (figures["step_ms"], figures["step_host_gb"]) == (8000.0, 5.0)
+    assert not [name for name in figures if name.startswith("calibrate")]
+
+
 def test_the_pool_is_that_of_a_24_gb_card():
     total = 143771 * 2**20
     settings = memory_settings(total)
