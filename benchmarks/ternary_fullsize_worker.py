@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import device_figures
+from benchmarks.common import run
+from benchmarks.machine import device_figures
 from flux_jax.configs import FluxConfig
 
 
@@ -136,6 +137,7 @@ def calibrate(size: Size, work: Path) -> dict[str, Any]:
 
 
 def load_transformer(work: Path) -> Any:
+    """The calibrated transformer, once all of it is on the device."""
     import jax
 
     from flux_jax.checkpoint import load_checkpoint
@@ -218,4 +220,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

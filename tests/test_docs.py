@@ -151,7 +151,7 @@ def test_a_script_of_a_page_exists(page, command):
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda path: path.name)
 def test_a_file_of_a_page_exists(page):
-    """A path in code marks that begins with a folder of ours; `*` and `<...>` stand for anything."""
+    """A path in code marks that begins with a folder of ours; `*` and `<...>` are anything."""
     folders = "|".join((*PACKAGES, *SCRIPTS, "docs", "notebooks", "requirements", "tests"))
     # Of another repository, whose folder is called like one of ours.
     foreign = {"examples/dataset"}
