@@ -15,7 +15,6 @@ An implementation that cannot run is left out, after its reason. Writes
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -23,15 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from benchmarks.common import (
-    RESULTS,
-    Figure,
-    Result,
-    describe_hardware,
-    git_commit,
-    median_seconds,
-    package_versions,
-)
+from benchmarks.common import RESULTS, Commit, Figure, OutOrNone, Result, Tiny, median_seconds, run
+from benchmarks.machine import device_figures, git_commit, package_versions
 from flux_jax.assets import STUDENT
 from flux_jax.attention import IMPLEMENTATIONS, Implementation, attention, why_not
 from flux_jax.errors import UserError
@@ -111,14 +103,12 @@ def picture_figures(names: list[Implementation], steps: int) -> dict[str, Figure
 
 
 def main(
-    tiny: Annotated[
-        bool, typer.Option("--tiny", help="A small shape; writes with --out alone.")
-    ] = False,
+    tiny: Tiny = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timings that each median is over.")] = 15,
     pictures: Annotated[bool, typer.Option(help="Draw with the shipped model too.")] = True,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 28,
-    out: Annotated[Path | None, typer.Option(help="Folder of the result file.")] = None,
-    commit: Annotated[str | None, typer.Option(help="Where .git is absent: the commit.")] = None,
+    out: OutOrNone = None,
+    commit: Commit = None,
 ) -> None:
     """Compare the implementations of attention."""
     shape = TINY if tiny else SHAPE
@@ -139,10 +129,9 @@ def main(
         figures |= drawn
         for name, figure in drawn.items():
             print(f"{name:15} {figure.value:.1f} dB", flush=True)
-    device = jax.devices()[0]
     result = Result(
         benchmark="attention_tiny" if tiny else "attention",
-        device=device.device_kind if device.platform != "cpu" else describe_hardware()["cpu"],
+        device=device_figures()["device"],
         figures=figures,
         versions=package_versions("jax", "jaxlib", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
         | package_versions("tokamax"),
@@ -153,4 +142,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

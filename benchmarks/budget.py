@@ -16,8 +16,10 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.common import run
 from benchmarks.paper import Product, Step, attention_flops, products
 from flux_jax.configs import FluxConfig
+from flux_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,11 +164,11 @@ def main(
 ) -> None:
     """Print the budget of one step of FLUX.1-dev at 1024 x 1024."""
     if bits not in (8, 16):
-        raise SystemExit(f"error: --bits must be 8 or 16, got {bits}")
+        raise UserError(f"--bits must be 8 or 16, got {bits}")
     rates = Rates()
     listed = operations(FluxConfig.dev(), Step(batch=batch), activation_bits=bits, rates=rates)
     print("\n".join(table(listed, rates)))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

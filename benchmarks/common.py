@@ -1,4 +1,4 @@
-"""What every benchmark shares: the result file, the description of the machine, and the timer.
+"""What every benchmark shares: the result file, the timer, and options of its command.
 
 A result file is `benchmarks/results/<benchmark>_<device>.json`:
 
@@ -20,43 +20,47 @@ Figures are numbers with a unit; a peer's figures come from the same run, on the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import re
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.machine import (
+    REPOSITORY,
+    command_line,
+    describe_hardware,
+    git_commit,
+    package_versions,
+)
+from pallas_kernels.errors import UserError, exit_on_user_error
 
 SCHEMA_VERSION = 1
-REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "numpy",
-    "jax-cuda13-plugin",
-    "jax-cuda12-plugin",
-    "nvidia-cudnn-cu13",
-    "nvidia-cudnn-cu12",
-    "nvidia-cublas",
-)
+# Options that several benchmarks have.
+Out = Annotated[Path, typer.Option(help="Folder of the result file.")]
+OutOrNone = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the result file.", show_default="benchmarks/results; with --tiny none"
+    ),
+]
+Commit = Annotated[str | None, typer.Option(help="Where .git is absent: the commit.")]
+Tiny = Annotated[
+    bool, typer.Option("--tiny", help="At the shipped model's size, to try the command.")
+]
 
 
-class ResultError(ValueError):
-    """A result file does not follow the schema."""
+class ResultError(UserError):
+    """A result file is absent, or does not follow the schema."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +103,10 @@ class Result:
     figures: Mapping[str, Figure]
     peers: Mapping[str, Peer] = dataclasses.field(default_factory=dict)
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
-    command: str = dataclasses.field(default_factory=lambda: command_line())
-    commit: str = dataclasses.field(default_factory=lambda: git_commit())
-    hardware: Mapping[str, Any] = dataclasses.field(default_factory=lambda: describe_hardware())
-    versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: package_versions())
+    command: str = dataclasses.field(default_factory=command_line)
+    commit: str = dataclasses.field(default_factory=git_commit)
+    hardware: Mapping[str, Any] = dataclasses.field(default_factory=describe_hardware)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=package_versions)
 
     @property
     def file_name(self) -> str:
@@ -123,10 +127,13 @@ def read_result(path: Path) -> Result:
     """Reads a result file.
 
     Raises:
-        ResultError: the file is not JSON of this schema; the message names the file and the field.
+        ResultError: there is no such file, or it is not JSON of this schema; the message names the
+            file and the field.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ResultError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA_VERSION:
@@ -198,58 +205,25 @@ def median_seconds(
     return statistics.median(timings)
 
 
-def command_line() -> str:
-    """The command of this process as one would type it, without the paths of this machine."""
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
-    program = f"python -m {name}" if spec else f"python {name}"
-    flags = os.environ.get("XLA_FLAGS")
-    setting = [f"XLA_FLAGS={shlex.quote(flags)}"] if flags else []
-    # An absolute path says where this machine keeps things, not what was run.
-    arguments = (Path(one).name if one.startswith("/") else one for one in sys.argv[1:])
-    return " ".join([*setting, program, *map(shlex.quote, arguments)])
+def found_by(pattern: str | None, names: Sequence[str]) -> list[str]:
+    """The names in which a regular expression is found; all of them without one.
 
-
-def git_commit() -> str:
-    """The commit the code was at: "<sha>", "<sha> with changes" or "unknown" outside a checkout."""
-    commit = _run("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
-    if commit is None:
-        return "unknown"
-    # A result file that is being replaced is not a change of the code.
-    status = _run(
-        "git", "-C", str(REPOSITORY), "status", "--porcelain", "--", ".", ":!benchmarks/results"
-    )
-    return f"{commit} with changes" if status else commit
-
-
-def describe_hardware() -> dict[str, Any]:
-    """GPU and driver (where `nvidia-smi` answers), CPU, cores and memory of this machine."""
-    hardware: dict[str, Any] = {}
-    gpus = _run("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    if gpus:
-        rows = [row.split(", ") for row in gpus.splitlines()]
-        hardware["gpu"] = rows[0][0]
-        hardware["gpu_count"] = len(rows)
-        hardware["driver"] = rows[0][-1]
-    hardware["cpu"] = _cpu_name()
-    hardware["cpu_cores"] = os.cpu_count() or 0
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        hardware["memory_gib"] = round(size / 2**30, 1)
-    return hardware
-
-
-def package_versions(*names: str) -> dict[str, str]:
-    """Versions of Python and of those packages in `names` that are here.
-
-    By default the JAX ones, the CUDA libraries among them.
+    Raises:
+        UserError: it is found in none, or is no regular expression.
     """
-    versions = {"python": platform.python_version()}
-    for name in names or _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    try:
+        found = [name for name in names if pattern is None or re.search(pattern, name)]
+    except re.error as error:
+        raise UserError(f"--only {pattern}: no regular expression ({error})") from error
+    if not found:
+        raise UserError(f"--only {pattern} finds none of {', '.join(names)}")
+    return found
+
+
+def run(main: Callable[..., None]) -> None:
+    """`main` as a command; what its user can mend is one line, and exit code 2."""
+    with exit_on_user_error():
+        typer.run(main)
 
 
 def _rounded(data: Any) -> Any:
@@ -257,34 +231,3 @@ def _rounded(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _rounded(value) for key, value in data.items()}
     return float(f"{data:.6g}") if isinstance(data, float) else data
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _run(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def device_figures() -> dict[str, Any]:
-    """Device, and its peak and its limit where it tells them."""
-    import jax
-
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
-        "limit_bytes": stats.get("bytes_limit"),
-    }

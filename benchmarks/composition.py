@@ -14,7 +14,8 @@ from typing import Annotated
 import jax
 import typer
 
-from benchmarks.common import RESULTS, Figure, Peer, Result, package_versions
+from benchmarks.common import RESULTS, Figure, Out, Peer, Result, run
+from benchmarks.machine import package_versions
 from flux_jax.composition.score import Scores, check_detector
 from flux_jax.evaluate import evaluate, select_prompts
 from flux_jax.pipeline import FluxPipeline
@@ -33,7 +34,7 @@ def figures(scores: Scores) -> dict[str, Figure]:
 def main(
     images: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("evaluation"),
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.5,
-    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
+    out: Out = RESULTS,
 ) -> None:
     """Score the shipped model in GenEval's six categories, and write the result file."""
     pipe = FluxPipeline.from_pretrained("tiny")
@@ -55,4 +56,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -28,99 +28,31 @@ import numpy as np
 import typer
 from flax import nnx
 
-from benchmarks.common import (
-    RESULTS,
-    Figure,
-    Result,
-    command_line,
-    git_commit,
-    read_result,
-)
+from benchmarks.common import RESULTS, Commit, Figure, Out, Result, found_by, read_result, run
+from benchmarks.distillation_rows import BASE, POLICY, ROWS, Row
+from benchmarks.machine import git_commit
+from benchmarks.processes import folder_bytes
 from examples.tiny_flux.scenes import sample_captions
 from flux_jax import images
 from flux_jax.composition.prompts import load_prompts
 from flux_jax.composition.score import score_images
+from flux_jax.errors import UserError
 from flux_jax.loading import resolve
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.tree import Flat, split_flat
 from ternary.calibration.run import calibrate_checkpoint
-from ternary.config import CalibrateConfig, DistillConfig, QuantConfig, TrajectoryConfig
+from ternary.config import CalibrateConfig, DistillConfig
 from ternary.distillation.held_out import HeldOut, grid
 from ternary.distillation.step import PromptSet, StepFunction, TrainState
 from ternary.distillation.trajectory import Trajectories
 from ternary.layers import FakeTernaryLinear
-from ternary.policy import Policy, linears
+from ternary.policy import linears
 from ternary.storage.checkpoint import save_checkpoint
 from ternary.storage.latents import load_latents
 from ternary.student import freeze_student, make_student
 
-# 98 % of the tiny model's parameters: its embedders of scalars are a larger share than FLUX.1's.
-POLICY = Policy(
-    include=("double_blocks.*", "single_blocks.*", "time_in.*", "guidance_in.*", "vector_in.*")
-)
-BASE = QuantConfig(refit_steps=3, learned_scale=True)
+# Tokens of T5 that a caption may have.
 TOKENS = 40
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One student.
-
-    Attributes:
-      quant: its layers.
-      trajectory: where its states came from.
-      calibrated: whether it started from block-by-block calibration.
-      trained: whether it was distilled.
-      drawn_bits: activation bits when its pictures are drawn, if not those it was trained with.
-      seed: of the training.
-    """
-
-    quant: QuantConfig = BASE
-    trajectory: TrajectoryConfig = TrajectoryConfig()
-    calibrated: bool = False
-    trained: bool = True
-    drawn_bits: int | None = None
-    seed: int = 0
-
-    @property
-    def program(self) -> tuple[Any, ...]:
-        """What decides the compiled step."""
-        return self.quant, self.trajectory
-
-
-def _rounded(granularity: str) -> Row:
-    return Row(quant=QuantConfig(granularity=granularity), trained=False)
-
-
-def _with(**changes: Any) -> Row:
-    return Row(quant=dataclasses.replace(BASE, **changes))
-
-
-ROWS: dict[str, Row] = {
-    "distilled, per channel": Row(),
-    "distilled, per tensor": _with(granularity="tensor"),
-    "distilled, group of 128": _with(granularity="group128"),
-    "distilled, teacher's states only": Row(trajectory=TrajectoryConfig(on_policy=0.0)),
-    "distilled, half of the states on policy": Row(trajectory=TrajectoryConfig(on_policy=0.5)),
-    "distilled, low-rank branch of 8": _with(rank=8),
-    "distilled, scale not learned": _with(learned_scale=False),
-    "distilled, absolute-mean start": _with(refit_steps=0),
-    "distilled with 8-bit activations": _with(activation_bits=8),
-    "distilled, then drawn with 8-bit activations": Row(drawn_bits=8),
-    "calibrated only": Row(calibrated=True, trained=False),
-    "calibrated, then distilled": Row(calibrated=True),
-    "rounded, per tensor": _rounded("tensor"),
-    "rounded, per channel": _rounded("channel"),
-    "rounded, group of 128": _rounded("group128"),
-}
-MEASURES = {
-    "score": ("composition score", "share"),
-    "kept": ("kept of the teacher's", "share"),
-    "median_psnr": ("median PSNR", "dB"),
-    "low_psnr": ("10th percentile", "dB"),
-    "bits": ("bits a weight", "bit"),
-    "megabytes": ("transformer on disk", "MB"),
-}
 
 
 class Bench:
@@ -208,16 +140,14 @@ class Bench:
         found = self.held_out.compare(freeze_student(student))
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(Path(folder) / "out", student, rest=resolve("tiny"))
-            files = (Path(folder) / "out" / "transformer").iterdir()
-            size = sum(file.stat().st_size for file in files)
+            size = folder_bytes(Path(folder) / "out" / "transformer")
         total = sum(int(np.prod(v.shape)) for v in self.teacher.values())
-        figures = {
-            "median_psnr": found.median_psnr,
-            "low_psnr": float(np.percentile(found.psnr, 10)),
-            "bits": 8 * size / total,
-            "megabytes": size / 1e6,
+        return found.images, {
+            "median_psnr": Figure(value=found.median_psnr, unit="dB"),
+            "low_psnr": Figure(value=float(np.percentile(found.psnr, 10)), unit="dB"),
+            "bits": Figure(value=8 * size / total, unit="bit", note="of each parameter"),
+            "megabytes": Figure(value=size / 1e6, unit="MB"),
         }
-        return found.images, {n: Figure(value=v, unit=MEASURES[n][1]) for n, v in figures.items()}
 
 
 def _score(pictures: np.ndarray, prompts: list[Any]) -> float:
@@ -259,6 +189,32 @@ class Runner:
             picture = grid(self.bench.held_out.teacher[chosen], pictures[chosen])
             picture.save(grids / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.png")
 
+    def run_all(
+        self, rows: dict[str, Row], *, seeds: int, minutes: float | None, grids: Path | None
+    ) -> None:
+        """Every row, then the two best with other seeds.
+
+        Args:
+          rows: by name.
+          seeds: how many the best have, their first among them.
+          minutes: begin no row after this time.
+          grids: as in `run`.
+        """
+        for name, row in rows.items():
+            if self._time_left(name, minutes):
+                self.run(name, row, grids)
+        for name in self.best(2, rows):
+            for seed in range(1, seeds):
+                again = f"{name}, seed {seed}"
+                if self._time_left(again, minutes):
+                    self.run(again, dataclasses.replace(rows[name], seed=seed), grids)
+
+    def _time_left(self, name: str, minutes: float | None) -> bool:
+        left = minutes is None or time.perf_counter() - self.bench.start < 60 * minutes
+        if not left:
+            self.bench.say(f"{name}: no time left")
+        return left
+
     def _start(self, row: Row) -> Flat | None:
         if not row.calibrated:
             return None
@@ -291,14 +247,15 @@ def combine(paths: list[Path]) -> dict[str, Figure]:
     """The figures of several runs of this benchmark that differ in their rows alone.
 
     Raises:
-      SystemExit: runs of other lengths, or with another teacher's score.
+      UserError: runs of other lengths, or with another teacher's score.
     """
     together: dict[str, Figure] = {}
     for path in paths:
         for name, figure in read_result(path).figures.items():
             if "/" not in name or name.startswith("teacher/"):
                 if together.get(name, figure) != figure:
-                    raise SystemExit(f"error: {path}: {name} is {figure.value}, not as before")
+                    before = together[name].value
+                    raise UserError(f"{path}: {name} is {figure.value}, not {before} as before")
             together[name] = figure
     return together
 
@@ -321,16 +278,16 @@ def main(
         typer.Option("--combine", help="Train nothing: join these result files of other rows."),
     ] = None,
     smoke: Annotated[bool, typer.Option(help="A few steps of a few rows.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
+    out: Out = RESULTS,
     grids: Annotated[Path | None, typer.Option(help="Folder for pictures, if wanted.")] = None,
-    commit: Annotated[str | None, typer.Option(help="Where .git is absent: the commit.")] = None,
+    commit: Commit = None,
 ) -> None:
     """Trains and scores every row; prints and writes the table."""
     if combined:
         result = dataclasses.replace(read_result(combined[0]), figures=combine(combined))
         print(f"written: {result.write(out).name}")
         return
-    rows = {name: row for name, row in ROWS.items() if only is None or re.search(only, name)}
+    rows = {name: ROWS[name] for name in found_by(only, list(ROWS))}
     if smoke:
         steps, batch, calibration_steps, seeds, prompts, held_out = 2, 2, 2, 1, 16, 6
         names = ("distilled, per channel", "calibrated only", "rounded, per channel")
@@ -349,21 +306,7 @@ def main(
         compiled = dict(zip(wanted, pool.map(bench.compile, wanted.values()), strict=True))
     bench.say(f"{len(compiled)} steps compiled")
     runner = Runner(bench, compiled, calibration_steps=calibration_steps)
-
-    def time_left(name: str) -> bool:
-        left = minutes is None or time.perf_counter() - bench.start < 60 * minutes
-        if not left:
-            bench.say(f"{name}: no time left")
-        return left
-
-    for name, row in rows.items():
-        if time_left(name):
-            runner.run(name, row, grids)
-    for name in runner.best(2, rows):
-        for seed in range(1, seeds):
-            if time_left(f"{name}, seed {seed}"):
-                again = dataclasses.replace(rows[name], seed=seed)
-                runner.run(f"{name}, seed {seed}", again, grids)
+    runner.run_all(rows, seeds=seeds, minutes=minutes, grids=grids)
     figures = runner.finish()
     figures["steps"] = Figure(value=steps, unit="count")
     figures["batch"] = Figure(value=batch, unit="count")
@@ -373,11 +316,10 @@ def main(
         benchmark="distillation",
         device=jax.devices()[0].device_kind,
         figures=figures,
-        command=command_line(),
         commit=commit or git_commit(),
     )
     print(f"written: {result.write(out).name}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -13,7 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import REPOSITORY, Result, read_result
+from benchmarks.common import Result, read_result, run
+from benchmarks.machine import REPOSITORY
+from flux_jax.errors import UserError
 
 _NAME = re.compile(r"(.+), (\d+) pixels, batch (\d+)/(step_ms|planned_gib)")
 _TITLES = {"step_ms": "one step, seconds", "planned_gib": "peak memory of the loop, GiB"}
@@ -27,7 +29,7 @@ def points(result: Result) -> Points:
     """What a result holds of growing pictures and batches.
 
     Raises:
-      SystemExit: nothing of it.
+      UserError: nothing of it.
     """
     found: Points = {}
     for name, figure in result.figures.items():
@@ -37,7 +39,7 @@ def points(result: Result) -> Points:
             value = figure.value / 1e3 if measure == "step_ms" else figure.value
             found.setdefault((measure, kind), {})[int(side), int(batch)] = value
     if not found:
-        raise SystemExit("error: the result has no part 'scaling', nothing to draw")
+        raise UserError("the result has no part 'scaling', nothing to draw")
     return found
 
 
@@ -98,4 +100,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

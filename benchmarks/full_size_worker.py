@@ -16,12 +16,15 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import QUEUED_STEPS, device_figures
+from benchmarks.common import QUEUED_STEPS, run
+from benchmarks.machine import device_figures
+from benchmarks.processes import folder_bytes
 from flux_jax.configs import AutoencoderConfig, CLIPTextConfig, FluxConfig, T5Config
+from flux_jax.errors import UserError
 from flux_jax.tokenization import DEV_TOKENS
 
-# What is drawn: the same transformer in three ways.
-KINDS = ("bf16", "ternary A16", "ternary A8")
+# The same transformer in three ways: bits of the activations of its ternary linears, None if dense.
+KINDS = {"bf16": None, "ternary A16": 16, "ternary A8": 8}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,82 +93,27 @@ def make_source(size: Size, work: Path, kind: str) -> dict[str, Any]:
     from ternary.policy import coverage
     from ternary.storage.checkpoint import dense_shapes
 
-    bits = 8 if kind.endswith("A8") else 16
+    bits = KINDS[kind]
+    if bits is None:
+        raise UserError(f"the pipeline on disk is ternary, got --kind {kind}")
     layers = write_ternary_pipeline(work / "model", size.configs, activation_bits=bits)
-    files = (work / "model" / "transformer").iterdir()
     shapes = dense_shapes(size.transformer)
     return {
         "bf16_bytes": 2 * paper.parameter_count(size.transformer),
-        "ternary_bytes": sum(file.stat().st_size for file in files),
+        "ternary_bytes": folder_bytes(work / "model" / "transformer"),
         "ternary_share": coverage(shapes, layers).fraction,
     }
-
-
-def random_transformer(config: FluxConfig, kind: str) -> Any:
-    """A transformer with random weights of a trained model's scale, drawn on the device."""
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks.scaled_weights import moments, ternary_layers
-    from flux_jax.components import abstract_module
-    from flux_jax.tree import split_flat
-    from ternary.config import QuantConfig
-    from ternary.layers import TernaryLinear
-    from ternary.policy import linears
-    from ternary.storage.checkpoint import abstract_ternary
-
-    layers: dict[str, Any] = {}
-    if kind == "bf16":
-        module = abstract_module("transformer", config)
-    else:
-        quant = QuantConfig(activation_bits=8 if kind.endswith("A8") else 16)
-        module = abstract_ternary(config, ternary_layers(config), quant, jnp.bfloat16)
-        layers = linears(module, TernaryLinear)
-
-    @jax.jit
-    def codes(bits: jax.Array) -> jax.Array:
-        # Of two random bits the sum: 0, 1, 2 with 1, 2, 1 of 4.
-        return (bits & 0x55) + ((bits >> 1) & 0x55)
-
-    def draw(index: int, name: str, shape: Any) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(0, impl="rbg"), index)
-        layer, _, last = name.rpartition(".")
-        if layer in layers and last == "packed":
-            return codes(jax.random.bits(key, shape.shape, jnp.uint8))
-        if layer in layers and last == "scale":
-            return jnp.full(shape.shape, (layers[layer].in_features / 2) ** -0.5, shape.dtype)
-        mean, deviation = moments(name, shape.shape)
-        return mean + deviation * jax.random.normal(key, shape.shape, shape.dtype)
-
-    rebuild, flat = split_flat(module)
-    values = {}
-    for index, (name, shape) in enumerate(flat.items()):
-        # One at a time: what drawing takes must not be the peak.
-        values[name] = jax.block_until_ready(draw(index, name, shape))
-    return rebuild(values)
-
-
-def random_embeds(size: Size, batch: int) -> Any:
-    """Encoded prompts, as the text encoders would give them."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from flux_jax.prompts import PromptEmbeds
-
-    config, random = size.transformer, np.random.default_rng(1)
-    shapes = (batch, size.text_tokens, config.context_in_dim), (batch, config.vec_in_dim)
-    states, pooled = (jnp.asarray(random.standard_normal(s), jnp.bfloat16) for s in shapes)
-    return PromptEmbeds(prompts=("",) * batch, prompt_embeds=states, pooled_prompt_embeds=pooled)
 
 
 class Loop:
     """The pipeline's denoising loop on random inputs."""
 
     def __init__(self, size: Size, kind: str, *, offload: bool):
+        from benchmarks.random_models import random_transformer
         from flux_jax.residence import HostWeights, modulation_layers
 
         self.size = size
-        self.transformer = random_transformer(size.transformer, kind)
+        self.transformer = random_transformer(size.transformer, activation_bits=KINDS[kind])
         layers = modulation_layers(self.transformer)
         self.waiting = HostWeights(layers) if offload else None
 
@@ -173,6 +121,7 @@ class Loop:
         """The latents after each step of one batch."""
         import numpy as np
 
+        from benchmarks.random_models import random_embeds
         from flux_jax.configs import SchedulerConfig
         from flux_jax.denoise import denoise
         from flux_jax.scheduler import make_schedule
@@ -181,13 +130,8 @@ class Loop:
         shape = (batch, grid[0] * grid[1], config.in_channels)
         latents = np.random.default_rng(2).standard_normal(shape, np.float32)
         schedule = make_schedule(SchedulerConfig.dev(), self.size.steps, shape[1])
-        arguments: Any = (
-            self.transformer,
-            schedule,
-            latents,
-            grid,
-            random_embeds(self.size, batch),
-        )
+        embeds = random_embeds(config, batch, self.size.text_tokens)
+        arguments: Any = (self.transformer, schedule, latents, grid, embeds)
         for upcoming, _ in denoise(*arguments, guidance_scale=3.5, waiting=self.waiting):
             yield upcoming
 
@@ -218,10 +162,12 @@ class Loop:
         import jax
         import jax.numpy as jnp
 
+        from benchmarks.random_models import random_embeds
         from flux_jax.denoise import CHUNK, MODULATIONS, VELOCITY
 
         config, (rows, columns) = self.size.transformer, self.size.grid(side)
-        embeds, shape = random_embeds(self.size, batch), jax.ShapeDtypeStruct
+        embeds = random_embeds(config, batch, self.size.text_tokens)
+        shape = jax.ShapeDtypeStruct
         scheduled = MODULATIONS.bind(self.transformer)
         times = shape((CHUNK,), jnp.float32), embeds.pooled_prompt_embeds
         mods = jax.eval_shape(scheduled.program, scheduled.leaves, (*times, shape((), jnp.float32)))
@@ -315,11 +261,12 @@ def main(
     loops: Annotated[int | None, typer.Option(help="Pictures whose steps are timed.")] = None,
 ) -> None:
     """Runs one stage."""
-    if kind not in KINDS or stage not in STAGES or size not in SIZES:
-        raise SystemExit(f"error: no such stage, kind or size: {stage}, {kind}, {size}")
+    for value, known in ((stage, STAGES), (kind, KINDS), (size, SIZES)):
+        if value not in known:
+            raise UserError(f"expected one of {', '.join(known)}, got {value}")
     chosen = SIZES[size] if loops is None else dataclasses.replace(SIZES[size], loops=loops)
     output.write_text(json.dumps(STAGES[stage](chosen, work, kind)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -25,6 +25,13 @@ class Step:
         return self.image_tokens + self.text_tokens
 
 
+# By name: FLUX.1-dev at 1024 x 1024, and the shipped model.
+SIZES = {
+    "full": (FluxConfig.dev(), Step()),
+    "tiny": (FluxConfig.tiny(), Step(image_tokens=64, text_tokens=48)),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product:
     """`count` products (M, K) x (K, N) of one step."""

@@ -1,76 +1,99 @@
-"""Models with random weights of a trained model's scale, drawn where they will lie on a mesh."""
+"""Models with random weights of a trained model's scale, drawn where they will lie.
+
+No zeros but ternary ones: a product of zeros runs faster than one of real data.
+"""
 
 from __future__ import annotations
 
 import functools
-import math
 import zlib
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from flux_jax.autoencoder import Autoencoder
+from benchmarks.scaled_weights import moments, ternary_layers
+from flux_jax.components import abstract_module
 from flux_jax.configs import AutoencoderConfig, FluxConfig
+from flux_jax.prompts import PromptEmbeds
 from flux_jax.sharding import flat_shardings
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat
-from pallas_kernels import pack_codes
 from ternary.config import QuantConfig
-from ternary.policy import Policy
-from ternary.student import freeze_student, make_student
+from ternary.layers import TernaryLinear
+from ternary.policy import linears
+from ternary.storage.checkpoint import abstract_ternary
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def random_transformer(config: FluxConfig, mesh: Mesh, *, ternary: bool = False) -> FluxTransformer:
+def random_transformer(
+    config: FluxConfig, *, activation_bits: int | None = None, mesh: Mesh | None = None
+) -> FluxTransformer:
     """A transformer in bf16.
 
     Args:
       config: its size.
-      mesh: the devices.
-      ternary: the blocks' linears packed, W1.58A8.
+      activation_bits: 8 or 16 for packed ternary weights in the default policy's linears; None for
+        dense ones.
+      mesh: the devices; the first one by default.
     """
-
-    def made() -> FluxTransformer:
-        dense = FluxTransformer(config, rngs=nnx.Rngs(0))
-        if not ternary:
-            return dense
-        return freeze_student(make_student(dense, QuantConfig(activation_bits=8), Policy()))
-
-    return _filled(nnx.eval_shape(made), mesh)
+    if activation_bits is None:
+        return _filled(abstract_module("transformer", config, jnp.bfloat16), mesh)
+    quant = QuantConfig(activation_bits=activation_bits)
+    return _filled(abstract_ternary(config, ternary_layers(config), quant, jnp.bfloat16), mesh)
 
 
-def random_autoencoder(config: AutoencoderConfig, mesh: Mesh) -> Autoencoder:
+def random_autoencoder(config: AutoencoderConfig, mesh: Mesh | None = None) -> Any:
     """An autoencoder in bf16."""
-    return _filled(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))), mesh)
+    return _filled(abstract_module("vae", config, jnp.bfloat16), mesh)
 
 
-def _filled(abstract: Module, mesh: Mesh) -> Module:
+def random_embeds(config: FluxConfig, count: int, text_tokens: int) -> PromptEmbeds:
+    """Encoded prompts in bf16, as the text encoders of a transformer would give them."""
+    random = np.random.default_rng(1)
+    shapes = (count, text_tokens, config.context_in_dim), (count, config.vec_in_dim)
+    states, pooled = (jnp.asarray(random.standard_normal(s), jnp.bfloat16) for s in shapes)
+    return PromptEmbeds(prompts=("",) * count, prompt_embeds=states, pooled_prompt_embeds=pooled)
+
+
+def _filled(abstract: Module, mesh: Mesh | None) -> Module:
+    """A module of shapes alone with its values, drawn one after the other: their peak is small."""
     rebuild, shapes = split_flat(abstract)
-    places = flat_shardings(abstract, mesh)
+    places = {} if mesh is None else flat_shardings(abstract, mesh)
+    packed = linears(abstract, TernaryLinear)
     # A program for each shape, not for each of 780 parameters.
     program = functools.cache(_program)
     filled = {}
     for name, leaf in shapes.items():
+        layer, _, last = name.rpartition(".")
+        if layer in packed and last == "packed":
+            distribution = None
+        elif layer in packed and last == "scale":
+            # Half of the codes below are not zero.
+            distribution = (packed[layer].in_features / 2) ** -0.5, 0.0
+        else:
+            distribution = moments(name, leaf.shape)
+        draw = program(leaf.shape, leaf.dtype, places.get(name), distribution)
         key = jax.random.key(zlib.crc32(name.encode()), impl="rbg")
-        last = name.rpartition(".")[2]
-        filled[name] = program(last, leaf.shape, leaf.dtype, places[name])(key)
+        filled[name] = jax.block_until_ready(draw(key))
     return rebuild(filled)
 
 
-def _program(name: str, shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
+def _program(
+    shape: tuple[int, ...], dtype: Any, place: Any, distribution: tuple[float, float] | None
+) -> Any:
+    """What draws a tensor from a key: normal numbers of a mean and a deviation, or packed codes."""
+
     def value(key: jax.Array) -> jax.Array:
-        if name == "packed":
-            return pack_codes(jax.random.randint(key, (shape[0], 4 * shape[1]), 0, 3, jnp.uint8))
-        normal = jax.random.normal(key, shape, dtype)
-        if len(shape) > 1:
-            return normal * math.prod(shape[1:]) ** -0.5
-        if dtype == jnp.float16:
-            # Of a ternary weight with FLUX.1's usual 3072 inputs, two thirds of them not zero.
-            return jnp.full(shape, (1.5 / 3072) ** 0.5, dtype)
-        return 0.02 * normal if name == "bias" else 1.0 + 0.1 * normal
+        if distribution is None:
+            # The sum of two random bits in each pair: 0, 1, 2 with 1, 2, 1 of 4.
+            bits = jax.random.bits(key, shape, jnp.uint8)
+            return (bits & 0x55) + ((bits >> 1) & 0x55)
+        mean, deviation = distribution
+        return (mean + deviation * jax.random.normal(key, shape, dtype)).astype(dtype)
 
     return jax.jit(value, out_shardings=place)

@@ -16,8 +16,9 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.common import REPOSITORY, RESULTS, Result, read_result
+from benchmarks.common import RESULTS, Result, read_result, run
 from benchmarks.layouts import LAYOUTS, Layout
+from benchmarks.machine import REPOSITORY
 
 DOCUMENTS = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- /results -->)", re.S)
@@ -124,7 +125,9 @@ def _source(result: Result) -> str:
 
 
 def main(
-    check: Annotated[bool, typer.Option(help="Only say whether the tables are current.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether the tables are current.")
+    ] = False,
 ) -> None:
     """Writes the tables of the README and of docs/ from benchmarks/results."""
     for path in DOCUMENTS:
@@ -141,4 +144,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

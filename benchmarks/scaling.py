@@ -28,22 +28,13 @@ from typing import Annotated
 import typer
 
 from benchmarks import paper
-from benchmarks.common import RESULTS, Figure, Result, describe_hardware, read_result
+from benchmarks.common import RESULTS, Figure, Out, Result, Tiny, read_result
+from benchmarks.machine import GIB, device_figures
 from flux_jax.configs import AutoencoderConfig, FluxConfig, SchedulerConfig
+from flux_jax.errors import exit_on_user_error
 
-GIB = 2**30
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
-Devices = Annotated[int, typer.Option(help="How many, from the first.")]
-Tiny = Annotated[bool, typer.Option(help="The shipped model's size, to try the command.")]
-Out = Annotated[Path, typer.Option(help="Folder of the result file.")]
-
-
-def device_name() -> str:
-    """The kind of the first device, or the CPU's name."""
-    import jax
-
-    device = jax.devices()[0]
-    return device.device_kind if device.platform != "cpu" else describe_hardware()["cpu"]
+Devices = Annotated[int, typer.Option(min=1, help="How many, from the first.")]
 
 
 def dense_rate(directory: Path, device: str) -> float | None:
@@ -106,7 +97,8 @@ def with_scaling(figures: Mapping[str, Figure], measure: str, base: int) -> dict
 def write(benchmark: str, row: str, figures: dict[str, Figure], out: Path, base: int) -> None:
     """Add a row to a result file."""
     named = {f"{row}/{measure}": figure for measure, figure in figures.items()}
-    result = merged(Result(benchmark=benchmark, device=device_name(), figures=named), out, row)
+    device = device_figures()["device"]
+    result = merged(Result(benchmark=benchmark, device=device, figures=named), out, row)
     result = dataclasses.replace(result, figures=with_scaling(result.figures, "rate", base))
     for measure in figures:
         figure = result.figures[f"{row}/{measure}"]
@@ -138,12 +130,12 @@ def distill(
     from ternary.config import DistillConfig
 
     flux = FluxConfig.tiny() if tiny else FluxConfig.dev()
-    size = paper.Step(image_tokens=64, text_tokens=48) if tiny else paper.Step()
+    size = paper.SIZES["tiny" if tiny else "full"][1]
     mesh = make_mesh(fsdp=devices)
     config = DistillConfig(
         steps=1000, learning_rate=1e-4, warmup=5, remat=True, optimizer=optimizer
     )
-    teacher = random_transformer(flux, mesh)
+    teacher = random_transformer(flux, mesh=mesh)
     setup = Setup.of(
         flux,
         mesh,
@@ -187,7 +179,7 @@ def distill(
     }
     if (peak := peak_gib()) is not None:
         figures["peak"] = Figure(value=peak, unit="GiB", note="largest of all devices")
-    if (rate := dense_rate(RESULTS, device_name())) is not None and not tiny:
+    if (rate := dense_rate(RESULTS, device_figures()["device"])) is not None and not tiny:
         used = 4 * forward_flops(flux, size) / step / rate
         figures["utilisation"] = Figure(value=used, unit="share", note="of the dense bf16 rate")
     name = "scaling_distill_tiny" if tiny else "scaling_distill"
@@ -204,17 +196,13 @@ def generate(
     out: Out = RESULTS,
 ) -> None:
     """Draw one image on all devices, and one on each; seconds, memory, scaling."""
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks.random_models import random_autoencoder, random_transformer
+    from benchmarks.random_models import random_autoencoder, random_embeds, random_transformer
     from flux_jax.pipeline import FluxPipeline
-    from flux_jax.prompts import PromptEmbeds
     from flux_jax.sharding import MeshConfig
 
     flux = FluxConfig.tiny() if tiny else FluxConfig.dev()
-    vae = AutoencoderConfig.tiny() if tiny else AutoencoderConfig()
-    text = 48 if tiny else 512
+    vae = AutoencoderConfig.tiny() if tiny else AutoencoderConfig.flux()
+    text = paper.SIZES["tiny" if tiny else "full"][1].text_tokens
     weights = "W1.58A8" if ternary else "bf16"
     rows: dict[str, dict[str, Figure]] = {}
     for how, axes in {
@@ -225,19 +213,12 @@ def generate(
             continue
         mesh = MeshConfig(**axes).make()
         pipe = FluxPipeline(
-            transformer=random_transformer(flux, mesh, ternary=ternary),
+            transformer=random_transformer(flux, activation_bits=8 if ternary else None, mesh=mesh),
             vae=random_autoencoder(vae, mesh),
             scheduler=SchedulerConfig.dev(),
         )
         count = axes.get("data", 1)
-        keys = jax.random.split(jax.random.key(0))
-        embeds = PromptEmbeds(
-            prompts=("",) * count,
-            prompt_embeds=jax.random.normal(
-                keys[0], (count, text, flux.context_in_dim), jnp.bfloat16
-            ),
-            pooled_prompt_embeds=jax.random.normal(keys[1], (count, flux.vec_in_dim), jnp.bfloat16),
-        )
+        embeds = random_embeds(flux, count, text)
         seconds = []
         for _ in range(repeats + 1):
             begun = time.perf_counter()
@@ -267,4 +248,5 @@ def generate(
 
 
 if __name__ == "__main__":
-    app()
+    with exit_on_user_error():
+        app()

@@ -15,12 +15,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import RESULTS, Figure, Result
+from benchmarks.common import RESULTS, Figure, Out, Result, run
+from benchmarks.machine import GIB
+from flux_jax.errors import UserError
 
 DEVICES = 512
 DEPTHS = ((1, 1), (2, 1), (1, 2))
@@ -101,12 +102,16 @@ def main(
     tokens: Annotated[int, typer.Option(help="Image tokens, a square number.")] = 4096,
     text: Annotated[int, typer.Option(help="Text tokens.")] = 512,
     width: Annotated[int, typer.Option(help="Of the model; 3072 for FLUX.1-dev.")] = 3072,
-    mesh: Annotated[list[str] | None, typer.Option(help="Only these rows.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
+    mesh: Annotated[
+        list[str] | None, typer.Option(help=f"Only this row; may be repeated: {'; '.join(MESHES)}.")
+    ] = None,
+    out: Out = RESULTS,
 ) -> None:
     """Plan every mesh and write the figures."""
     if math.isqrt(tokens) ** 2 != tokens:
-        raise typer.BadParameter(f"image tokens must be a square number, got {tokens}")
+        raise UserError(f"--tokens must be a square number, got {tokens}")
+    if unknown := [name for name in mesh or () if name not in MESHES]:
+        raise UserError(f"--mesh: expected one of {'; '.join(MESHES)}, got {unknown[0]}")
     # Before anything imports JAX.
     os.environ["JAX_PLATFORMS"] = "cpu"
     # What nobody will run needs no optimised machine code; memory is laid out before that.
@@ -127,12 +132,12 @@ def main(
             ("peak", whole.arguments + whole.work),
         ):
             note = "extrapolated from 1 and 2 blocks of each kind, at full width"
-            figures[f"{name}/{measure}"] = Figure(value=value / 2**30, unit="GiB", note=note)
-        print(f"{name}: {(whole.arguments + whole.work) / 2**30:.1f} GiB", flush=True)
+            figures[f"{name}/{measure}"] = Figure(value=value / GIB, unit="GiB", note=note)
+        print(f"{name}: {(whole.arguments + whole.work) / GIB:.1f} GiB", flush=True)
         # Row by row: a plan takes minutes.
         result = Result(benchmark="scaling_plan", device="simulated CPU devices", figures=figures)
         print(f"written: {result.write(out).name}", flush=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

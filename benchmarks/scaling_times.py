@@ -27,7 +27,8 @@ from typing import Annotated
 import typer
 
 from benchmarks import paper
-from benchmarks.common import RESULTS, Figure, Result, read_result
+from benchmarks.common import RESULTS, Figure, Out, Result, read_result, run
+from benchmarks.machine import GIB
 from flux_jax.configs import FluxConfig
 
 # NVIDIA's data sheets: NVLink 4 is 900 GB/s a GPU, half of it each way; NDR InfiniBand is 400 Gb/s
@@ -38,7 +39,6 @@ HOST = 8
 # What starting an exchange takes, whatever its size: measured by none of us, and of this order.
 LATENCY = 20e-6
 STEPS = 28
-GIB = 2**30
 # Name of a row: (data, fsdp).
 DISTILL = {
     "2 devices, fsdp 2": (1, 2),
@@ -189,7 +189,7 @@ def figures(measured: Result) -> dict[str, Figure]:
 def main(
     source: Annotated[Path, typer.Option(help="Figures of one device.")] = RESULTS
     / "transformer_step_nvidia-h200.json",
-    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
+    out: Out = RESULTS,
 ) -> None:
     """Compute every row and write the figures."""
     result = Result(
@@ -204,4 +204,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

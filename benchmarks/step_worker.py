@@ -22,111 +22,39 @@ import typer
 from flax import nnx
 
 from benchmarks import floors, trace_table
-from benchmarks.common import QUEUED_STEPS, median_seconds
-from benchmarks.paper import Step
-from flux_jax.components import abstract_module
+from benchmarks.common import QUEUED_STEPS, median_seconds, run
+from benchmarks.machine import device_figures
+from benchmarks.paper import SIZES, Step
+from benchmarks.random_models import random_transformer
 from flux_jax.configs import FluxConfig
 from flux_jax.kernels import use_kernels
 from flux_jax.rope import image_ids, rotary_angles, text_ids
 from flux_jax.transformer import DoubleStreamBlock, SingleStreamBlock
-from ternary.config import QuantConfig
-from ternary.layers import TernaryLinear
-from ternary.policy import Policy, linears, replace_linears, select
 
 INPUT_SETS = 4
-SIZES: dict[str, tuple[FluxConfig, Step]] = {
-    "full": (FluxConfig.dev(), Step()),
-    "tiny": (FluxConfig.tiny(), Step(image_tokens=64, text_tokens=48)),
-}
 
 Inputs = tuple[Any, ...]
 # What a variant gives: the function to time, its argument sets, and the program's text if one.
 Prepared = tuple[Callable[..., Any], list[Inputs], str]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(key: jax.Array, shape: tuple[int, ...], mean: float, deviation: float) -> jax.Array:
-    return mean + deviation * jax.random.normal(key, shape, jnp.bfloat16)
-
-
-def random_weights(config: FluxConfig) -> tuple[Any, Any]:
-    """The transformer with random bf16 weights of a trained model's scale, drawn on the device.
-
-    No zeros anywhere: a product of zeros runs faster than one of real data.
-
-    Returns:
-      (graphdef, state) of `nnx.split`.
-    """
-    return random_weights_of(abstract_module("transformer", config, jnp.bfloat16))
-
-
-def random_weights_of(abstract: Any) -> tuple[Any, Any]:
-    """As `random_weights`, for a transformer of shapes alone, with packed linears or without."""
-    graphdef, state = nnx.split(abstract)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
-    key = jax.random.key(0, impl="rbg")
-    drawn = []
-    packed = {
-        path[:-2]: 4 * leaf.shape[1]
-        for path, leaf in leaves
-        if jax.tree_util.keystr(path[-2:-1]) == "['packed']"
-    }
-    for index, (path, leaf) in enumerate(leaves):
-        key_of_leaf = jax.random.fold_in(key, index)
-        if leaf.dtype == jnp.uint8:
-            drawn.append(_codes(key_of_leaf, leaf.shape))
-            continue
-        if path[:-2] in packed and leaf.dtype == jnp.float16:
-            # Two of three codes are not zero.
-            size = math.sqrt(1.5 / packed[path[:-2]])
-            drawn.append(_normal(key_of_leaf, leaf.shape, size, 0.1 * size).astype(leaf.dtype))
-            continue
-        if "scale" in jax.tree_util.keystr(path):
-            mean, deviation = 1.0, 0.1
-        elif len(leaf.shape) == 1:
-            mean, deviation = 0.0, 0.02
-        else:
-            mean, deviation = 0.0, 1.0 / math.sqrt(leaf.shape[-1])
-        drawn.append(_normal(key_of_leaf, leaf.shape, mean, deviation))
-    return graphdef, jax.tree_util.tree_unflatten(structure, drawn)
-
-
-def random_ternary_weights(
-    config: FluxConfig, activation_bits: int, kernels: str | None
+def random_weights(
+    config: FluxConfig, variant: str = "whole", kernels: str | None = None
 ) -> tuple[Any, Any]:
-    """As `random_weights`, with the default policy's linears packed: random codes, a scale per
-    output that keeps the variance.
+    """(graphdef, state) of a transformer with random weights.
 
     Args:
-      config: of the transformer.
-      activation_bits: 8 or 16.
-      kernels: as in `flux_jax.kernels.use_kernels`.
+      config: its size.
+      variant: one of `TERNARY` for packed weights.
+      kernels: of those, as in `flux_jax.kernels.use_kernels`.
+
+    Raises:
+      UserError: the kernels cannot run here.
     """
-    graphdef, state = random_weights_of(ternary_structure(config, activation_bits))
-    # Its check asks where the weights are: they must be there.
-    model = nnx.merge(graphdef, state)
-    use_kernels(model, kernels=kernels)
+    model = random_transformer(config, activation_bits=TERNARY.get(variant))
+    if variant in TERNARY:
+        use_kernels(model, kernels=kernels)
     return nnx.split(model)
-
-
-def ternary_structure(config: FluxConfig, activation_bits: int) -> Any:
-    """The transformer with packed linears, of shapes alone."""
-    model = abstract_module("transformer", config, jnp.bfloat16)
-    quant = QuantConfig(activation_bits=activation_bits)
-
-    def make(_: str, linear: Any) -> TernaryLinear:
-        rows, columns = linear.weight.shape
-        return nnx.eval_shape(lambda: TernaryLinear(columns, rows, quant))
-
-    replace_linears(model, select(list(linears(model)), Policy()), make)
-    return model
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _codes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Random packed codes, each of 0, 1 and 2."""
-    planes = jax.random.randint(key, (4, *shape), 0, 3, jnp.uint8)
-    return planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
 
 
 def random_inputs(config: FluxConfig, step: Step) -> list[Inputs]:
@@ -142,7 +70,10 @@ def random_inputs(config: FluxConfig, step: Step) -> list[Inputs]:
             (step.batch, step.text_tokens, config.context_in_dim),
             (step.batch, config.vec_in_dim),
         )
-        img, txt, y = (_normal(k, shape, 0.0, 1.0) for k, shape in zip(keys, shapes, strict=True))
+        img, txt, y = (
+            jax.random.normal(key, shape, jnp.bfloat16)
+            for key, shape in zip(keys, shapes, strict=True)
+        )
         time_ = jnp.full((step.batch,), 1.0 - index / INPUT_SETS, jnp.float32)
         guidance = jnp.full((step.batch,), 3.5, jnp.float32) if config.guidance_embed else None
         sets.append((img, ids, txt, texts, time_, y, guidance))
@@ -233,15 +164,15 @@ def prepare_blocks(graphdef: Any, state: Any, sets: list[Inputs]) -> Prepared:
     return step, [(inputs,) for inputs in sets], ""
 
 
+# With packed weights; the activations' bits.
+TERNARY = {"ternary-a8": 8, "ternary-a16": 16}
 VARIANTS: dict[str, Callable[[Any, Any, list[Inputs]], Prepared]] = {
     "whole": prepare_whole,
     "hoisted": prepare_hoisted,
     "blocks": prepare_blocks,
+    # As the pipeline runs it.
+    **dict.fromkeys(TERNARY, prepare_hoisted),
 }
-
-
-# With packed weights, the step as the pipeline runs it; the activations' bits.
-TERNARY = {"ternary-a8": 8, "ternary-a16": 16}
 
 
 def check_outputs(step: Callable[..., Any], arguments: list[Inputs]) -> None:
@@ -258,9 +189,7 @@ def check_outputs(step: Callable[..., Any], arguments: list[Inputs]) -> None:
 def main(
     output: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")],
     size: Annotated[str, typer.Option(help="full or tiny.")] = "full",
-    variant: Annotated[
-        str, typer.Option(help="whole, hoisted, blocks, ternary-a8 or ternary-a16.")
-    ] = "whole",
+    variant: Annotated[str, typer.Option(help=f"One of {', '.join(VARIANTS)}.")] = "whole",
     kernels: Annotated[
         str | None,
         typer.Option(help="Of packed weights: mosaic, triton or jax; by itself if none."),
@@ -271,24 +200,12 @@ def main(
 ) -> None:
     """Compiles one variant of the transformer step and times it."""
     config, step_size = SIZES[size]
-    device = jax.devices()[0]
-    start = time.perf_counter()
-    if variant in TERNARY:
-        graphdef, state = random_ternary_weights(config, TERNARY[variant], kernels)
-    else:
-        graphdef, state = random_weights(config)
+    graphdef, state = random_weights(config, variant, kernels)
     sets = random_inputs(config, step_size)
     jax.block_until_ready((state, sets))
-    figures: dict[str, Any] = {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "init_s": time.perf_counter() - start,
-    }
-
     start = time.perf_counter()
-    prepare = prepare_hoisted if variant in TERNARY else VARIANTS[variant]
-    step, arguments, text = prepare(graphdef, state, sets)
-    figures["compile_s"] = time.perf_counter() - start
+    step, arguments, text = VARIANTS[variant](graphdef, state, sets)
+    figures: dict[str, Any] = {"compile_s": time.perf_counter() - start}
     print(f"  {variant}: compiled in {figures['compile_s']:.1f} s", flush=True)
     if repeats:
         # Waited for first: a card that comes out of a long queue is still at its power limit.
@@ -297,8 +214,8 @@ def main(
                 step, arguments, wait=jax.block_until_ready, repeats=repeats, calls=calls
             )
             figures[name] = 1e3 * seconds
-        stats = device.memory_stats() or {}
-        figures["peak_bytes"] = stats.get("peak_bytes_in_use")
+        # Before anything else takes memory.
+        figures |= device_figures()
         check_outputs(step, arguments)
         times = f"{figures['step_ms']:.2f} ms a step, {figures['waited_ms']:.2f} waited for"
         print(f"  {variant}: {times}", flush=True)
@@ -307,7 +224,7 @@ def main(
     if floor:
         del state, arguments, step, sets
         figures["floors_ms"] = floors.measure(config, step_size)
-    output.write_text(json.dumps(figures), encoding="utf-8")
+    output.write_text(json.dumps({**device_figures(), **figures}), encoding="utf-8")
 
 
 def _profile(step: Callable[..., Any], arguments: list[Inputs], text: str, folder: Path) -> None:
@@ -326,4 +243,4 @@ def _profile(step: Callable[..., Any], arguments: list[Inputs], text: str, folde
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

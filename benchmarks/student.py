@@ -17,8 +17,10 @@ import numpy as np
 import typer
 from PIL import Image
 
-from benchmarks.common import RESULTS, Figure, Peer, Result, package_versions
+from benchmarks.common import RESULTS, Figure, Out, Peer, Result, run
 from benchmarks.composition import figures as score_figures
+from benchmarks.machine import package_versions
+from benchmarks.processes import folder_bytes
 from flux_jax.assets import STUDENT, TEACHER, shipped_path
 from flux_jax.evaluate import Evaluation, evaluate, file_name, select_prompts
 from flux_jax.images import psnr
@@ -48,11 +50,6 @@ def rounded(teacher: FluxPipeline, folder: Path) -> Any:
     return transformer
 
 
-def stored_bytes(folder: Path) -> int:
-    """Of a pipeline's transformer on disk, its configuration included."""
-    return sum(file.stat().st_size for file in (folder / "transformer").iterdir())
-
-
 def pictures(folder: Path, count: int) -> np.ndarray:
     """The drawn images, (N, H, W, 3) in [0, 1]."""
     images = []
@@ -68,7 +65,7 @@ def main(
         int | None, typer.Option(help="Only the first LIMIT prompts of each category.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.5,
-    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
+    out: Out = RESULTS,
 ) -> None:
     """Draw, score and compare; write the result file."""
     teacher = FluxPipeline.from_pretrained(TEACHER)
@@ -101,7 +98,7 @@ def main(
         place = images / name.split(",")[0].replace(".", "")
         found[name] = evaluate(pipe, place, prompts=prompts, embeds=embeds, guidance_scale=guidance)
         drawn[name] = pictures(place, len(prompts))
-        size = stored_bytes(folder)
+        size = folder_bytes(folder / "transformer")
         columns[name] = {
             **score_figures(found[name].scores),
             "kept": Figure(
@@ -128,4 +125,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -1,8 +1,8 @@
 """FLUX.1-dev's shapes through the ternary tools: quantise, calibrate two blocks, load, one step.
 
     python -m benchmarks.ternary_fullsize --work /a/disk/with/35/GB    # one GPU, 64 GB of memory
-    python -m benchmarks.ternary_fullsize --size tiny                  # anywhere, in a minute
-    python -m benchmarks.ternary_fullsize --work /a/disk/with/30/GB --size cpu    # 8 GB of memory
+    python -m benchmarks.ternary_fullsize --work /a/disk/with/30/GB --cpu    # 8 GB of memory
+    python -m benchmarks.ternary_fullsize --tiny                       # anywhere, in a minute
 
 Random bf16 weights of a trained model's scale (23.8 GB), made here. Each stage is a process of its
 own, so that its peaks are its own; host memory is the peak resident set (`wait4`).
@@ -14,7 +14,7 @@ own, so that its peaks are its own; host memory is the peak resident set (`wait4
   the memory that `nvidia-smi` tells, and `XLA_PYTHON_CLIENT_PREALLOCATE=true` makes that pool all
   there is: a byte more is an error, not a figure.
 - load: the ternary checkpoint onto the device, uncapped.
-- With `--size cpu` nothing is calibrated: what is loaded is what was rounded, and a step is one of
+- With `--cpu` nothing is calibrated: what is loaded is what was rounded, and a step is one of
   256 x 256 pixels.
 - step: the pipeline's denoising loop, batch 1, plain JAX; the first step compiles.
 
@@ -29,94 +29,31 @@ Writes `benchmarks/results/ternary_fullsize_<device>.json`.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import REPOSITORY, RESULTS, Figure, Result, describe_hardware
+from benchmarks.common import RESULTS, Figure, OutOrNone, Result, Tiny, run
+from benchmarks.machine import GIB
+from benchmarks.processes import card_environment, folder_bytes, run_module, run_process
 from benchmarks.ternary_fullsize_worker import SIZES
-
-GIB = 2**30
-# An A10 shows 22.5 GiB; the driver's context and the libraries' code are beside JAX's pool.
-CARD_BYTES = 22 * GIB
-
-
-def run_process(
-    command: Sequence[str],
-    environment: dict[str, str] | None = None,
-    stdout: TextIO | None = None,
-) -> tuple[float, float]:
-    """Seconds and peak resident bytes of a command.
-
-    Args:
-      command: and its arguments.
-      environment: added to this process's.
-      stdout: where its output goes, if not to this process's.
-
-    Raises:
-      RuntimeError: it failed.
-    """
-    start = time.perf_counter()
-    together = {**os.environ, **(environment or {})}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=together, stdout=stdout)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command[1:4])} failed: exit code {process.returncode}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run_stage(
     stage: str, size: str, work: Path, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """A stage's figures, with the seconds and the peak host bytes of its process."""
+    """A stage's figures, as `run_module` gives them."""
     print(f"{stage} ...", flush=True)
-    output = work / f"{stage}.json"
-    worker = [sys.executable, "-m", "benchmarks.ternary_fullsize_worker", stage]
-    places = ["--work", str(work), "--output", str(output), "--size", size]
-    seconds, host = run_process([*worker, *places], environment)
-    figures = json.loads(output.read_text(encoding="utf-8"))
+    worker, options = "benchmarks.ternary_fullsize_worker", ["--work", str(work), "--size", size]
+    figures = run_module(worker, stage, *options, environment=environment)
+    seconds, host = figures["process_s"], figures["host_bytes"]
     print(f"{stage}: {seconds:.1f} s, {host / 1e9:.1f} GB on the host", flush=True)
-    return {**figures, "process_s": seconds, "host_bytes": host}
-
-
-def card_environment() -> dict[str, str]:
-    """Settings under which JAX has no more device memory than a card of 24 GB; none without a GPU.
-
-    Raises:
-      RuntimeError: the device has less.
-    """
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return memory_settings(int(told.split()[0]) * 2**20)
-
-
-def memory_settings(total: int) -> dict[str, str]:
-    """The environment for a device of so many bytes."""
-    if total < CARD_BYTES:
-        raise RuntimeError(f"the device has {total / GIB:.1f} GiB, a 24 GB card has more")
-    return {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
-        # Rounded down: the pool may not be larger than the card.
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{int(1e4 * CARD_BYTES / total) / 1e4:.4f}",
-    }
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    return figures
 
 
 def measure(size: str, work: Path) -> dict[str, Any]:
@@ -216,34 +153,33 @@ def calibrate_figures(calibrate: dict[str, Any]) -> dict[str, Figure]:
 
 
 def main(
-    size: Annotated[str, typer.Option(help="full, cpu or tiny.")] = "full",
+    tiny: Tiny = False,
+    cpu: Annotated[
+        bool, typer.Option(help="On the CPU: nothing is calibrated, a step of 256 x 256.")
+    ] = False,
     work: Annotated[
         Path | None, typer.Option(help="Folder for the checkpoints: 35 GB free in full size.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the result file; a tiny run writes none else.")
-    ] = None,
+    out: OutOrNone = None,
 ) -> None:
     """Measures every stage and writes the result file."""
-    if size not in SIZES:
-        raise SystemExit(f"error: --size must be one of {', '.join(SIZES)}, got {size}")
+    size = "cpu" if cpu else "tiny" if tiny else "full"
     start = time.perf_counter()
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ternary-fullsize-", dir=work) as name:
         found = measure(size, Path(name))
-    load = found["load"]
     result = Result(
         benchmark="ternary_fullsize" if size == "full" else f"ternary_fullsize_{size}",
-        device=str(describe_hardware()["cpu"]) if load["platform"] == "cpu" else load["device"],
+        device=found["load"]["device"],
         figures=result_figures(found),
     )
     for name, figure in result.figures.items():
         print(f"  {name:22} {figure.value:12.4g} {figure.unit:6} {figure.note}")
-    if size != "tiny" or out is not None:
+    if out is not None or not tiny:
         print(f"written: {result.write(out or RESULTS).name}")
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

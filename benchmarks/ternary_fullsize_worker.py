@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import paper
-from benchmarks.common import device_figures
+from benchmarks.common import run
+from benchmarks.machine import device_figures
 from flux_jax.configs import FluxConfig
 
 
@@ -139,6 +140,7 @@ def calibrate(size: Size, work: Path) -> dict[str, Any]:
 
 
 def load_transformer(work: Path) -> Any:
+    """The calibrated transformer, once all of it is on the device."""
     import jax
 
     from flux_jax.checkpoint import load_checkpoint
@@ -233,4 +235,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

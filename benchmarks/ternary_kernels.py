@@ -17,12 +17,13 @@ Writes `benchmarks/results/ternary_kernels_<gpu>.json`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.common import RESULTS, Figure, Peer, Result, git_commit, package_versions
+from benchmarks.common import RESULTS, Commit, Figure, OutOrNone, Peer, Result, Tiny, run
+from benchmarks.machine import device_figures, git_commit, package_versions
+from flux_jax.errors import UserError
 from pallas_kernels import bench
 from pallas_kernels.bench import Row
 
@@ -75,12 +76,12 @@ def speedups(rows: list[Row]) -> dict[str, Figure]:
     return figures
 
 
-def to_result(rows: list[Row], device: str, commit: str) -> Result:
+def to_result(benchmark: str, rows: list[Row], device: str, commit: str) -> Result:
     """The result file: ours, and XLA's dense products as the peer."""
     dense = [row for row in rows if row.backend == "xla"]
     ours = [row for row in rows if row.backend != "xla"]
     return Result(
-        benchmark="ternary_kernels",
+        benchmark=benchmark,
         device=device,
         commit=commit,
         figures={**speedups(rows), **times(ours)},
@@ -91,28 +92,27 @@ def to_result(rows: list[Row], device: str, commit: str) -> Result:
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timings that each median is over.")] = 15,
-    tiny: Annotated[bool, typer.Option("--tiny", help="One small shape; writes nothing.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the result.", show_default=False)] = RESULTS,
-    commit: Annotated[str | None, typer.Option(help="Where .git is absent: the commit.")] = None,
+    tiny: Tiny = False,
+    out: OutOrNone = None,
+    commit: Commit = None,
 ) -> None:
     """Time packed-ternary products and XLA's dense ones."""
-    import jax
-
     names = tuple(name for name, reason in bench.backends_here().items() if reason is None)
     kernels = tuple(name for name in names if name != "jax")
     if not tiny and not kernels:
-        raise SystemExit("error: needs an NVIDIA GPU from Ampere on; --tiny runs anywhere")
+        raise UserError("needs an NVIDIA GPU from Ampere on; --tiny runs anywhere")
     rows = []
     for m, k, n in bench.SMALL if tiny else (*bench.MANY, *bench.FEW):
         for row in bench.time_shape(m, k, n, backends=kernels or names, repeats=repeats):
             rows.append(row)
             typer.echo(f"{shape_name(row):>18} {row.what:20} {row.backend:7} {row.ms:9.4f} ms")
-    result = to_result(rows, jax.devices()[0].device_kind, commit or git_commit())
+    name = "ternary_kernels_tiny" if tiny else "ternary_kernels"
+    result = to_result(name, rows, device_figures()["device"], commit or git_commit())
     for name, figure in speedups(rows).items():
         typer.echo(f"{name:30} {figure.value:6.2f} {figure.unit}  {figure.note}")
-    if not tiny:
-        typer.echo(str(result.write(out)))
+    if out is not None or not tiny:
+        typer.echo(f"written: {result.write(out or RESULTS).name}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

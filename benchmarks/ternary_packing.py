@@ -27,14 +27,8 @@ import ml_dtypes
 import numpy as np
 import typer
 
-from benchmarks.common import (
-    Figure,
-    Peer,
-    Result,
-    describe_hardware,
-    median_seconds,
-    package_versions,
-)
+from benchmarks.common import RESULTS, Figure, OutOrNone, Peer, Result, Tiny, median_seconds, run
+from benchmarks.machine import describe_hardware, package_versions
 from flux_jax.configs import FluxConfig
 from ternary.policy import Policy, select
 from ternary.storage.base3 import base3_to_packed, pack_base3, unpack_base3
@@ -80,7 +74,8 @@ def measure(config: FluxConfig, repeats: int) -> tuple[dict[str, float], int]:
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each operation.")] = 5,
-    tiny: Annotated[bool, typer.Option("--tiny", help="The tiny model; writes nothing.")] = False,
+    tiny: Tiny = False,
+    out: OutOrNone = None,
 ) -> None:
     """Time packing and unpacking at full size."""
     config = FluxConfig.tiny() if tiny else FluxConfig.dev()
@@ -97,10 +92,8 @@ def main(
     }
     for name, figure in figures.items():
         typer.echo(f"{name:16} {figure.value:14.6g} {figure.unit:6} {figure.note}")
-    if tiny:
-        return
     result = Result(
-        benchmark="ternary_packing",
+        benchmark="ternary_packing_tiny" if tiny else "ternary_packing",
         device=str(describe_hardware()["cpu"]),
         figures=figures,
         peers={
@@ -111,12 +104,14 @@ def main(
         },
         versions=package_versions("numpy", "ml_dtypes", "jax"),
     )
-    typer.echo(str(result.write()))
+    if out is not None or not tiny:
+        typer.echo(f"written: {result.write(out or RESULTS).name}")
 
 
 def rate(nbytes: float, seconds: float, note: str) -> Figure:
+    """GB, of 1e9 bytes, a second."""
     return Figure(value=nbytes / seconds / 1e9, unit="GB/s", note=note)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -20,6 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.common import run
+from flux_jax.errors import UserError
+
 KINDS = ("matmul", "attention", "elementwise", "copy", "collective", "control")
 
 _BY_NAME = (
@@ -131,13 +134,12 @@ def read_trace(folder: Path, program: Mapping[str, Operation] | None = None) -> 
         program: the compiled program's operations, from `read_program`.
 
     Raises:
-        FileNotFoundError: there is no trace under `folder`.
-        ValueError: the trace holds no device event.
+        UserError: there is no trace under `folder`, or it holds no device event.
     """
     # By path: the profiler names its folders by date and time.
     traces = sorted(folder.rglob("*.xplane.pb"))
     if not traces:
-        raise FileNotFoundError(f"no *.xplane.pb under {folder}: was the profiler stopped?")
+        raise UserError(f"no *.xplane.pb under {folder}: was the profiler stopped?")
     import jax
 
     return summarise(jax.profiler.ProfileData.from_file(str(traces[-1])), program or {})
@@ -147,6 +149,9 @@ def summarise(profile: Any, program: Mapping[str, Operation]) -> Table:
     """Sums up a `jax.profiler.ProfileData`.
 
     Events can hold others (a loop and its body), so each counts for what is not inside another.
+
+    Raises:
+        UserError: the profile holds no device event.
     """
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
@@ -162,7 +167,7 @@ def summarise(profile: Any, program: Mapping[str, Operation]) -> Table:
             kind = known.kind if known else _kind_of_name(name, operation)
             labels[key] = (kind, known.scope if known else "", known.shape if known else "")
     if not intervals:
-        raise ValueError("the trace holds no device event: nothing ran between start and stop")
+        raise UserError("the trace holds no device event: nothing ran between start and stop")
     rows = [
         Row(
             name=key,
@@ -288,7 +293,10 @@ def _union(intervals: list[tuple[float, float]]) -> float:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="The folder given to jax.profiler.trace.")],
-    hlo: Annotated[Path | None, typer.Option(help="The compiled program's text, gzipped.")] = None,
+    hlo: Annotated[
+        Path | None,
+        typer.Option(help="The compiled program's text, gzipped.", exists=True, dir_okay=False),
+    ] = None,
     steps: Annotated[int, typer.Option(help="How many steps the trace holds.")] = 1,
     top: Annotated[int, typer.Option(help="How many kernels to list.")] = 25,
 ) -> None:
@@ -299,4 +307,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

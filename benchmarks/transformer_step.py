@@ -12,48 +12,27 @@ Writes `benchmarks/results/transformer_step_<device>.json`.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks import paper
-from benchmarks.common import (
-    REPOSITORY,
-    RESULTS,
-    Figure,
-    Peer,
-    Result,
-    command_line,
-    describe_hardware,
-    git_commit,
-    package_versions,
-)
+from benchmarks.common import RESULTS, Commit, Figure, OutOrNone, Peer, Result, Tiny, run
+from benchmarks.machine import GIB, git_commit
+from benchmarks.processes import compilation_cache, run_module
+from benchmarks.step_worker import VARIANTS
 from flux_jax.configs import FluxConfig
-
-GIB = 2**30
-
-
-def run_module(module: str, *arguments: str, environment: dict[str, str]) -> dict[str, Any] | None:
-    """Runs a module that writes its figures to `--output`; None if it failed, after its message."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "figures.json"
-        command = [sys.executable, "-m", module, "--output", str(output), *arguments]
-        done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **environment})
-        if done.returncode or not output.exists():
-            print(f"  {module} failed (exit code {done.returncode})", file=sys.stderr)
-            return None
-        return json.loads(output.read_text(encoding="utf-8"))
+from flux_jax.errors import UserError
 
 
 def run_variant(
     variant: str, size: str, repeats: int, *, cold: bool, extra: list[str], common: list[str]
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Compiles one variant from an empty cache, then again from the filled one, and times it.
 
     Args:
@@ -61,33 +40,22 @@ def run_variant(
       cold: whether the first is wanted.
       extra: options of the timed run alone.
       common: options of both.
+
+    Raises:
+      RuntimeError: a process failed.
     """
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        common = ["--size", size, "--variant", variant, *common]
-        first = None
-        if cold:
-            first = run_module(
-                "benchmarks.step_worker", *common, "--repeats", "0", environment=environment
-            )
-        timed = run_module(
-            "benchmarks.step_worker",
-            *common,
-            *("--repeats", str(repeats)),
-            *extra,
-            environment=environment,
-        )
-    if timed is None or (cold and first is None):
-        return None
-    if first is not None:
-        timed["compile_cold_s"], timed["compile_warm_s"] = first["compile_s"], timed["compile_s"]
-    else:
-        timed["compile_cold_s"] = timed["compile_s"]
-    return timed
+    worker = ["benchmarks.step_worker", "--size", size, "--variant", variant, *common]
+    with tempfile.TemporaryDirectory() as folder:
+        cache = compilation_cache(folder)
+        first = run_module(*worker, "--repeats", "0", environment=cache) if cold else None
+        timed = run_module(*worker, "--repeats", str(repeats), *extra, environment=cache)
+    if first is None:
+        return {**timed, "compile_cold_s": timed["compile_s"]}
+    return {
+        **timed,
+        "compile_cold_s": first["compile_s"],
+        "compile_warm_s": timed["compile_s"],
+    }
 
 
 def variant_figures(measured: dict[str, Any], suffix: str = "") -> dict[str, Figure]:
@@ -164,20 +132,29 @@ def peer_results(measured: dict[str, Any]) -> dict[str, Peer]:
     return peers
 
 
+def part(what: str, run_it: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """What a part of the benchmark found; None, after the reason, if it failed."""
+    print(what, flush=True)
+    try:
+        return run_it()
+    except RuntimeError as error:
+        print(f"  {error}", file=sys.stderr)
+        return None
+
+
 def main(
-    tiny: Annotated[bool, typer.Option(help="The shipped model's size.")] = False,
+    tiny: Tiny = False,
     variants: Annotated[
         str,
         typer.Option(
-            help="whole, hoisted, blocks, ternary-a8, ternary-a16: comma-separated, the first is "
-            "the figure."
+            help=f"Of {', '.join(VARIANTS)}, separated by commas; the first is the figure."
         ),
     ] = "whole",
     kernels: Annotated[
         str | None,
         typer.Option(help="Of packed weights: mosaic, triton or jax; by itself if none."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed steps.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 20,
     cold: Annotated[bool, typer.Option(help="Measure the compile with an empty cache.")] = True,
     floor: Annotated[bool, typer.Option(help="Time the products and the attention alone.")] = True,
     peers: Annotated[bool, typer.Option(help="Time diffusers too, eager and compiled.")] = False,
@@ -185,62 +162,56 @@ def main(
     profile: Annotated[
         Path | None, typer.Option(help="Trace the first variant here, others in folders below.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the result file.")] = None,
-    commit: Annotated[str | None, typer.Option(help="Where .git is absent: the commit.")] = None,
+    out: OutOrNone = None,
+    commit: Commit = None,
 ) -> None:
     """Times one step of the FLUX.1-dev transformer and writes the result file."""
     size = "tiny" if tiny else "full"
-    config = FluxConfig.tiny() if tiny else FluxConfig.dev()
-    step = paper.Step(image_tokens=64, text_tokens=48) if tiny else paper.Step()
-    figures: dict[str, Figure] = {}
-    device, failed = "", False
-    for index, variant in enumerate(variants.split(",")):
-        extra = []
-        if index == 0:
-            extra = ["--floor"] * floor + (["--profile", str(profile.resolve())] if profile else [])
-        elif profile is not None:
-            extra = ["--profile", str(profile.resolve() / variant)]
-        print(f"variant {variant}", flush=True)
-        chosen = ["--kernels", kernels] if kernels else []
-        measured = run_variant(variant, size, repeats, cold=cold, extra=extra, common=chosen)
-        if measured is None:
-            failed = True
-            continue
-        device = device or (
-            measured["device"] if measured["platform"] != "cpu" else describe_hardware()["cpu"]
-        )
-        figures |= variant_figures(measured, "" if index == 0 else f"/{variant}")
-        if "floors_ms" in measured:
-            figures |= floor_figures(measured["floors_ms"])
-    if not figures:
-        raise SystemExit("error: no variant ran, nothing to write")
-    results = {}
-    if peers:
-        print("peer diffusers", flush=True)
+    wanted = variants.split(",")
+    if unknown := sorted(set(wanted) - set(VARIANTS)):
+        expected = ", ".join(VARIANTS)
+        raise UserError(f"--variants: expected some of {expected}, got {', '.join(unknown)}")
+    common = ["--kernels", kernels] if kernels else []
+    found: list[dict[str, Any] | None] = []
+    for index, variant in enumerate(wanted):
+        extra = ["--floor"] if floor and index == 0 else []
+        if profile is not None:
+            place = profile.resolve() / ("" if index == 0 else variant)
+            extra += ["--profile", str(place)]
+        one = partial(run_variant, variant, size, repeats, cold=cold, extra=extra, common=common)
+        found.append(part(f"variant {variant}", one))
+    peer = None
+    if peers and any(found):
         arguments = ["--size", size, "--repeats", str(repeats)]
         arguments += [] if peer_compile else ["--no-compiled"]
-        measured = run_module("benchmarks.peers.diffusers_step", *arguments, environment={})
-        failed |= measured is None
-        results = peer_results(measured) if measured else {}
+        module = "benchmarks.peers.diffusers_step"
+        peer = part("peer diffusers", partial(run_module, module, *arguments))
 
+    figures: dict[str, Figure] = {}
+    device = ""
+    for index, (variant, measured) in enumerate(zip(wanted, found, strict=True)):
+        if measured is not None:
+            device = device or measured["device"]
+            figures |= variant_figures(measured, "" if index == 0 else f"/{variant}")
+            figures |= floor_figures(measured["floors_ms"]) if "floors_ms" in measured else {}
+    if not figures:
+        raise SystemExit("error: no variant ran, nothing to write")
     result = Result(
         benchmark="transformer_step_tiny" if tiny else "transformer_step",
         device=device,
-        figures=figures | paper_figures(config, step),
-        peers=results,
-        command=command_line(),
-        versions=package_versions(),
+        figures=figures | paper_figures(*paper.SIZES[size]),
+        peers=peer_results(peer) if peer else {},
         commit=commit or git_commit(),
     )
     for name, figure in result.figures.items():
         print(f"  {name:26} {figure.value:10.3f} {figure.unit}")
-    for name, peer in result.peers.items():
-        print(f"  {name}: {peer.figures['step_ms'].value:.2f} ms")
+    for name, other in result.peers.items():
+        print(f"  {name}: {other.figures['step_ms'].value:.2f} ms")
     if out is not None or not tiny:
         print(f"written: {result.write(out or RESULTS).name}")
-    if failed:
+    if None in found or (peers and peer is None):
         raise SystemExit("error: a part of the benchmark failed, see above")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from tools import commands
@@ -21,6 +22,9 @@ from tools import commands
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("convert", "flux_jax", "pallas_kernels", "ternary")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+PROSE = [ROOT / "README.md", *PAGES, ROOT / "examples" / "tiny_flux" / "README.md"]
+# What is run with `python -m` and is no command line of a package.
+SCRIPTS = ("benchmarks", "examples", "tools")
 GAP = "\0"
 
 
@@ -93,19 +97,22 @@ def test_every_page_is_in_the_navigation():
     assert notebooks <= listed
 
 
-def shell_commands() -> list[tuple[str, str]]:
-    """(page, command) of every `python -m` command of ours in a block of a page."""
-    found = []
-    for path in [ROOT / "README.md", *PAGES]:
+BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.S | re.M)
+
+
+def shell_commands(modules: tuple[str, ...] = PACKAGES) -> list[tuple[str, str]]:
+    """(page, command) of every `python -m` command of ours on a page, in a block or in a line."""
+    found = set()
+    for path in PROSE:
         text = path.read_text(encoding="utf-8")
-        for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.S | re.M):
-            if language not in ("", "bash"):
-                continue
-            for line in block.replace("\\\n", " ").splitlines():
-                match = re.search(rf"python -m ((?:{'|'.join(PACKAGES)})\b.*)", line)
-                if match:
-                    found.append((path.name, match[1].strip()))
-    return sorted(set(found))
+        blocks = [block for language, block in BLOCK.findall(text) if language in ("", "bash")]
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", BLOCK.sub("", text))
+        for line in lines:
+            match = re.search(rf"python -m ((?:{'|'.join(modules)})\b.*)", line)
+            if match:
+                found.add((path.name, match[1].strip()))
+    return sorted(found)
 
 
 KNOWN = {command.call.removeprefix("python -m "): command for command in commands.commands()}
@@ -123,6 +130,42 @@ def test_a_command_of_a_page_exists(page, command):
     known = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
     used = {word for word in words if word.startswith("--")}
     assert used <= known | {"--help"}, f"{page}: {command} has no {sorted(used - known)}"
+
+
+@pytest.mark.parametrize(("page", "command"), shell_commands(SCRIPTS))
+def test_a_script_of_a_page_exists(page, command):
+    name, *words = shlex.split(command, comments=True)
+    module = importlib.import_module(name)
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer()
+        app.command()(module.main)
+    parser = typer.main.get_command(app)
+    if hasattr(parser, "commands"):
+        assert words, f"{page}: {command} wants one of {sorted(parser.commands)}"
+        parser = parser.commands[words[0]]
+    known = {option for p in parser.params for option in [*p.opts, *p.secondary_opts]}
+    used = {word for word in words if word.startswith("--")}
+    assert used <= known, f"{page}: {command} has no {sorted(used - known)}"
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda path: path.name)
+def test_a_file_of_a_page_exists(page):
+    """A path in code marks that begins with a folder of ours; `*` and `<...>` are anything."""
+    folders = "|".join((*PACKAGES, *SCRIPTS, "docs", "notebooks", "requirements", "tests"))
+    # Of another repository, whose folder is called like one of ours.
+    foreign = {"examples/dataset"}
+    for named in set(re.findall(rf"`((?:{folders})/[\w./*<>-]+)`", page.read_text("utf-8"))):
+        assert named in foreign or list(ROOT.glob(re.sub(r"<\w+>", "*", named))), named
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda path: path.name)
+def test_lines_of_prose_can_be_read(page):
+    """Beside another window, and in a diff; what a program wrote and code stand as they are."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    text = re.sub(r"<!-- (\w+).*?<!-- /\1", "", text, flags=re.S)
+    long = [line for line in text.splitlines() if len(line) > 145 and not line.startswith("|")]
+    assert not long
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""What the README promises: its snippet runs, its commands and options exist."""
+"""What the README promises: its snippet runs, its targets and files exist.
+
+Its commands are checked with those of the pages, in test_docs.py.
+"""
 
 from __future__ import annotations
 
@@ -25,30 +28,6 @@ def test_quick_start_draws_an_image(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "image.png") as image:
         assert image.size == (128, 128)
-
-
-def commands() -> list[tuple[str, ...]]:
-    """(module, subcommands or "", options...) of every `python -m` command in the README."""
-    found = set()
-    for line in re.findall(r"python -m (?:flux_jax|convert)[^`\n|]*", README):
-        words = line.split()[2:]
-        module, rest = words[0], words[1:]
-        options = sorted(word for word in rest if word.startswith("--"))
-        subcommand = rest[0] if module == "flux_jax" else ""
-        if subcommand == "evaluate" and len(rest) > 1:
-            subcommand += f" {rest[1]}"
-        found.add((module, subcommand, *options))
-    return sorted(found)
-
-
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_commands_and_options_exist(command):
-    module, subcommand, *options = command
-    arguments = [sys.executable, "-m", module, *subcommand.split(), "--help"]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    for option in options:
-        assert re.search(rf"{option}\b", done.stdout), f"{' '.join(command)}: no option {option}"
 
 
 def test_make_targets_exist():

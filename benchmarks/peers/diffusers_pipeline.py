@@ -18,7 +18,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import package_versions
+from benchmarks.common import run
+from benchmarks.machine import package_versions
 from benchmarks.peers.diffusers_step import SIZES as TRANSFORMERS
 
 # By size: T5, CLIP and autoencoder as their classes take them; pixels of a side; steps.
@@ -158,4 +159,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

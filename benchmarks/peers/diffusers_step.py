@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import QUEUED_STEPS, median_seconds, package_versions
+from benchmarks.common import QUEUED_STEPS, median_seconds, run
+from benchmarks.machine import package_versions
 
 INPUT_SETS = 4
 
@@ -149,4 +150,4 @@ def _inputs(arguments: dict[str, Any], image_tokens: int, text_tokens: int) -> l
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

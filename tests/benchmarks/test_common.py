@@ -7,11 +7,13 @@ from benchmarks.common import (
     Peer,
     Result,
     ResultError,
-    command_line,
+    found_by,
     median_seconds,
-    package_versions,
     read_result,
+    run,
 )
+from benchmarks.machine import command_line, package_versions
+from flux_jax.errors import UserError
 
 
 def make_result(**changes):
@@ -88,12 +90,39 @@ def test_read_result_refuses_what_is_not_json(tmp_path):
         read_result(path)
 
 
+def test_a_result_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(ResultError, match=r"x\.json: cannot be read \(No such file"):
+        read_result(tmp_path / "x.json")
+
+
+def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys):
+    def main() -> None:
+        raise UserError("--tokens must be a square number, got 3")
+
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: --tokens must be a square number, got 3\n"
+
+
+def test_a_pattern_chooses_names():
+    names = ["loop bf16", "loop ternary", "floor"]
+    assert found_by(None, names) == names
+    assert found_by("loop", names) == names[:2]
+    with pytest.raises(UserError, match="--only x finds none of loop bf16, loop ternary, floor"):
+        found_by("x", names)
+    with pytest.raises(UserError, match=r"--only \(: no regular expression"):
+        found_by("(", names)
+
+
 def test_command_line_leaves_the_machine_out(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x", "--out", "/somewhere/results", "--name", "a b"])
+    arguments = ["--out", "/somewhere/results", "--work=/a/b/work", "--name", "a b"]
+    monkeypatch.setattr("sys.argv", ["x", *arguments])
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_b=2")
     line = command_line()
     assert line.startswith("XLA_FLAGS='--xla_a=1 --xla_b=2' python")
-    assert line.endswith("--out results --name 'a b'")
+    assert line.endswith("--out results --work=work --name 'a b'")
 
 
 def test_package_versions_lists_what_is_installed():

@@ -7,10 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import ternary_fullsize
+from benchmarks import processes
 from benchmarks.common import read_result
+from benchmarks.machine import GIB
+from benchmarks.processes import CARD_BYTES, memory_settings
 from benchmarks.scaled_weights import ScaledTensors, write_pipeline
-from benchmarks.ternary_fullsize import CARD_BYTES, GIB, memory_settings
 from benchmarks.ternary_fullsize_worker import SIZES
 from convert.tensors import read_whole, total_bytes
 from flux_jax.checkpoint import inspect_checkpoint
@@ -23,7 +24,7 @@ def test_tiny_run_writes_a_result(tmp_path, monkeypatch):
     # The processes that it starts must not see eight fake devices.
     monkeypatch.setenv("XLA_FLAGS", with_devices(1)["XLA_FLAGS"])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    command = [sys.executable, "-m", "benchmarks.ternary_fullsize", "--size", "tiny"]
+    command = [sys.executable, "-m", "benchmarks.ternary_fullsize", "--tiny"]
     work = tmp_path / "work"
     subprocess.run([*command, "--work", str(work), "--out", str(tmp_path)], check=True)
     (path,) = tmp_path.glob("*.json")
@@ -81,12 +82,12 @@ def test_the_pool_is_that_of_a_24_gb_card():
 
 def test_without_a_gpu_nothing_is_set(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert ternary_fullsize.card_environment() == {}
+    assert processes.card_environment() == {}
 
 
 def test_a_failed_process_is_reported():
     with pytest.raises(RuntimeError, match="failed: exit code 3"):
-        ternary_fullsize.run_process([sys.executable, "-c", "raise SystemExit(3)"])
+        processes.run_process([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_weights_are_scaled_by_their_inputs(tmp_path):

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import trace_table
+from flux_jax.errors import UserError
 
 # Two streams of a GPU: a matrix product and a flash-attention kernel, 1000 ns each with 500 ns of
 # overlap; then a gap of 1000 ns and a loop of 600 ns whose body holds a copy of 200 ns. The line
@@ -144,11 +145,11 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 
 def test_refuses_a_folder_without_a_trace(tmp_path):
-    with pytest.raises(FileNotFoundError, match="was the profiler stopped"):
+    with pytest.raises(UserError, match="was the profiler stopped"):
         trace_table.read_trace(tmp_path)
 
 
 def test_refuses_a_trace_without_device_events():
     empty = jax.profiler.ProfileData.from_text_proto('planes { name: "/host:CPU" }')
-    with pytest.raises(ValueError, match="holds no device event"):
+    with pytest.raises(UserError, match="holds no device event"):
         trace_table.summarise(empty, {})

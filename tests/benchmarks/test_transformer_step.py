@@ -9,6 +9,7 @@ from flax import nnx
 
 from benchmarks import step_worker, transformer_step
 from benchmarks.common import read_result
+from flux_jax.errors import UserError
 from tests.jobs import with_devices
 
 # The processes that the benchmark starts must not see eight fake devices.
@@ -56,7 +57,7 @@ def test_variants_compute_the_same():
 def test_the_ternary_step_runs_and_keeps_the_variance(bits):
     config, step = step_worker.SIZES["tiny"]
     config = dataclasses.replace(config, depth=1, depth_single_blocks=1)
-    graphdef, state = step_worker.random_ternary_weights(config, bits, "jax")
+    graphdef, state = step_worker.random_weights(config, f"ternary-a{bits}", "jax")
     layer = nnx.merge(graphdef, state).single_blocks[0].linear2
     assert layer.backend == "jax"
     assert layer.activation_bits == bits
@@ -87,11 +88,18 @@ def test_check_outputs_refuses_what_cannot_be_timed():
         step_worker.check_outputs(lambda x: ones, [(ones,), (2 * ones,)])
 
 
-def test_a_failed_part_is_reported(capfd):
-    assert (
-        transformer_step.run_module("benchmarks.step_worker", "--no-such", environment={}) is None
-    )
-    assert "benchmarks.step_worker failed (exit code 2)" in capfd.readouterr().err
+def test_a_failed_part_is_reported(capsys):
+    def fails():
+        raise RuntimeError("no such thing")
+
+    assert transformer_step.part("a part", fails) is None
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("a part\n", "  no such thing\n")
+
+
+def test_an_unknown_variant_is_refused_before_anything_runs():
+    with pytest.raises(UserError, match="expected some of whole, hoisted, .*, got half, none"):
+        transformer_step.main(variants="whole,none,half")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks import ternary_kernels
 from benchmarks.common import read_result
+from flux_jax.errors import UserError
 from pallas_kernels import bench
 from pallas_kernels.bench import Row
 
@@ -32,7 +33,7 @@ def test_speedups_are_geometric_means_over_the_shapes():
 
 
 def test_the_result_can_be_read_back(tmp_path):
-    result = ternary_kernels.to_result(rows(), "NVIDIA H200", "unknown")
+    result = ternary_kernels.to_result("ternary_kernels", rows(), "NVIDIA H200", "unknown")
     read = read_result(result.write(tmp_path))
     assert read.figures["a8_ms/4608x3072x8"].value == 0.5
     assert read.figures["triton_a8_ms/4608x3072x8"].note == "3 TOP/s"
@@ -41,5 +42,5 @@ def test_the_result_can_be_read_back(tmp_path):
 
 
 def test_without_a_gpu_it_says_what_it_needs():
-    with pytest.raises(SystemExit, match="needs an NVIDIA GPU from Ampere on; --tiny runs anywh"):
+    with pytest.raises(UserError, match="needs an NVIDIA GPU from Ampere on; --tiny runs anywh"):
         ternary_kernels.main()

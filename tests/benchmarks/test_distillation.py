@@ -1,0 +1,43 @@
+"""The benchmark of the distillation's choices: its rows, and how its runs are joined."""
+
+import re
+
+import pytest
+
+from benchmarks import distillation
+from benchmarks.common import Figure, Result
+from benchmarks.distillation_rows import ROWS
+from flux_jax.errors import UserError
+
+
+def write(folder, figures):
+    made = {name: Figure(value=value, unit="x") for name, value in figures.items()}
+    return Result(benchmark="distillation", device="x", figures=made).write(folder)
+
+
+def test_runs_of_other_rows_are_joined(tmp_path):
+    shared = {"steps": 4.0, "teacher/score": 0.5}
+    first = write(tmp_path / "1", {**shared, "one/score": 0.25})
+    second = write(tmp_path / "2", {**shared, "two/score": 0.75})
+    found = {name: figure.value for name, figure in distillation.combine([first, second]).items()}
+    assert found == {**shared, "one/score": 0.25, "two/score": 0.75}
+
+
+def test_runs_of_other_lengths_are_refused(tmp_path):
+    paths = [write(tmp_path / str(steps), {"steps": steps}) for steps in (4.0, 5.0)]
+    message = re.escape(f"{paths[1]}: steps is 5.0, not 4.0 as before")
+    with pytest.raises(UserError, match=message):
+        distillation.combine(paths)
+
+
+def test_a_row_differs_from_the_first_in_one_choice():
+    plain = ROWS["distilled, per channel"]
+    for name, row in ROWS.items():
+        if name.startswith("distilled") and row != plain:
+            changed = [
+                field
+                for field in ("quant", "trajectory", "drawn_bits")
+                if getattr(row, field) != getattr(plain, field)
+            ]
+            assert len(changed) == 1, name
+    assert len(set(ROWS.values())) == len(ROWS)
