@@ -12,6 +12,7 @@ from benchmarks.common import read_result
 from benchmarks.machine import GIB
 from benchmarks.processes import CARD_BYTES, memory_settings
 from benchmarks.scaled_weights import ScaledTensors, write_pipeline
+from benchmarks.ternary_fullsize import result_figures
 from benchmarks.ternary_fullsize_worker import SIZES
 from convert.tensors import read_whole, total_bytes
 from flux_jax.checkpoint import inspect_checkpoint
@@ -63,7 +64,7 @@ def test_on_a_cpu_nothing_is_calibrated():
         },
         "step": {"first_s": 9.0, "step_s": 8.0, "host_bytes": 5e9},
     }
-    figures = {n: f.value for n, f in ternary_fullsize.result_figures(found).items()}
+    figures = {n: f.value for n, f in result_figures(found).items()}
     assert figures["ratio"] == pytest.approx(9.6)
     assert figures["quantize_gb_per_s"] == pytest.approx(2.0)
     assert (figures["step_ms"], figures["step_host_gb"]) == (8000.0, 5.0)
