@@ -67,9 +67,9 @@ def test_as_exact_as_the_roundings(backend, case):
 
 
 def with_tile(tile, device):
-    def multiply(case, x, packed, scale, bias, token_scale, gate, residual):
+    def multiply(case, **arrays):
         return mosaic.ternary_matmul(
-            *(x, packed, scale, bias, token_scale, gate, residual),
+            **arrays,
             activation_bits=case.activation_bits,
             out_dtype=case.out_dtype,
             gelu=case.gelu,
