@@ -41,7 +41,6 @@ def test_ratios():
     assert bench.ratio_to_dense(rows, bench.A8, "mosaic") == {(1, 2, 3): 2.0}
     assert bench.ratio_to_dense(rows, bench.A8_PRODUCT, "mosaic") == {(1, 2, 3): 2.0}
     assert bench.ratio_to_dense(rows, bench.A8, "triton") == {}
-    assert bench.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
     assert [line.rstrip().endswith("2.00x") for line in bench.table(rows)[1:]] == [
         False,
         False,
