@@ -33,8 +33,8 @@ import typer
 
 from benchmarks.common import RESULTS, Figure, Peer, Result, package_versions
 from convert import tables
-from convert.rules import backward_plan
-from convert.safetensors_io import write_component
+from convert.plan import backward_plan
+from convert.safetensors_write import write_component
 from convert.tensors import Spec, total_bytes
 from flux_jax.configs import FluxConfig
 

@@ -12,8 +12,9 @@ from flax import nnx
 
 from convert import atomic, tables
 from convert.engine import full_disk_explained, is_checkpoint
+from convert.flax_config import write_config
 from convert.orbax_write import write_checkpoint
-from convert.targets import copy_tokenizers, write_config
+from convert.targets import copy_tokenizers
 from convert.tensors import Spec
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
