@@ -174,7 +174,7 @@ def _write(
 
 
 def _check_space(dst: Path, nbytes: int) -> None:
-    parent = Path(dst).absolute().parent
+    parent = dst.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free

@@ -54,7 +54,7 @@ def save(
     with atomic.staged(path, force=force, replaceable=is_checkpoint) as stage:
         stage.mkdir()
         with full_disk_explained(path):
+            copy_tokenizers(tokenizers, stage)
             for name, module in modules.items():
                 write_checkpoint(stage / name, _Arrays(to_flat(module)))
-        copy_tokenizers(tokenizers, stage)
         write_config(stage, configs, scheduler)

@@ -272,7 +272,8 @@ def parameters(component: str, source: Component, dtype: np.dtype | None) -> Par
         stored = Dequantized(stored, dtype, what=source.what)
         dropped += stored.dropped
     shapes = {name: spec.shape for name, spec in stored.specs.items()}
-    ours = tables.our_shapes(component, source.config)
+    with naming(source.what):
+        ours = tables.our_shapes(component, source.config)
     table = source.table or tables.IDENTITY_MAP
     plan = forward_plan(table, shapes, ours, what=source.what)
     for one, other in plan.ties:

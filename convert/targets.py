@@ -49,21 +49,31 @@ def write_flax(
     """
     from convert.orbax_write import write_checkpoint
 
+    # First: what is small shows soonest whether it is whole.
+    copy_tokenizers(source.tokenizers, stage)
     for name, part in parts.items():
         write_checkpoint(
             stage / name,
             part.reader,
             lambda tensor, block, name=name: on_block(name, tensor, block),
         )
-    copy_tokenizers(source.tokenizers, stage)
     configs = {name: part.config for name, part in parts.items()}
     write_config(stage, configs, source.scheduler)
 
 
 def copy_tokenizers(tokenizers: Mapping[str, Path], folder: Path) -> None:
-    """Copy tokenizer folders; the hub's cache has symbolic links, which become files."""
+    """Copy tokenizer folders; the hub's cache has symbolic links, which become files.
+
+    Raises:
+      UserError: a file cannot be copied.
+    """
     for name, source in tokenizers.items():
-        shutil.copytree(source, folder / name)
+        try:
+            shutil.copytree(source, folder / name)
+        except shutil.Error as error:
+            # Its text is a list of all files that failed.
+            file, _, reason = error.args[0][0]
+            raise UserError(f"{file}: cannot be copied: {reason}") from error
 
 
 def _exported(part: Parameters, table: Map, what: str) -> Assembled:
@@ -85,6 +95,7 @@ def write_diffusers(
       UserError: diffusers has no such model.
       OSError: writing failed.
     """
+    copy_tokenizers(source.tokenizers, stage)
     index: dict[str, Any] = {"_class_name": "FluxPipeline"}
     for name, class_ in tables.CLASSES.items():
         index[name] = list(class_) if name in parts else _NONE
@@ -104,7 +115,6 @@ def write_diffusers(
             shard_bytes=shard_bytes,
             on_block=lambda tensor, block, name=name: on_block(name, tensor, block),
         )
-    copy_tokenizers(source.tokenizers, stage)
     for name, usual in _TOKENIZER_CLASSES.items():
         present = name in source.tokenizers
         index[name] = ["transformers", usual] if present else _NONE

@@ -177,6 +177,12 @@ def test_a_missing_tensor_and_a_stray_one(copy, out):
     assert_refused(run(copy, out), out, "22 problems", "is missing")
 
 
+def test_a_tokenizer_that_is_not_whole(copy, out):
+    """In the hub's cache, files are links: to nothing, where a download was cut short."""
+    (copy / "tokenizer" / "vocab.json").symlink_to(copy / "gone")
+    assert_refused(run(copy, out), out, "vocab.json: cannot be copied: ", "No such file")
+
+
 def test_an_absent_source(out):
     assert_refused(run("no/such/path", out), out, "no/such/path: no such file or folder")
 

@@ -98,6 +98,12 @@ def test_names_and_shapes_are_checked_before_anything_is_read(folder):
         opened(folder)
 
 
+def test_a_config_that_makes_no_model_is_named_with_its_file(folder):
+    edit(folder / "text_encoder" / "config.json", num_attention_heads=7)
+    with pytest.raises(UserError, match=r"text_encoder of .*: hidden_size must be a multiple of"):
+        opened(folder)
+
+
 def test_a_path_that_is_nothing_is_named(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         opened(tmp_path / "x")
@@ -128,7 +134,9 @@ def test_a_component_folder_gives_what_is_asked_for(folder):
 
 def test_a_schedule_that_cannot_be_read_is_named_with_its_file(folder):
     edit(folder / "scheduler" / "scheduler_config.json", shift="x")
-    with pytest.raises(UserError, match="scheduler_config.json: .*shift must be a number, got 'x'"):
+    with pytest.raises(
+        UserError, match="scheduler_config.json: .*shift must be a finite number, got 'x'"
+    ):
         opened(folder)
 
 
@@ -234,7 +242,7 @@ def test_the_schedule_of_a_single_file_follows_its_guidance(tmp_path):
         ({"components": {"unet": {}}}, "unknown component unet"),
         ({"components": {"vae": {"depth": 1}}}, "config.json: vae: unknown fields depth"),
         ({"components": {"vae": {}}}, "config.json: vae: in_channels is missing"),
-        ({"scheduler": {"shift": "x"}}, "config.json: .*shift must be a number, got 'x'"),
+        ({"scheduler": {"shift": "x"}}, "config.json: .*shift must be a finite number, got 'x'"),
         ({"scheduler": "dev"}, "config.json: scheduler must be an object or null, got str"),
     ],
 )
