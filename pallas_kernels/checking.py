@@ -271,16 +271,12 @@ def public_op(backend: str) -> Callable[..., Any]:
     return multiply
 
 
-def interpreted_mosaic(tile: Tile | None = None) -> Callable[..., Any]:
-    """The Mosaic backend in Pallas' GPU interpret mode, as `check` wants it.
-
-    Args:
-      tile: for more than 8 rows, or with a scale per group; None takes a small one.
-    """
+def interpreted_mosaic() -> Callable[..., Any]:
+    """The Mosaic backend in Pallas' GPU interpret mode, with small tiles, as `check` wants it."""
     from pallas_kernels import mosaic
     from pallas_kernels.mosaic_api import interpret_params
 
-    many = tile or Tile(rows=64, tokens=32, store=32, stages=3, code_stages=2)
+    many = Tile(rows=64, tokens=32, store=32, stages=3, code_stages=2)
 
     def multiply(case: Case, **arrays: Any) -> Any:
         few = case.m <= 8 and case.granularity != "group"
