@@ -19,8 +19,8 @@ import numpy as np
 
 from convert import tables
 from convert.maps import scheduler
-from convert.rules import backward_plan
-from convert.safetensors_io import write_component
+from convert.plan import backward_plan
+from convert.safetensors_write import write_component
 from convert.tensors import Spec, total_bytes
 from flux_jax.assets import shipped_path
 from flux_jax.configs import FluxConfig, SchedulerConfig

@@ -16,6 +16,7 @@ Writes `benchmarks/results/ternary_kernels_<gpu>.json`.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -69,7 +70,7 @@ def speedups(rows: list[Row]) -> dict[str, Figure]:
                 # An int8 dot of a few rows is bound by its weights, as everything there is.
                 if chosen and not (few and what == bench.A8_PRODUCT):
                     name = f"{prefix}{'few_' * few}{NAMES[what]}_speedup"
-                    mean = bench.geometric_mean(chosen)
+                    mean = statistics.geometric_mean(chosen)
                     over = "XLA's int8 dot" if what == bench.A8_PRODUCT else "XLA's bf16 dot"
                     note = f"over {over}; the limit is {FEW_LIMIT if few else limit}"
                     figures[name] = Figure(value=mean, unit="x", note=note)

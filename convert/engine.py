@@ -13,15 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from convert import atomic, hub
-from convert.safetensors_io import finish, read_json
-from convert.source import (
-    FORMAT,
-    Parameters,
-    Source,
-    open_source,
-    parameters,
-)
-from convert.targets import OnBlock, write_bfl, write_diffusers, write_flax
+from convert.files import finish, read_json
+from convert.flax_config import FORMAT
+from convert.safetensors_header import SUFFIX, read_header
+from convert.single_file import CONFIG_KEY
+from convert.source import PIPELINES, Parameters, Source, open_source, parameters
+from convert.targets import OnComponentBlock, write_bfl, write_diffusers, write_flax
 from convert.tensors import BFLOAT16, FLOAT16, FLOAT32, as_bytes, blocks, total_bytes
 from flux_jax.errors import UserError
 
@@ -103,7 +100,7 @@ def convert(
     for value, known, option in ((dtype, DTYPES, "dtype"), (to, TARGETS, "to")):
         if value not in known:
             raise UserError(f"{option} must be one of {', '.join(known)}, got {value!r}")
-    dst = Path(dst)
+    dst = Path(dst).expanduser()
     # Before a download of tens of gigabytes.
     atomic.check_target(dst, force=force, replaceable=is_checkpoint)
     src = hub.resolve(src, components, revision=revision)
@@ -138,18 +135,24 @@ def convert(
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path holds something that a conversion made, and so may replace."""
+    """Whether a path holds what a conversion makes, and so may replace.
+
+    That is a `.safetensors` file, a pipeline of FLUX.1, a Flax checkpoint of ours, or a folder of
+    single files that all carry our note: anybody may keep others in one folder.
+    """
     if path.is_file():
-        return path.suffix == ".safetensors"
-    if (path / "model_index.json").is_file():
-        return True
-    if (path / "config.json").is_file():
-        try:
+        return path.suffix == SUFFIX
+    try:
+        if (path / "model_index.json").is_file():
+            return read_json(path / "model_index.json").get("_class_name") in PIPELINES
+        if (path / "config.json").is_file():
             return read_json(path / "config.json").get("format") == FORMAT
-        except UserError:
-            return False
-    entries = list(path.iterdir())
-    return all(entry.is_file() and entry.suffix == ".safetensors" for entry in entries)
+        return all(
+            entry.suffix == SUFFIX and CONFIG_KEY in read_header(entry).metadata
+            for entry in path.iterdir()
+        )
+    except UserError:
+        return False
 
 
 def _write(
@@ -158,7 +161,7 @@ def _write(
     parts: Mapping[str, Parameters],
     to: str,
     shard_bytes: int,
-    on_block: OnBlock,
+    on_block: OnComponentBlock,
 ) -> None:
     if to == "bfl":
         write_bfl(stage, parts, on_block)
@@ -171,7 +174,7 @@ def _write(
 
 
 def _check_space(dst: Path, nbytes: int) -> None:
-    parent = Path(dst).absolute().parent
+    parent = dst.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free

@@ -67,8 +67,8 @@ class Dequantized:
           what: for messages.
 
         Raises:
-          UserError: a scale without its weight, of a wrong shape, not finite, or with a weight that
-            is not float8.
+          UserError: a scale without its weight, the second of one weight, of a wrong shape, not
+            finite, or with a weight that is not float8.
         """
         self._source, self._what = source, what
         self.dropped: list[tuple[str, str]] = []
@@ -76,7 +76,10 @@ class Dequantized:
         rest: dict[str, Spec] = {}
         for name, spec in source.specs.items():
             if name.endswith(_WEIGHT_SCALES):
-                scales[_weight_of(source, name, what)] = _read_scale(source, name, what)
+                weight = _weight_of(source, name, what)
+                if weight in scales:
+                    raise UserError(f"{what}: tensor `{weight}` has two scales, expected one")
+                scales[weight] = _read_scale(source, name, what)
             elif name.endswith(_INPUT_SCALES):
                 self.dropped.append((name, _INPUT_REASON))
             elif name == _MARKER or name.endswith("." + _MARKER):
@@ -126,7 +129,7 @@ class Dequantized:
             cast_into(raw.astype(FLOAT32) * part, out, what=f"{self._what}: tensor `{name}`")
 
 
-def is_quantized(reader: Reader) -> bool:
+def has_float8(reader: Reader) -> bool:
     """Whether any tensor is float8, or is the scale of one."""
     return any(
         spec.dtype in FLOAT8 or name.endswith(_WEIGHT_SCALES) for name, spec in reader.specs.items()

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert.tables import COMPONENTS, check_components
+from convert.problems import first_line
+from convert.tables import COMPONENTS, TOKENIZERS, check_components
 from flux_jax.assets import SHIPPED, shipped_path
 from flux_jax.errors import UserError
 
@@ -44,7 +45,7 @@ def patterns(components: Sequence[str] | None) -> list[str]:
     """The files of a repository that a conversion needs."""
     names = COMPONENTS if components is None else tuple(components)
     weights = [f"{name}/*{suffix}" for name in names for suffix in (".json", ".safetensors")]
-    texts = [f"{n}/{f}" for n in ("tokenizer", "tokenizer_2") for f in _TOKENIZER_FILES]
+    texts = [f"{n}/{f}" for n in TOKENIZERS for f in _TOKENIZER_FILES]
     return ["model_index.json", "scheduler/*.json", *texts, *weights]
 
 
@@ -86,10 +87,13 @@ def download(
         ) from error
     except errors.HFValidationError as error:
         raise UserError(f"{repo}: no such path, and no valid hub id (owner/name)") from error
-    except OSError as error:
-        # Includes HfHubHTTPError, OfflineModeIsEnabled and a full disk.
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{repo}: download failed: {line[:300]}") from error
+    except (OSError, RuntimeError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        # Among them: a connection that breaks down in the middle, an answer such as 500, a full
+        # disk, HF_HUB_OFFLINE. The hub's client may have one HTTP library or another.
+        reason = first_line(error)
+        raise UserError(
+            f"{repo}: download failed: {reason}; what is there already is not fetched again"
+        ) from error
     path = Path(folder)
     if not (path / "model_index.json").exists():
         raise UserError(

@@ -31,7 +31,9 @@ class Loaded:
     """What a source held.
 
     Attributes:
-      modules: the components asked for, by diffusers' names.
+      configs: of the components asked for, by diffusers' names.
+      modules: these components.
+      scheduler: the noise schedule; None where the source has none.
       tokenizers: folders by name.
     """
 
@@ -94,9 +96,17 @@ def load_component(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
 ) -> Any:
-    """One component on its devices; arguments as for `load`.
+    """One component on its devices.
 
     On the host there is one tensor at a time, and those whose transfer is not done: at most 0.5 GB.
+
+    Args:
+      name: of the component.
+      source: where it is.
+      dtype, mesh, rules: as for `load`.
+
+    Raises:
+      UserError: see `parameters`.
     """
     dtype = np.dtype(dtype)
     # A quantised component makes its module itself; its dense weights are never there.
@@ -131,13 +141,13 @@ def _transfer(reader: Reader, places: Mapping[str, jax.sharding.Sharding]) -> di
     """Read every tensor and put it where it belongs, a bounded number at a time."""
     arrays: dict[str, jax.Array] = {}
     waiting: collections.deque[jax.Array] = collections.deque()
-    for path, spec in reader.specs.items():
+    for path in reader.specs:
         host = read_whole(reader, path)
         arrays[path] = _put(host, places[path])
         waiting.append(arrays[path])
         while sum(array.nbytes for array in waiting) > _HOST_BYTES:
             waiting.popleft().block_until_ready()
-        del spec, host
+        del host  # before the next is read
     return arrays
 
 

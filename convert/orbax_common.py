@@ -8,12 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
     """`{"a.b": x}` to `{"a": {"b": x}}`: the tree of an Orbax checkpoint."""
     tree: dict[str, Any] = {}

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.orbax_common import first_line, flatten, nest, quiet_orbax
-from convert.safetensors_io import read_json
+from convert.files import read_json
+from convert.orbax_common import flatten, nest, quiet_orbax
+from convert.problems import first_line
 from convert.tensors import Spec
 from flux_jax.errors import UserError
 

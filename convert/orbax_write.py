@@ -14,21 +14,17 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convert.files import finish, write_all
 from convert.orbax_common import nest, quiet_orbax
-from convert.safetensors_io import finish, write_all
-from convert.tensors import Reader, Spec, as_bytes, blocks
+from convert.tensors import OnBlock, Reader, Spec, as_bytes, blocks
 
 _CHUNK_BYTES = 32 << 20
-
-
-# Told the name of a tensor and each of its blocks, in row order.
-OnBlock = Callable[[str, np.ndarray], None]
 
 
 def chunk_rows(spec: Spec, chunk_bytes: int) -> int:

@@ -1,9 +1,8 @@
-"""Name maps between checkpoint ecosystems: declarative, total, and checked in both directions.
+"""Name maps between checkpoint ecosystems: tables that can be read either way.
 
 A `Map` is a table of `Rule`s from another ecosystem's tensor names (the *source*) to ours (the
-*target*). Every transform is a placement of whole rows, so a rule can be read either way and a
-writer can stream: it knows which rows of which tensor go where before any weight is read.
-Following the total converter of jax-llm-examples and the rule tables of bonsai in spirit.
+*target*). Every transform is a placement of whole rows, so it too can be read either way. What a
+conversion does with a map is in `plan`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from convert.transforms import IDENTITY, Run, Shape, Transform, row_count
-from flux_jax.errors import UserError
-
-MAX_PROBLEMS_SHOWN = 6
-
+from convert.transforms import IDENTITY, Run, Shape, Transform
 
 _GROUP = re.compile(r"\(([^()]*)\)")
 _BACKREFERENCE = re.compile(r"\\(\d)")
@@ -146,15 +140,6 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class Assembly:
-    """A tensor to be written and the pieces it is made of. Pieces cover each row exactly once."""
-
-    name: str
-    shape: Shape
-    pieces: tuple[Piece, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Map:
     """A total, invertible table of tensor names between one ecosystem and ours.
 
@@ -173,12 +158,14 @@ class Map:
     export_prefix: str = ""
 
     def strip_prefix(self, source: str) -> str:
+        """A stored name without the prefix that it may have."""
         for prefix in self.prefixes:
             if source.startswith(prefix):
                 return source[len(prefix) :]
         return source
 
     def ignored_entry(self, source: str) -> Ignored | None:
+        """Why a (prefix-free) source name is not converted; None if it is."""
         for entry in self.ignored:
             if re.fullmatch(entry.pattern, source):
                 return entry
@@ -223,159 +210,3 @@ class Map:
                 f"{[index for index, _ in hits]} from {[piece.source for _, piece in hits]}"
             )
         return tuple(piece for _, piece in hits)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a conversion will do: the tensors to write, and what is left out.
-
-    Attributes:
-        assemblies: One for each tensor to be written, in the order of the targets.
-        dropped: `(source, reason)` of each ignored tensor.
-        ties: `(source, other source)` pairs whose bytes must agree.
-    """
-
-    assemblies: tuple[Assembly, ...]
-    dropped: tuple[tuple[str, str], ...] = ()
-    ties: tuple[tuple[str, str], ...] = ()
-
-
-def report(what: str, problems: Sequence[str]) -> UserError:
-    """One line that names the first problems and counts the rest."""
-    shown = "; ".join(problems[:MAX_PROBLEMS_SHOWN])
-    more = len(problems) - MAX_PROBLEMS_SHOWN
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return UserError(f"{what}: {count}: {shown}" + (f"; and {more} more" if more > 0 else ""))
-
-
-def forward_plan(
-    table: Map, sources: Mapping[str, Shape], targets: Mapping[str, Shape], *, what: str
-) -> Plan:
-    """Plan the conversion of `sources` (another ecosystem's) into `targets` (ours).
-
-    Args:
-        table: The name map.
-        sources: Shapes of the stored tensors by their stored names.
-        targets: Shapes of every parameter of our model by dotted path.
-        what: What is being converted, for the message (component and file).
-
-    Returns:
-        The plan; pieces carry stored names (prefix included).
-
-    Raises:
-        UserError: leftover, missing, doubled or misshapen tensors, all in one report.
-        ValueError: the table itself does not fit our model.
-    """
-    problems: list[str] = []
-    stored: dict[str, str] = {}  # prefix-free name -> stored name
-    for name in sources:
-        bare = table.strip_prefix(name)
-        if bare in stored:
-            problems.append(f"tensors `{stored[bare]}` and `{name}` are the same one twice")
-        stored[bare] = name
-
-    dropped, ties = [], []
-    for bare in list(stored):
-        entry = table.ignored_entry(bare)
-        if entry is None:
-            continue
-        name = stored.pop(bare)
-        if entry.same_as is None or entry.same_as in sources or entry.same_as in stored:
-            dropped.append((name, entry.reason))
-            if entry.same_as is not None:
-                ties.append((name, stored.get(entry.same_as, entry.same_as)))
-        else:
-            stored[entry.same_as] = name
-
-    assemblies, expected = [], set()
-    for target, shape in targets.items():
-        try:
-            wanted = table.sources_of(target, shape)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from error
-        pieces = []
-        for piece in wanted:
-            expected.add(piece.source)
-            if piece.source not in stored:
-                problems.append(
-                    f"tensor `{piece.source}` is missing, expected shape {list(piece.source_shape)}"
-                )
-                continue
-            found = tuple(sources[stored[piece.source]])
-            if found != piece.source_shape:
-                problems.append(
-                    f"tensor `{piece.source}` has shape {list(found)}, "
-                    f"expected {list(piece.source_shape)}"
-                )
-            pieces.append(dataclasses.replace(piece, source=stored[piece.source]))
-        assemblies.append(Assembly(target, shape, tuple(pieces)))
-
-    problems += [
-        f"tensor `{stored[bare]}` of shape {list(sources[stored[bare]])} is not expected"
-        + _why_unexpected(table, bare)
-        for bare in stored
-        if bare not in expected
-    ]
-    if problems:
-        raise report(what, problems)
-    return Plan(tuple(assemblies), tuple(dropped), tuple(ties))
-
-
-def _why_unexpected(table: Map, bare: str) -> str:
-    hit = table.target_of(bare)
-    if hit is None:
-        return f" (no rule of the map {table.name} is about it)"
-    return f" (it would be `{hit[0]}`, which the model of this config does not have)"
-
-
-def backward_plan(table: Map, targets: Mapping[str, Shape]) -> Plan:
-    """Plan the export of our `targets` under the names of the map's ecosystem.
-
-    Args:
-        table: The name map.
-        targets: Shapes of every parameter of our model by dotted path.
-
-    Returns:
-        Assemblies are the other ecosystem's tensors, their pieces rows of our arrays.
-
-    Raises:
-        ValueError: the table does not cover our model, or names a tensor twice.
-    """
-    assemblies: dict[str, Assembly] = {}
-    for target, shape in targets.items():
-        for piece in table.sources_of(target, shape):
-            hit = table.target_of(piece.source)
-            if hit is None or hit[0] != target:
-                raise ValueError(
-                    f"{table.name}: {target!r} -> {piece.source!r} does not lead back "
-                    f"(found {hit[0] if hit else None!r})"
-                )
-            runs = tuple(run.swapped() for run in piece.runs)
-            name = table.export_prefix + piece.source
-            assemblies[piece.source] = Assembly(
-                name, piece.source_shape, (Piece(target, shape, runs),)
-            )
-    return Plan(tuple(assemblies.values()))
-
-
-def check_cover(assemblies: Iterable[Assembly]) -> None:
-    """Assert that the runs of each assembly fill each of its rows exactly once.
-
-    Raises:
-        ValueError: a gap or an overlap: a mistake in a transform.
-    """
-    for assembly in assemblies:
-        spans = sorted(
-            (run.target_row, run.target_row + run.rows)
-            for piece in assembly.pieces
-            for run in piece.runs
-        )
-        position = 0
-        for start, stop in spans:
-            if start != position:
-                raise ValueError(f"{assembly.name}: rows {position}..{start} gap or overlap")
-            position = stop
-        if position != row_count(assembly.shape):
-            raise ValueError(
-                f"{assembly.name}: {position} of {row_count(assembly.shape)} rows are filled"
-            )

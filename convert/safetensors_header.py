@@ -20,6 +20,9 @@ import numpy as np
 from convert.transforms import Shape
 from flux_jax.errors import UserError
 
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = f"{SUFFIX}.index.json"
+
 # Far above any real model: FLUX.1-dev has 90 kB for 780 tensors. The reference reader stops at
 # 100 MB.
 MAX_HEADER_BYTES = 25_000_000

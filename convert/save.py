@@ -12,8 +12,9 @@ from flax import nnx
 
 from convert import atomic, tables
 from convert.engine import full_disk_explained, is_checkpoint
+from convert.flax_config import write_config
 from convert.orbax_write import write_checkpoint
-from convert.targets import copy_tokenizers, write_config
+from convert.targets import copy_tokenizers
 from convert.tensors import Spec
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
@@ -53,7 +54,7 @@ def save(
     with atomic.staged(path, force=force, replaceable=is_checkpoint) as stage:
         stage.mkdir()
         with full_disk_explained(path):
+            copy_tokenizers(tokenizers, stage)
             for name, module in modules.items():
                 write_checkpoint(stage / name, _Arrays(to_flat(module)))
-        copy_tokenizers(tokenizers, stage)
         write_config(stage, configs, scheduler)

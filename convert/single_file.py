@@ -13,20 +13,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert.maps import transformer
-from convert.safetensors_io import SafetensorsReader
-from convert.tables import config_from_json
-from convert.tensors import Reader, Spec
+from convert.problems import refusal
+from convert.safetensors_read import SafetensorsReader
+from convert.tables import config_from_json, config_from_shapes
+from convert.tensors import Spec, StoredReader
 from convert.transforms import Shape
 from flux_jax.components import Config
-from flux_jax.configs import AutoencoderConfig, CLIPTextConfig, T5Config
 from flux_jax.errors import UserError
 
 # In `__metadata__`: the config of a file that we wrote, so that nothing has to be guessed.
 CONFIG_KEY = "flux_jax.config"
 
+# People's single files carry the prefix of the program that they were made for.
 _PREFIXES = {
-    "transformer": transformer.BFL_PREFIXES,
+    "transformer": ("model.diffusion_model.", "diffusion_model."),
     "vae": ("vae.", "first_stage_model."),
     "text_encoder": ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
     "text_encoder_2": ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 
     component: str
     config: Config
-    reader: Reader
+    reader: StoredReader
 
 
 class Renamed:
@@ -71,9 +71,11 @@ class Renamed:
     """
 
     def __init__(self, source: SafetensorsReader, names: Mapping[str, str]):
-        """Args:
-        source: reader of the tensors.
-        names: new name to old name.
+        """A view of some tensors.
+
+        Args:
+          source: reader of the tensors.
+          names: new name to old name.
         """
         self._source, self._names = source, dict(names)
         self.specs: dict[str, Spec] = {new: source.specs[old] for new, old in names.items()}
@@ -83,6 +85,7 @@ class Renamed:
 
     @property
     def read_once(self) -> bool:
+        """As of the other reader."""
         return self._source.read_once
 
     @read_once.setter
@@ -117,10 +120,7 @@ def split(reader: SafetensorsReader, *, what: str) -> list[Part]:
         # The marker of a scaled fp8 file may stand outside of the prefix.
         strangers = [name for name in rest if name != "scaled_fp8"]
         if strangers:
-            raise UserError(
-                f"{what}: tensor `{strangers[0]}` belongs to no component (nor do "
-                f"{len(strangers) - 1} others)"
-            )
+            raise refusal(what, [f"tensor `{name}` belongs to no component" for name in strangers])
     else:
         groups[_identify(rest, what)] = rest
     parts = []
@@ -155,6 +155,7 @@ def _identify(names: Mapping[str, str], what: str) -> str:
 def _config(
     component: str, shapes: Mapping[str, Shape], metadata: Mapping[str, str], what: str
 ) -> Config:
+    """A component's config: from our note in the file, or guessed."""
     if CONFIG_KEY in metadata:
         try:
             configs = json.loads(metadata[CONFIG_KEY])
@@ -162,67 +163,4 @@ def _config(
             raise UserError(f"{what}: `{CONFIG_KEY}` in its metadata is not JSON") from error
         if isinstance(configs, dict) and component in configs:
             return config_from_json(component, configs[component], what=f"{what}: {component}")
-    guesses = {
-        "transformer": transformer.config_from_bfl,
-        "vae": _guess_autoencoder,
-        "text_encoder": _guess_clip,
-        "text_encoder_2": _guess_t5,
-    }
-    try:
-        return guesses[component](shapes, what=what)
-    except KeyError as error:
-        raise UserError(f"{what}: tensor `{error.args[0]}` is missing") from error
-    except (IndexError, ZeroDivisionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{what}: the shapes are not those of a {component}") from error
-
-
-def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
-    found = (re.match(prefix + r"\.(\d{1,4})\.", name) for name in shapes)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-
-def _guess_autoencoder(shapes: Mapping[str, Shape], *, what: str) -> AutoencoderConfig:
-    if "quant_conv.weight" in shapes:
-        raise UserError(f"{what}: this is an autoencoder of Stable Diffusion; expected FLUX.1's")
-    levels = _count(shapes, r"encoder\.down")
-    widths = [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)]
-    return AutoencoderConfig(
-        in_channels=shapes["encoder.conv_in.weight"][1],
-        out_channels=shapes["decoder.conv_out.weight"][0],
-        latent_channels=shapes["decoder.conv_in.weight"][1],
-        block_out_channels=tuple(widths),
-        layers_per_block=_count(shapes, r"encoder\.down\.0\.block"),
-        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
-    )
-
-
-def _guess_clip(shapes: Mapping[str, Shape], *, what: str) -> CLIPTextConfig:
-    del what
-    vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
-    return CLIPTextConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=_count(shapes, r"text_model\.encoder\.layers"),
-        num_attention_heads=width // 64,  # of every CLIP published
-        max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
-    )
-
-
-def _guess_t5(shapes: Mapping[str, Shape], *, what: str) -> T5Config:
-    del what
-    attention = "encoder.block.0.layer.0.SelfAttention"
-    embedding = "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight"
-    vocab, width = shapes[embedding]
-    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
-    return T5Config(
-        vocab_size=vocab,
-        d_model=width,
-        d_kv=shapes[f"{attention}.q.weight"][0] // heads,
-        d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-        num_layers=_count(shapes, r"encoder\.block"),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-    )
+    return config_from_shapes(component, shapes, what=what)

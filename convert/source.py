@@ -15,28 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from convert import quantized, single_file, tables
-from convert.fp8 import Dequantized, is_quantized
+from convert import flax_config, quantized, single_file, tables
+from convert.files import read_json
+from convert.fp8 import Dequantized, has_float8
 from convert.maps import scheduler
-from convert.rules import Map, forward_plan
-from convert.safetensors_io import (
-    PICKLES,
-    SafetensorsReader,
-    open_component,
-    read_json,
-    refuse_pickle,
-)
-from convert.tensors import Assembled, Reader, blocks
+from convert.plan import forward_plan
+from convert.problems import naming
+from convert.rules import Map
+from convert.safetensors_header import SUFFIX
+from convert.safetensors_read import PICKLES, SafetensorsReader, open_component, refuse_pickle
+from convert.tensors import Assembled, Reader, StoredReader, blocks
 from flux_jax.components import Config
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 
-FORMAT = "flux_jax"
-FORMAT_VERSION = 1
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
 # Pipelines of diffusers that hold an unchanged FLUX.1; the transformer's config is checked besides.
-_PIPELINES = (
+PIPELINES = (
     "FluxPipeline",
     "FluxImg2ImgPipeline",
     "FluxInpaintPipeline",
@@ -56,13 +50,13 @@ class Component:
 
     Attributes:
       config: its hyper-parameters.
-      stored: reader of the stored tensors; it has `close` and `read_once`.
+      stored: reader of the stored tensors.
       table: from the stored names to ours; None where they are ours already.
       what: component and file, for messages.
     """
 
     config: Config
-    stored: Any
+    stored: StoredReader
     table: Map | None
     what: str
 
@@ -72,10 +66,11 @@ class Source:
     """Everything a conversion can read.
 
     Attributes:
-      components: by diffusers' names.
-      scheduler: None where there is none.
-      tokenizers: folders by name, "tokenizer" and "tokenizer_2".
+      path: of the folder or file.
       kind: "diffusers", "bfl" or "flax".
+      components: by diffusers' names.
+      scheduler: the noise schedule; None where there is none.
+      tokenizers: folders by name, "tokenizer" and "tokenizer_2".
     """
 
     path: Path
@@ -90,6 +85,7 @@ class Parameters:
     """A component's parameters under our names.
 
     Attributes:
+      config: the component's hyper-parameters.
       reader: of the parameters.
       dropped: `(stored name, reason)` of each tensor that is left out.
     """
@@ -126,7 +122,13 @@ def open_source(
                 )
         for component in source.components.values():
             component.stored.read_once = read_once
-        yield source
+        # A folder of one component is opened to see which it is.
+        wanted = {
+            name: component
+            for name, component in source.components.items()
+            if components is None or name in components
+        }
+        yield dataclasses.replace(source, components=wanted)
     finally:
         for component in source.components.values():
             component.stored.close()
@@ -141,10 +143,10 @@ def _open(path: Path, components: Sequence[str] | None) -> Source:
         return _open_diffusers(path, components)
     if (path / "config.json").exists():
         raw = read_json(path / "config.json")
-        if raw.get("format") == FORMAT:
+        if raw.get("format") == flax_config.FORMAT:
             return _open_flax(path, raw, components)
         return _open_component_folder(path, raw)
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES))
+    files = sorted(file for file in path.iterdir() if file.suffix in (SUFFIX, *PICKLES))
     if files:
         return _open_single_files(path, files, components)
     raise UserError(
@@ -156,7 +158,7 @@ def _open(path: Path, components: Sequence[str] | None) -> Source:
 def _open_diffusers(path: Path, components: Sequence[str] | None) -> Source:
     index = read_json(path / "model_index.json")
     pipeline = str(index.get("_class_name"))
-    if pipeline not in _PIPELINES:
+    if pipeline not in PIPELINES:
         known = next((m for p, m in _OTHER_PIPELINES.items() if pipeline.startswith(p)), None)
         raise UserError(
             f"{path}: this is {known or 'another model'} ({ascii(pipeline)[:80]}), expected "
@@ -176,14 +178,15 @@ def _open_diffusers(path: Path, components: Sequence[str] | None) -> Source:
     if components is None and not found:
         raise UserError(f"{path}: model_index.json lists no component with weights")
     scheduler_file = path / "scheduler" / "scheduler_config.json"
-    schedule = (
-        scheduler.config_from_hf(read_json(scheduler_file)) if scheduler_file.is_file() else None
-    )
+    schedule = None
+    if scheduler_file.is_file():
+        with naming(scheduler_file):
+            schedule = scheduler.config_from_hf(read_json(scheduler_file))
     return Source(path, "diffusers", found, schedule, _tokenizers(path))
 
 
 def _tokenizers(path: Path) -> dict[str, Path]:
-    return {name: path / name for name in TOKENIZERS.values() if (path / name).is_dir()}
+    return {name: path / name for name in tables.TOKENIZERS if (path / name).is_dir()}
 
 
 def _diffusers_component(name: str, folder: Path) -> Component:
@@ -191,10 +194,8 @@ def _diffusers_component(name: str, folder: Path) -> Component:
     if raw.get(quantized.KEY) is not None:
         opened = quantized.open_quantized(name, folder, raw)
         return Component(opened.config, opened, None, f"{name} of {folder}")
-    try:
+    with naming(folder / "config.json"):
         config = tables.config_from_hf(name, raw)
-    except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
     reader = open_component(folder)
     return Component(config, reader, tables.diffusers_map(name, config), f"{name} of {folder}")
 
@@ -202,7 +203,9 @@ def _diffusers_component(name: str, folder: Path) -> Component:
 def _open_component_folder(path: Path, raw: dict[str, Any]) -> Source:
     """A folder with one component, such as `FLUX.1-dev/transformer`."""
     classes = {class_name: name for name, (_, class_name) in tables.CLASSES.items()}
-    stated = [raw.get("_class_name"), *(raw.get("architectures") or [])]
+    architectures = raw.get("architectures")
+    stated = [raw.get("_class_name")]
+    stated += architectures if isinstance(architectures, list) else []
     name = next((classes[c] for c in stated if isinstance(c, str) and c in classes), None)
     if name is None:
         model = next((c for c in stated if isinstance(c, str)), "no class name")
@@ -219,7 +222,7 @@ def _open_single_files(
     for file in files:
         if file.suffix in PICKLES:
             raise refuse_pickle(file)
-        if file.suffix != ".safetensors":
+        if file.suffix != SUFFIX:
             raise UserError(f"{file}: not a .safetensors file; no other kind is read")
         reader = SafetensorsReader.open_file(file)
         for part in single_file.split(reader, what=str(file)):
@@ -243,45 +246,13 @@ def _open_single_files(
 def _open_flax(path: Path, raw: dict[str, Any], components: Sequence[str] | None) -> Source:
     from convert.orbax_read import OrbaxReader
 
-    configs, schedule = read_config(path, raw)
+    configs, schedule = flax_config.parse_config(path / "config.json", raw)
     found = {}
     for name, config in configs.items():
         if components is None or name in components:
             reader = OrbaxReader(path / name)
             found[name] = Component(config, reader, None, f"{name} of {path}")
     return Source(path, "flax", found, schedule, _tokenizers(path))
-
-
-def read_config(
-    path: Path, raw: dict[str, Any] | None = None
-) -> tuple[dict[str, Config], SchedulerConfig | None]:
-    """The configs of a Flax checkpoint of ours, from its `config.json`.
-
-    Raises:
-      UserError: no such file, of another format or version, or with wrong fields.
-    """
-    file = path / "config.json"
-    raw = read_json(file) if raw is None else raw
-    if raw.get("format") != FORMAT:
-        raise UserError(f"{file}: format {raw.get('format')!r}, expected {FORMAT!r}")
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{file}: format version {raw.get('format_version')!r}, this program reads "
-            f"{FORMAT_VERSION}; update it, or convert again"
-        )
-    stored = raw.get("components")
-    if not isinstance(stored, dict):
-        raise UserError(f"{file}: has no `components`")
-    tables.check_components(list(stored))
-    configs = {
-        name: tables.config_from_json(name, fields, what=f"{file}: {name}")
-        for name, fields in stored.items()
-    }
-    fields = raw.get("scheduler")
-    schedule = None
-    if fields is not None:
-        schedule = scheduler.config_from_hf(fields if isinstance(fields, dict) else {})
-    return configs, schedule
 
 
 def parameters(component: str, source: Component, dtype: np.dtype | None) -> Parameters:
@@ -297,11 +268,12 @@ def parameters(component: str, source: Component, dtype: np.dtype | None) -> Par
     """
     stored: Any = source.stored
     dropped: list[tuple[str, str]] = []
-    if is_quantized(stored):
+    if has_float8(stored):
         stored = Dequantized(stored, dtype, what=source.what)
         dropped += stored.dropped
     shapes = {name: spec.shape for name, spec in stored.specs.items()}
-    ours = tables.our_shapes(component, source.config)
+    with naming(source.what):
+        ours = tables.our_shapes(component, source.config)
     table = source.table or tables.IDENTITY_MAP
     plan = forward_plan(table, shapes, ours, what=source.what)
     for one, other in plan.ties:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from convert.maps import autoencoder, clip, t5, transformer
 from convert.maps.fields import read_fields
+from convert.problems import naming
 from convert.rules import Map, Rule
 from convert.transforms import Shape
 from flux_jax.components import CONFIG_CLASSES, Config, abstract_module
@@ -23,6 +24,8 @@ _TABLES: dict[str, Any] = {
     "vae": autoencoder,
 }
 COMPONENTS = tuple(_TABLES)
+# Folders of a pipeline beside those of its components.
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 # Of tensors that have our names already.
 IDENTITY_MAP = Map(name="Flax", rules=(Rule("(.+)", r"\1"),))
@@ -43,21 +46,56 @@ CLASSES = {
 
 
 def diffusers_map(component: str, config: Config) -> Map:
+    """From the names in the component's folder of a diffusers pipeline to ours."""
     return _TABLES[component].diffusers_map(config)
 
 
 def single_file_map(component: str, config: Config) -> Map:
-    """Black Forest Labs' names; text encoders have Hugging Face's in single files too."""
+    """From the names in a single file to ours: Black Forest Labs', but Hugging Face's of the text
+    encoders."""
     table = _TABLES[component]
     return (getattr(table, "bfl_map", None) or table.diffusers_map)(config)
 
 
 def config_from_hf(component: str, raw: Mapping[str, Any]) -> Config:
+    """A component's config from the `config.json` that diffusers or transformers wrote.
+
+    Raises:
+      UserError: another architecture, or a field that is missing or of another type.
+    """
     return _TABLES[component].config_from_hf(raw)
 
 
 def config_to_hf(component: str, config: Config) -> dict[str, Any]:
+    """A `config.json` with which diffusers or transformers builds the same component.
+
+    Raises:
+      UserError: they have no such model.
+    """
     return _TABLES[component].config_to_hf(config)
+
+
+def config_from_shapes(component: str, shapes: Mapping[str, Shape], *, what: str) -> Config:
+    """A component's config, guessed from the tensors of a single file (docs/convert.md).
+
+    Args:
+      component: its name.
+      shapes: by name, without prefix.
+      what: the file, for messages.
+
+    Raises:
+      UserError: a tensor that the guess needs is missing or of another shape, or the tensors are
+        those of another model.
+    """
+    with naming(what):
+        try:
+            return _TABLES[component].config_from_shapes(shapes)
+        except UserError:
+            raise
+        except KeyError as error:
+            raise UserError(f"tensor `{error.args[0]}` is missing") from error
+        except (IndexError, ZeroDivisionError, ValueError) as error:
+            raise UserError(f"the shapes are not those of a {component}") from error
 
 
 def our_shapes(component: str, config: Config) -> dict[str, Shape]:
@@ -92,9 +130,11 @@ def config_from_json(component: str, raw: Any, *, what: str) -> Config:
     return config_class(**read_fields(raw, config_class, what=what, may_be_zero=zero))
 
 
-def check_components(names: list[str] | tuple[str, ...]) -> None:
-    """Raises:
-    UserError: a name that is no component.
+def check_components(names: Iterable[str]) -> None:
+    """Refuses a name that is no component's.
+
+    Raises:
+      UserError: there is one.
     """
     unknown = sorted(set(names) - set(COMPONENTS))
     if unknown:

@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 
 from convert import tables
+from convert.flax_config import write_config
 from convert.maps import scheduler
-from convert.rules import Map, backward_plan
-from convert.safetensors_io import write_component, write_file
+from convert.plan import backward_plan
+from convert.rules import Map
+from convert.safetensors_write import write_component, write_file
 from convert.single_file import CONFIG_KEY
-from convert.source import FORMAT, FORMAT_VERSION, Parameters, Source
+from convert.source import Parameters, Source
 from convert.tensors import Assembled
 from flux_jax.errors import UserError
 
-# Told component, stored tensor name and each block in row order.
-OnBlock = Callable[[str, str, np.ndarray], None]
+# Told the component, the name of a stored tensor and each of its blocks, in row order.
+OnComponentBlock = Callable[[str, str, np.ndarray], None]
 
 _TOKENIZER_CLASSES = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"}
 _NONE = [None, None]  # a component that is not there, in model_index.json
@@ -37,40 +39,41 @@ _SINGLE_FILES = {
 
 
 def write_flax(
-    stage: Path, source: Source, parts: Mapping[str, Parameters], on_block: OnBlock
+    stage: Path, source: Source, parts: Mapping[str, Parameters], on_block: OnComponentBlock
 ) -> None:
-    """Fill a folder with a Flax checkpoint of ours: see `docs` for its layout.
+    """Fill a folder with a Flax checkpoint of ours (docs/convert.md has its layout).
 
     Raises:
+      UserError: a tensor cannot be read.
       OSError, ValueError: writing failed.
     """
     from convert.orbax_write import write_checkpoint
 
+    # First: what is small shows soonest whether it is whole.
+    copy_tokenizers(source.tokenizers, stage)
     for name, part in parts.items():
         write_checkpoint(
             stage / name,
             part.reader,
             lambda tensor, block, name=name: on_block(name, tensor, block),
         )
-    copy_tokenizers(source.tokenizers, stage)
-    write_config(stage, {name: part.config for name, part in parts.items()}, source.scheduler)
-
-
-def write_config(folder: Path, configs: Mapping[str, Any], schedule: Any | None) -> None:
-    """Write the `config.json` of a Flax checkpoint."""
-    content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "components": {name: tables.config_to_json(config) for name, config in configs.items()},
-        "scheduler": None if schedule is None else tables.config_to_json(schedule),
-    }
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    configs = {name: part.config for name, part in parts.items()}
+    write_config(stage, configs, source.scheduler)
 
 
 def copy_tokenizers(tokenizers: Mapping[str, Path], folder: Path) -> None:
-    """Copy tokenizer folders; the hub's cache has symbolic links, which become files."""
+    """Copy tokenizer folders; the hub's cache has symbolic links, which become files.
+
+    Raises:
+      UserError: a file cannot be copied.
+    """
     for name, source in tokenizers.items():
-        shutil.copytree(source, folder / name)
+        try:
+            shutil.copytree(source, folder / name)
+        except shutil.Error as error:
+            # Its text is a list of all files that failed.
+            file, _, reason = error.args[0][0]
+            raise UserError(f"{file}: cannot be copied: {reason}") from error
 
 
 def _exported(part: Parameters, table: Map, what: str) -> Assembled:
@@ -84,7 +87,7 @@ def write_diffusers(
     source: Source,
     parts: Mapping[str, Parameters],
     shard_bytes: int,
-    on_block: OnBlock,
+    on_block: OnComponentBlock,
 ) -> None:
     """Fill a folder with a diffusers pipeline, or with those parts of it that there are.
 
@@ -92,6 +95,7 @@ def write_diffusers(
       UserError: diffusers has no such model.
       OSError: writing failed.
     """
+    copy_tokenizers(source.tokenizers, stage)
     index: dict[str, Any] = {"_class_name": "FluxPipeline"}
     for name, class_ in tables.CLASSES.items():
         index[name] = list(class_) if name in parts else _NONE
@@ -111,7 +115,6 @@ def write_diffusers(
             shard_bytes=shard_bytes,
             on_block=lambda tensor, block, name=name: on_block(name, tensor, block),
         )
-    copy_tokenizers(source.tokenizers, stage)
     for name, usual in _TOKENIZER_CLASSES.items():
         present = name in source.tokenizers
         index[name] = ["transformers", usual] if present else _NONE
@@ -125,7 +128,7 @@ def write_diffusers(
     _write_json(stage / "model_index.json", index)
 
 
-def write_bfl(stage: Path, parts: Mapping[str, Parameters], on_block: OnBlock) -> None:
+def write_bfl(stage: Path, parts: Mapping[str, Parameters], on_block: OnComponentBlock) -> None:
     """Write single files under Black Forest Labs' names.
 
     A path that ends in `.safetensors` becomes one file with one component; any other a folder with

@@ -8,13 +8,13 @@ any source reaches any target without a whole model, or even a whole tensor, in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
-from convert.rules import Assembly
+from convert.plan import Assembly
 from convert.transforms import Shape, row_count
 from flux_jax.errors import UserError
 
@@ -27,27 +27,34 @@ FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 FLOATS = (BFLOAT16, FLOAT16, FLOAT32)
 
+# Told the name of a tensor and each of its blocks, in row order.
+OnBlock = Callable[[str, np.ndarray], None]
+
 
 class Spec(NamedTuple):
-    """Shape and dtype of a tensor."""
+    """Shape and dtype of a tensor. A row is one index of its first axis; a scalar is one row."""
 
     shape: Shape
     dtype: np.dtype
 
     @property
     def rows(self) -> int:
+        """Size of the first axis."""
         return row_count(self.shape)
 
     @property
     def row_shape(self) -> Shape:
+        """Sizes of the other axes."""
         return self.shape[1:]
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return self.rows * self.row_bytes
 
 
@@ -71,6 +78,23 @@ class Reader(Protocol):
         Raises:
           UserError: the stored bytes cannot be read.
         """
+        ...
+
+
+@runtime_checkable
+class StoredReader(Reader, Protocol):
+    """A reader of what lies in files."""
+
+    @property
+    def read_once(self) -> bool:
+        """Whether what was read need not stay in the system's page cache: a hint, to be set."""
+        ...
+
+    @read_once.setter
+    def read_once(self, value: bool) -> None: ...
+
+    def close(self) -> None:
+        """Close the files."""
         ...
 
 
@@ -111,6 +135,7 @@ def as_bytes(block: np.ndarray) -> memoryview:
 
 
 def total_bytes(reader: Reader) -> int:
+    """Bytes of all tensors."""
     return sum(spec.nbytes for spec in reader.specs.values())
 
 

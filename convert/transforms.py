@@ -23,6 +23,7 @@ class Run(NamedTuple):
     rows: int
 
     def swapped(self) -> Run:
+        """The same rows from target to source."""
         return Run(self.target_row, self.source_row, self.rows)
 
 
@@ -133,19 +134,6 @@ SWAP_HALVES = SwapHalves()
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearToConv(Transform):
-    """Source is a linear weight `(O, I)`, target a 1x1 convolution `(O, I, 1, 1)`."""
-
-    def source_shape(self, target_shape: Shape) -> Shape:
-        if len(target_shape) != 4 or target_shape[2:] != (1, 1):
-            raise ValueError(f"shape {target_shape} is no 1x1 convolution (O, I, 1, 1)")
-        return target_shape[:2]
-
-    def runs(self, target_shape: Shape) -> tuple[Run, ...]:
-        return (Run(0, 0, target_shape[0]),)
-
-
-@dataclasses.dataclass(frozen=True)
 class ConvToLinear(Transform):
     """Source is a 1x1 convolution `(O, I, 1, 1)`, target a linear weight `(O, I)`."""
 
@@ -158,5 +146,4 @@ class ConvToLinear(Transform):
         return (Run(0, 0, target_shape[0]),)
 
 
-LINEAR_TO_CONV = LinearToConv()
 CONV_TO_LINEAR = ConvToLinear()

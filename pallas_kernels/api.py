@@ -79,17 +79,26 @@ def ternary_matmul(
       (..., N).
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, an unknown backend, or one that
-        cannot run here.
+      ValueError: shapes or dtypes that do not fit together, or an unknown backend.
+      NotImplementedError: the backend that is asked for cannot run here.
     """
     check_matmul(
-        *(x, packed, scale, bias, activation_bits, backend, token_scale, gate, residual, row_sum)
+        x,
+        packed,
+        scale,
+        bias,
+        activation_bits=activation_bits,
+        token_scale=token_scale,
+        row_sum=row_sum,
+        gate=gate,
+        residual=residual,
     )
     if out_dtype is None:
         out_dtype = jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype
     out_dtype = jnp.dtype(out_dtype)
     device = device_of(x)
-    if backend is None and is_spread(x):
+    arrays = (x, packed, scale, bias, token_scale, row_sum, gate, residual)
+    if backend is None and is_spread(*arrays):
         name = "jax"
     else:
         name = choose(backend, device, x.dtype, out_dtype, activation_bits)
@@ -127,9 +136,10 @@ def quantize_activations(x: Float[Array, "*B K"], *, backend: str | None = "jax"
         one. The default is plain JAX, which XLA differentiates and partitions.
 
     Raises:
-      ValueError: x is not floating, or the backend is unknown or cannot run here.
+      ValueError: x is not floating, or the backend is unknown.
+      NotImplementedError: the backend that is asked for cannot run here.
     """
-    check_modulation(x, None, None, backend)
+    check_modulation(x, None, None)
     return quantize_columns([Columns(x, 0, x.shape[-1])], backend=backend)
 
 
@@ -148,10 +158,11 @@ def quantize_columns(parts: Sequence[Columns], *, backend: str | None = None) ->
         multiples of 128, plain JAX is used for others.
 
     Raises:
-      ValueError: parts that do not fit together, or a backend that is unknown or cannot run here.
+      ValueError: parts that do not fit together, or an unknown backend.
+      NotImplementedError: the backend that is asked for cannot run here.
     """
-    check_columns(parts, backend)
-    name, device = _backend_of_rows(parts[0].array, backend)
+    check_columns(parts)
+    name, device = _backend_of_rows([part.array for part in parts], backend)
     if name != "mosaic":
         return reference.quantize_columns(parts)
     leading = parts[0].array.shape[:-1]
@@ -184,10 +195,11 @@ def normalize_and_quantize(
       backend: as in `ternary_matmul`; Triton's is plain JAX.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or a backend that is unknown or cannot run here.
+      ValueError: shapes or dtypes that do not fit together, or an unknown backend.
+      NotImplementedError: the backend that is asked for cannot run here.
     """
-    check_modulation(x, gain, shift, backend)
-    name, device = _backend_of_rows(x, backend)
+    check_modulation(x, gain, shift)
+    name, device = _backend_of_rows([x, gain, shift], backend)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     done = _normalizer(name, eps, device)(rows, _stacked(gain), _stacked(shift))
     return _unfold(done, x.shape[:-1])
@@ -204,10 +216,11 @@ def _unfold(rows: Quantized, leading: tuple[int, ...]) -> Quantized:
     return Quantized(values, rows.scale.reshape(leading), rows.row_sum.reshape(leading))
 
 
-def _backend_of_rows(x: Any, backend: str | None) -> tuple[str, Device]:
-    """The backend for something that is done to the rows of x, and the device."""
+def _backend_of_rows(arrays: Sequence[Any], backend: str | None) -> tuple[str, Device]:
+    """The backend for something that is done to rows, those of the first array; and the device."""
+    x = arrays[0]
     device = device_of(x)
-    if backend is None and (is_spread(x) or not x.size):
+    if backend is None and (is_spread(*arrays) or not x.size):
         return "jax", describe(device)
     # Results are int8: what the products want of the types does not matter.
     name = choose(backend, device, x.dtype, jnp.dtype(jnp.float32), 8)

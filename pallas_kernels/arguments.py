@@ -7,7 +7,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.backends import BACKENDS
 from pallas_kernels.packing import GROUP, group_count, packed_width
 from pallas_kernels.reference import Columns
 
@@ -18,20 +17,19 @@ def check_matmul(
     x: Any,
     packed: Any,
     scale: Any,
-    bias: Any,
+    bias: Any = None,
+    *,
     activation_bits: int,
-    backend: str | None,
     token_scale: Any = None,
+    row_sum: Any = None,
     gate: Any = None,
     residual: Any = None,
-    row_sum: Any = None,
 ) -> None:
     """Refuses what no backend could multiply.
 
     Raises:
       ValueError: naming the argument, what was expected and what was found.
     """
-    check_backend(backend)
     if activation_bits not in ACTIVATION_BITS:
         raise ValueError(f"activation_bits must be 8 or 16, got {activation_bits!r}")
     quantized = x.dtype == jnp.int8
@@ -80,13 +78,12 @@ def check_matmul(
         )
 
 
-def check_modulation(x: Any, gain: Any, shift: Any, backend: str | None) -> None:
+def check_modulation(x: Any, gain: Any, shift: Any) -> None:
     """Refuses rows that cannot be quantised.
 
     Raises:
       ValueError: naming the argument, what was expected and what was found.
     """
-    check_backend(backend)
     if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"x must be floating with at least one axis, got {x.dtype} of shape {x.shape}"
@@ -96,13 +93,12 @@ def check_modulation(x: Any, gain: Any, shift: Any, backend: str | None) -> None
             check_floating(name, value, vector_shapes(x.shape[:-1], x.shape[-1]))
 
 
-def check_columns(parts: Sequence[Columns], backend: str | None) -> None:
+def check_columns(parts: Sequence[Columns]) -> None:
     """Refuses parts that are no columns of arrays with the same leading axes.
 
     Raises:
       ValueError: naming the part, what was expected and what was found.
     """
-    check_backend(backend)
     if not parts:
         raise ValueError("parts must be one or more Columns, got none")
     leading = parts[0].array.shape[:-1]
@@ -120,12 +116,6 @@ def check_columns(parts: Sequence[Columns], backend: str | None) -> None:
 def vector_shapes(leading: tuple[int, ...], width: int) -> list[tuple[int, ...]]:
     """What a vector for all tokens, or one for each of their first axis, may look like."""
     return [(width,), *([(leading[0], width)] if leading else [])]
-
-
-def check_backend(backend: str | None) -> None:
-    """Refuses an unknown name."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 def check_floating(name: str, value: Any, shapes: list[tuple[int, ...]]) -> None:

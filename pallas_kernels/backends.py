@@ -29,14 +29,24 @@ def device_of(x: Any) -> Any:
     """Where x lies, or where a traced x will most likely lie: JAX's default device."""
     if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         return next(iter(x.devices()))
-    # There, but not in its types.
+    # There, but not in its types: a device, or the name of a platform.
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    return default if isinstance(default, jax.Device) else jax.local_devices()[0]
+    if default is None or isinstance(default, str):
+        return jax.local_devices(backend=default)[0]
+    return default
 
 
-def is_spread(x: Any) -> bool:
-    """Whether x lies on several devices: XLA partitions plain JAX, but no kernel."""
-    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and len(x.sharding.device_set) > 1
+def is_spread(*arrays: Any) -> bool:
+    """Whether any array lies on several devices: XLA partitions plain JAX, but no kernel.
+
+    Of traced arrays nothing is known; they, and None, count as lying on one.
+    """
+    return any(
+        isinstance(array, jax.Array)
+        and not isinstance(array, Tracer)
+        and len(array.sharding.device_set) > 1
+        for array in arrays
+    )
 
 
 def describe(device: Any) -> Device:
@@ -58,12 +68,17 @@ def choose(
       activation_bits: 8 or 16.
 
     Raises:
-      ValueError: the backend that is asked for cannot run; says why, and what would.
+      ValueError: no such backend.
+      NotImplementedError: the backend that is asked for cannot run; says why, and what would.
     """
     if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}"
+            )
         reason = why_not(backend, device, x_dtype, out_dtype, activation_bits)
         if reason:
-            raise ValueError(
+            raise NotImplementedError(
                 f"backend {backend!r} cannot run this product: {reason}; "
                 f"leave backend=None to use what can"
             )

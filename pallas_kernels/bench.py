@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 from pallas_kernels import api, reference
 from pallas_kernels.backends import BACKENDS, device_of, why_not
 from pallas_kernels.packing import group_count, pack_codes, unpack_codes
-from pallas_kernels.tiles import Problem
 from pallas_kernels.timing import input_sets, median_ms
 
 # (tokens, inputs, outputs): the products of one step of a 12-billion image transformer at
@@ -83,29 +81,24 @@ def activations(key: Any, m: int, k: int) -> Any:
     return jax.random.normal(key, (m, k), jnp.bfloat16)
 
 
-def time_shape(
-    m: int, k: int, n: int, *, backends: tuple[str, ...], repeats: int, dense: bool = True
-) -> Iterator[Row]:
-    """Times one shape; rows come as they are measured.
+def time_shape(m: int, k: int, n: int, *, backends: tuple[str, ...], repeats: int) -> Iterator[Row]:
+    """Times one shape, XLA's dense products first; rows come as they are measured.
 
     Args:
       m, k, n: tokens, inputs, outputs.
       backends: of `BACKENDS`, all of which can run here.
       repeats: timings of each median.
-      dense: whether XLA's dense products are timed too.
     """
-    problem = Problem(m, n, k, 8)
     keys = jax.random.split(jax.random.key(m + n + k), input_sets(n * k / 4 + 3 * m * k))
     make = jax.jit(lambda key: (activations(key, m, k), *weights(jax.random.fold_in(key, 1), n, k)))
     sets = [make(key) for key in keys]
 
     def timed(what: str, backend: str, function: Callable[..., Any], arguments: list[Any]) -> Row:
         ms = median_ms(function, arguments, repeats=repeats)
-        multiplies = what not in (QUANTIZE, NORMALIZE)
-        return _row(problem, what, backend, ms, multiplies)
+        tops = 0.0 if what in (QUANTIZE, NORMALIZE) else 2e-9 * m * n * k / ms
+        return Row(m=m, k=k, n=n, what=what, backend=backend, ms=ms, tops=tops)
 
-    if dense:
-        yield from _dense(sets, k, timed)
+    yield from _dense(sets, k, timed)
     quantized = [(*_quantize(s[0]), *s[1:]) for s in sets]
     for name in backends:
         yield timed(A16, name, _op(name, 16), sets)
@@ -159,12 +152,6 @@ def _normalizer(backend: str) -> Callable[..., Any]:
     return lambda x, gain, shift: api.normalize_and_quantize(x, gain, shift, backend=backend)
 
 
-def _row(problem: Problem, what: str, backend: str, ms: float, multiplies: bool) -> Row:
-    m, n, k = problem.m, problem.n, problem.k
-    tops = 2e-9 * m * n * k / ms if multiplies else 0.0
-    return Row(m=m, k=k, n=n, what=what, backend=backend, ms=ms, tops=tops)
-
-
 def ratio_to_dense(rows: list[Row], what: str, backend: str) -> dict[tuple[int, int, int], float]:
     """How many times as fast as XLA's dense product, for each shape that has both.
 
@@ -174,11 +161,6 @@ def ratio_to_dense(rows: list[Row], what: str, backend: str) -> dict[tuple[int, 
     base = {(r.m, r.k, r.n): r.ms for r in rows if r.what == dense}
     ours = {(r.m, r.k, r.n): r.ms for r in rows if r.what == what and r.backend == backend}
     return {shape: base[shape] / ours[shape] for shape in ours if shape in base}
-
-
-def geometric_mean(values: list[float]) -> float:
-    """Of positive numbers."""
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def table(rows: list[Row]) -> list[str]:

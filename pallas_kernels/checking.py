@@ -45,6 +45,7 @@ class Case:
       gates: how many runs of tokens have a gate of their own; m is a multiple.
       codes: "all", or the only code that the weight has.
       integers: x is int8, all scales are 1 and nothing follows: the sums themselves must come out.
+      row_sum: whether the sums of such an x are given: a kernel may then decode codes, not signs.
     """
 
     m: int
@@ -58,9 +59,11 @@ class Case:
     gates: int = 1
     codes: str = "all"
     integers: bool = False
+    row_sum: bool = True
 
     def __str__(self) -> str:
         bits = "int8 sums" if self.integers else f"A{self.activation_bits}"
+        bits += "" if self.row_sum else " of signs"
         gates = f" {self.gates} gates" if self.gates > 1 else " gate"
         options = " gelu" * self.gelu + f"{gates} residual" * self.extras
         codes = "" if self.codes == "all" else f" codes {self.codes}"
@@ -70,6 +73,7 @@ class Case:
 
 CASES = (
     Case(m=257, n=520, k=1040, integers=True, out_dtype="float32"),
+    Case(m=257, n=520, k=1040, integers=True, row_sum=False, out_dtype="float32"),
     Case(m=1, n=264, k=3072, integers=True, out_dtype="float32"),
     Case(m=37, n=1000, k=320, integers=True, out_dtype="float32"),
     Case(m=130, n=256, k=512, integers=True, out_dtype="float32", codes="0"),
@@ -132,8 +136,8 @@ def make(case: Case, seed: int = 0) -> Arrays:
     """Random arguments. With six rows or more, one is zeros, one saturated, one inf, one NaN.
 
     Returns:
-      Keyword arguments of the op: x, packed, scale, and bias, token_scale, gate, residual or None;
-      and `codes`, (N, K) NumPy.
+      Keyword arguments of the op: x, packed, scale; bias, token_scale, row_sum, gate and residual,
+      each or None; and `codes`, (N, K) NumPy.
     """
     rng = np.random.default_rng(seed)
     if case.codes == "all":
@@ -141,7 +145,7 @@ def make(case: Case, seed: int = 0) -> Arrays:
     else:
         codes = np.full((case.n, case.k), int(case.codes), np.uint8)
     made: Arrays = {"codes": codes, "packed": pack_codes(jnp.asarray(codes))}
-    made |= dict.fromkeys(("bias", "token_scale", "gate", "residual"))
+    made |= dict.fromkeys(("bias", "token_scale", "row_sum", "gate", "residual"))
     if case.integers:
         x = rng.integers(-127, 128, (case.m, case.k)).astype(np.int8)
         x[-1], x[case.m // 2] = 127, -127
@@ -149,6 +153,7 @@ def make(case: Case, seed: int = 0) -> Arrays:
             "x": jnp.asarray(x),
             "scale": jnp.ones(case.n, jnp.float32),
             "token_scale": jnp.ones(case.m, jnp.float32),
+            "row_sum": jnp.asarray(x.sum(-1, dtype=np.int32)) if case.row_sum else None,
         }
     shapes = {"tensor": (), "channel": (case.n,), "group": (case.n, group_count(case.k))}
     scale = rng.uniform(0.01, 0.05, shapes[case.granularity]).astype(np.float16)
@@ -167,12 +172,14 @@ def exact(case: Case, made: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """The result in float64 from exact sums, and how far roundings may take it from that.
 
     Returns:
-      (expected, bound): (M, N) each; rows of x that are not finite give no finite bound.
+      (expected, bound): (M, N) each; NaN is expected of rows of x that are not finite.
     """
     x, token_scale = made["x"], made["token_scale"]
     if case.activation_bits == 8 and not case.integers:
         x, token_scale, _ = reference.quantize_activations(x)
     x = np.asarray(x).astype(np.float64)
+    # Whatever quantising made of them.
+    broken = ~np.isfinite(np.asarray(made["x"], np.float64)).all(axis=-1)
     signs = made["codes"].astype(np.float64) - 1
     scale = np.asarray(made["scale"], np.float64)
     if scale.ndim == 2:
@@ -191,7 +198,7 @@ def exact(case: Case, made: Arrays) -> tuple[np.ndarray, np.ndarray]:
         bound = relative * partial + 2 * FLOAT32 * (np.abs(y) + np.abs(bias))
         y = y + bias
         if case.gelu:
-            y = y / (1 + np.exp(-1.5957691216057308 * (y + 0.044715 * y**3)))
+            y = y / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
             bound = 1.2 * bound + GELU_ERROR * np.abs(y)
         if made["gate"] is not None:
             gates = np.asarray(made["gate"], np.float64)
@@ -200,6 +207,7 @@ def exact(case: Case, made: Arrays) -> tuple[np.ndarray, np.ndarray]:
             y, bound = residual + gate * y, np.abs(gate) * bound
             bound = bound + 2 * FLOAT32 * (np.abs(y) + np.abs(residual))
         bound = bound + ROUNDING[case.out_dtype] * (np.abs(y) + bound) + 1e-38
+    y[broken] = np.nan
     return y, bound
 
 
@@ -245,7 +253,7 @@ def public_op(backend: str) -> Callable[..., Any]:
 
     def multiply(case: Case, **arrays: Any) -> Any:
         # The op's gates go with the first axis.
-        for name in ("x", "token_scale", "residual"):
+        for name in ("x", "token_scale", "row_sum", "residual"):
             if arrays[name] is not None:
                 array = arrays[name]
                 arrays[name] = array.reshape(case.gates, -1, *array.shape[1:])
@@ -263,16 +271,12 @@ def public_op(backend: str) -> Callable[..., Any]:
     return multiply
 
 
-def interpreted_mosaic(tile: Tile | None = None) -> Callable[..., Any]:
-    """The Mosaic backend in Pallas' GPU interpret mode, as `check` wants it.
-
-    Args:
-      tile: for more than 8 rows, or with a scale per group; None takes a small one.
-    """
+def interpreted_mosaic() -> Callable[..., Any]:
+    """The Mosaic backend in Pallas' GPU interpret mode, with small tiles, as `check` wants it."""
     from pallas_kernels import mosaic
     from pallas_kernels.mosaic_api import interpret_params
 
-    many = tile or Tile(rows=64, tokens=32, store=32, stages=3, code_stages=2)
+    many = Tile(rows=64, tokens=32, store=32, stages=3, code_stages=2)
 
     def multiply(case: Case, **arrays: Any) -> Any:
         few = case.m <= 8 and case.granularity != "group"
@@ -280,8 +284,7 @@ def interpreted_mosaic(tile: Tile | None = None) -> Callable[..., Any]:
             # Rows of inf and NaN, for NumPy, which multiplies in the place of the tensor cores.
             warnings.filterwarnings("ignore", "invalid value", RuntimeWarning)
             y = mosaic.ternary_matmul(
-                *(arrays[name] for name in ("x", "packed", "scale", "bias", "token_scale")),
-                *(arrays[name] for name in ("gate", "residual")),
+                **arrays,
                 activation_bits=case.activation_bits,
                 out_dtype=case.out_dtype,
                 gelu=case.gelu,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pallas_kernels.command_line import App, Json, Quiet, print_json
+from pallas_kernels.command_line import App, Json, Quiet, check_folder_of, print_json
 from pallas_kernels.errors import UserError
 
 app = App(
@@ -59,22 +60,30 @@ def check(
     """
     from pallas_kernels import checking
 
+    _check_out(out)
     runs = check_runs(backend)
     outcomes = []
     for name, cases, multiply in runs:
         for case in cases:
             outcome = checking.check(case, name, multiply, seed)
             outcomes.append(outcome)
-            if not json:
+            # With --json, the lines are progress.
+            if not (json and quiet):
                 verdict = "ok" if outcome.passed else "WRONG"
                 repeats = "" if outcome.repeats else ", other bits in a second run"
                 share = f"error {outcome.error:.3f} of the bound{repeats}"
-                typer.echo(f"{verdict:5}  {name:20}  {case!s:58}  {share}")
+                typer.echo(f"{verdict:5}  {name:20}  {case!s:58}  {share}", err=json)
     passed = all(outcome.passed for outcome in outcomes)
     rows = [
-        {"backend": o.backend, "case": str(o.case), "error": o.error, "repeats": o.repeats}
-        | {"passed": o.passed}
-        for o in outcomes
+        {
+            "backend": outcome.backend,
+            "case": str(outcome.case),
+            # JSON has no infinity.
+            "error": outcome.error if math.isfinite(outcome.error) else None,
+            "repeats": outcome.repeats,
+            "passed": outcome.passed,
+        }
+        for outcome in outcomes
     ]
     report({"passed": passed, "cases": rows}, out, json, quiet)
     if not passed:
@@ -102,6 +111,7 @@ def bench(
     """
     from pallas_kernels import bench as measuring
 
+    _check_out(out)
     names = kernels_here(backend, or_jax=True)
     shapes = shapes_of(shape, few=few)
     rows = []
@@ -137,6 +147,8 @@ def tune(
 ) -> None:
     """Try tiles for products, and put the fastest into the table of this kind of device.
 
+    An entry is written as soon as it is found.
+
     \b
     Examples:
       python -m pallas_kernels tune --shape 4608x3072x9216 --bits 8
@@ -148,22 +160,31 @@ def tune(
     for value in bits or ():
         if value not in (8, 16):
             raise UserError(f"--bits must be 8 or 16, got {value}")
+    _check_out(out)
     names = kernels_here(backend, or_jax=False)
     device = describe(device_of(None))
+    path = table or tile_table.file_of(device.kind)
+    if path.exists():
+        # What is no table is refused before the search, not after it.
+        tile_table.read_entries(path)
     entries, failures = [], []
-    for m, k, n in shapes_of(shape, few=False):
+    problems = [
+        Problem(m, n, k, width, grouped)
+        for m, k, n in shapes_of(shape, few=False)
+        for width in bits or (8, 16)
+    ]
+    for problem in problems:
         for name in names:
-            for width in bits or (8, 16):
-                problem = Problem(m, n, k, width, grouped)
-                entry, failed = tune_one(name, problem, device, repeats, quiet)
-                failures += failed
-                entries += [entry] if entry else []
-    where = tile_table.write_entries(device.kind, entries, table) if entries else None
+            entry, failed = tune_one(name, problem, device, repeats, quiet)
+            failures += failed
+            if entry is not None:
+                entries.append(entry)
+                tile_table.write_entries(device.kind, [entry], path)
     if not json:
         for entry in entries:
             typer.echo(json_module.dumps(entry.to_json()))
     found = {
-        "table": None if where is None else where.name,
+        "table": path.name if entries else None,
         "entries": [entry.to_json() for entry in entries],
         "failures": failures,
     }
@@ -246,6 +267,11 @@ def check_runs(names: list[str] | None) -> list[tuple[str, Any, Any]]:
         multiply = checking.interpreted_mosaic()
         runs.append(("mosaic, interpreted", checking.SMALL_CASES, multiply))
     return runs
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None:
+        check_folder_of("--out", out)
 
 
 def report(content: dict[str, Any], out: Path | None, json: bool, quiet: bool) -> None:

@@ -16,11 +16,12 @@ import logging
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pallas_kernels.errors import exit_on_user_error
+from pallas_kernels.errors import UserError, exit_on_user_error
 
 PACKAGES = ("flux_jax", "convert", "ternary", "pallas_kernels")
 # Programs that compile quicker than this are not worth a line, in seconds.
@@ -87,6 +88,18 @@ def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def check_folder_of(option: str, path: Path) -> None:
+    """Refuses a file that could not be made, before the long work whose result it is to hold.
+
+    Raises:
+      UserError: its folder does not exist, or the path is a folder itself.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {path.absolute().parent} does not exist")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder, expected the name of a file")
+
+
 def print_json(content: Any) -> None:
     """One JSON object on stdout."""
     typer.echo(json_module.dumps(content, indent=2))
@@ -104,7 +117,7 @@ class _Brief(logging.Formatter):
 @contextlib.contextmanager
 def _messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
     """Our loggers at the level that is asked for, on stderr."""
-    # Forced, as the stream is another one in each of several commands of one process.
+    # A handler for each command: where one process runs several, stderr may be another stream.
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter((logging.Formatter if verbose else _Brief)("%(levelname)s: %(message)s"))
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_api import pl, plgpu, read, transpose_ref
+from pallas_kernels.reference import GELU_CUBIC, GELU_SLOPE
 
 LAYOUT = plgpu.Layout.WGMMA
 
@@ -142,10 +143,10 @@ def add_residual(y: Any, ref: Any, window: Window) -> Any:
 
 
 def tanh_gelu(y: Any) -> Any:
-    """GELU in its tanh form, as y times a sigmoid: 1 + tanh(u) = 2 sigmoid(2 u).
+    """GELU in its tanh form, as y times a sigmoid (see `reference.GELU_SLOPE`).
 
     The tensor cores wait for this. The sigmoid is the square of a reciprocal root, for which there
     is one instruction, as there is for the exponential; a division would be ten.
     """
-    root = lax.rsqrt(jnp.exp((y + y * y * y * 0.044715) * -1.5957691216057308) + 1.0)
+    root = lax.rsqrt(jnp.exp((y + y * y * y * GELU_CUBIC) * -GELU_SLOPE) + 1.0)
     return y * root * root

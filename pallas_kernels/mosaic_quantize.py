@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.mosaic_api import pl, plgpu
 from pallas_kernels.mosaic_epilogue import tanh_gelu
-from pallas_kernels.reference import Columns, Quantized
+from pallas_kernels.reference import MAX_INVERSE, Columns, Quantized
 
 # Of a warpgroup; the columns of a part must be a multiple of it.
 THREADS = 128
@@ -149,8 +149,7 @@ def _scales(maxima: list[Any]) -> tuple[Any, Any]:
     for other in maxima[1:]:
         largest = jnp.maximum(largest, other)
     inverse = jnp.where(largest > 0, 127.0 / jnp.where(largest > 0, largest, 1.0), 0.0)
-    # It overflows for numbers that are zero for any purpose.
-    inverse = jnp.where(inverse > 3e38, 0.0, inverse)
+    inverse = jnp.where(inverse > MAX_INVERSE, 0.0, inverse)
     return inverse, largest * jnp.float32(1 / 127)
 
 

@@ -12,6 +12,7 @@ last; a compiler may round a product and the sum that it goes into once instead 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,9 +26,14 @@ Signed = Float[Array, "N K"] | Int8[Array, "N K"]
 Activations = Float[Array, "*B K"] | Int8[Array, "*B K"]
 Scale = Float[Array, ""] | Float[Array, " N"] | Float[Array, "N G"]
 
+# Where 127 / largest is beyond this, a token is zero for any purpose; not far above, it overflows.
+MAX_INVERSE = 3e38
+# tanh GELU is y/2 (1 + tanh(sqrt(2/pi) (y + 0.044715 y^3))), and 1 + tanh(u) = 2 sigmoid(2 u).
+GELU_SLOPE, GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+
 
 class Quantized(NamedTuple):
-    """Activations as int8: what `ternary_matmul` takes with 8 bits, made once for any products.
+    """Activations as int8, which any number of `ternary_matmul`s can take with 8 bits.
 
     Attributes:
       values: (..., K) in [-127, 127].
@@ -71,9 +77,10 @@ def quantize_activations(x: Float[Array, "*B K"]) -> Quantized:
     """
     x32 = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
+    # On a CPU, XLA's maximum passes over NaN where it is vectorised (openxla/xla#21461).
+    largest = jnp.where(jnp.isnan(x32).any(axis=-1, keepdims=True), jnp.nan, largest)
     inverse = jnp.where(largest > 0, 127.0 / jnp.where(largest > 0, largest, 1.0), 0.0)
-    # Below 127 * 2^-128 the inverse overflows; such a token is zero for any purpose.
-    inverse = jnp.where(jnp.isinf(inverse), 0.0, inverse)
+    inverse = jnp.where(inverse > MAX_INVERSE, 0.0, inverse)
     q = jnp.clip(jnp.round(x32 * inverse), -127, 127).astype(jnp.int8)
     sums = q.astype(jnp.int32).sum(-1)
     return Quantized(q, largest[..., 0] * jnp.float32(1 / 127), sums)
@@ -105,12 +112,14 @@ def per_row(vectors: Float[Array, "B N"], rows: int) -> Float[Array, "M N"]:
     """A vector for each of `rows`, float32: rows in B equal runs, the first takes the first."""
     batch, width = vectors.shape
     wide = vectors.astype(jnp.float32)[:, None]
-    return jnp.broadcast_to(wide, (batch, rows // batch, width)).reshape(rows, width)
+    # No vectors at all go with no rows at all.
+    run = rows // max(batch, 1)
+    return jnp.broadcast_to(wide, (batch, run, width)).reshape(rows, width)
 
 
 def tanh_gelu(y: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """GELU in its tanh form, as y times a sigmoid, which loses nothing where y is negative."""
-    return y * jax.nn.sigmoid((y + y * y * y * 0.044715) * 1.5957691216057308)
+    return y * jax.nn.sigmoid((y + y * y * y * GELU_CUBIC) * GELU_SLOPE)
 
 
 def signed_product(

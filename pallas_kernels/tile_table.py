@@ -22,10 +22,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.errors import UserError
 from pallas_kernels.tiles import (
     AnyTile,
     FewTile,
@@ -114,13 +116,13 @@ def read_entries(path: Path) -> list[Entry]:
     """The entries of a table.
 
     Raises:
-      ValueError: the file is not such a table; names the file and what is wrong.
+      UserError: the file is not such a table; names the file and what is wrong.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
         return [_from_json(dict(entry)) for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
             f"{path}: expected a table of tiles, as `python -m pallas_kernels tune` writes it, "
             f"got {type(error).__name__}: {error}"
         ) from error
@@ -132,26 +134,31 @@ def _from_json(data: dict[str, Any]) -> Entry:
     return Entry(problem=Problem(**{name: data.pop(name) for name in names}), tile=tile, **data)
 
 
-def write_entries(device_kind: str, new: list[Entry], path: Path | None = None) -> Path:
+def write_entries(device_kind: str, new: list[Entry], path: Path) -> None:
     """Puts entries into a table, in place of those of the same products.
 
     Args:
       device_kind: as JAX names it.
       new: the entries.
-      path: None takes the package's own table.
+      path: of the table; `file_of` says where the package's own are.
 
-    Returns:
-      The path of the table.
+    Raises:
+      UserError: what is there is no table, or the file cannot be written; it is then as it was.
     """
-    path = path or file_of(device_kind)
     old = read_entries(path) if path.exists() else []
     entries = {(entry.backend, entry.problem): entry for entry in [*old, *new]}
     ordered = sorted(entries.values(), key=lambda e: (e.backend, dataclasses.astuple(e.problem)))
     lines = ",\n    ".join(json.dumps(entry.to_json()) for entry in ordered)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'{{\n  "device_kind": {json.dumps(device_kind)},\n  "entries": [\n    {lines}\n  ]\n}}\n',
-        encoding="utf-8",
+    text = (
+        f'{{\n  "device_kind": {json.dumps(device_kind)},\n  "entries": [\n    {lines}\n  ]\n}}\n'
     )
+    unfinished = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written: {reason}; choose another --table") from error
     _index.cache_clear()
-    return path

@@ -55,8 +55,8 @@ class Tile:
       along_n: whether a band runs along the outputs; along the tokens otherwise.
       lag: 1 keeps the products of a stage running while the next stage is begun; 0 does not.
       flight: how many of a stage's products may run at once; None for all.
-      decode: `CODE` or `SIGN`. `CODE` is for activations that the op itself makes int8 of, without
-        groups; elsewhere signs are decoded whatever this says.
+      decode: `CODE` or `SIGN`. `CODE` needs int8 activations whose sums are known and a scale that
+        is not per group; elsewhere signs are decoded whatever this says.
     """
 
     rows: int = 128
@@ -111,10 +111,8 @@ def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile:
         return _few(problem.m, problem.activation_bits)
     if problem.grouped:
         # Two sums per element are in registers: half a tile, and no register is spilled.
-        tokens, planes = (
-            (64 if problem.m <= 64 else 128),
-            (4 if problem.activation_bits == 8 else 2),
-        )
+        tokens = 64 if problem.m <= 64 else 128
+        planes = 4 if problem.activation_bits == 8 else 2
         return Tile(rows=64, tokens=tokens, planes=planes, decode=SIGN)
     if problem.activation_bits == 16:
         return Tile(planes=2, stages=4, decode=SIGN)

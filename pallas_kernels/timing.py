@@ -12,6 +12,8 @@ import jax
 # Inputs are rotated, so that what one call read is gone from the cache when its turn comes again.
 ROTATED_BYTES = 160e6
 MOST_SETS = 12
+# Programs in flight in each timing, so that the device does not wait for the host.
+QUEUED = 2
 
 
 def input_sets(nbytes: float) -> int:
@@ -20,26 +22,25 @@ def input_sets(nbytes: float) -> int:
 
 
 def median_ms(
-    function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], *, repeats: int, queued: int = 2
+    function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], *, repeats: int
 ) -> float:
     """Median time of one call, in milliseconds.
 
-    A program calls the function once with each set; some programs are queued at a time, so that the
-    device does not wait for the host. Outputs are computed in full.
+    A program calls the function once with each set; `QUEUED` of them are timed together. Outputs
+    are computed in full.
 
     Args:
       function: of arrays; it is compiled here.
       sets: its arguments, in turn.
       repeats: timings the median is over.
-      queued: programs in each.
 
     Raises:
       ValueError: nothing to time.
     """
-    if repeats < 1 or queued < 1 or not sets:
+    if repeats < 1 or not sets:
         raise ValueError(
-            f"median_ms needs repeats >= 1, queued >= 1 and a set of inputs, got "
-            f"repeats={repeats}, queued={queued}, {len(sets)} sets"
+            f"median_ms needs repeats >= 1 and a set of inputs, got repeats={repeats}, "
+            f"{len(sets)} sets"
         )
     program = jax.jit(lambda sets: [function(*arguments) for arguments in sets])
     for _ in range(2):
@@ -48,9 +49,9 @@ def median_ms(
     for _ in range(repeats):
         start = time.perf_counter()
         outputs = None
-        for _ in range(queued):
+        for _ in range(QUEUED):
             outputs = program(sets)
         jax.block_until_ready(outputs)
-        times.append((time.perf_counter() - start) / (queued * len(sets)))
+        times.append((time.perf_counter() - start) / (QUEUED * len(sets)))
         del outputs
     return 1e3 * statistics.median(times)

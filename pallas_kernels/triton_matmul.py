@@ -120,10 +120,10 @@ def kernel() -> Any:
             y = y * tl.load(gate_ptr + run[None, :] * n + output_in[:, None]).to(tl.float32)
         y = tl.trans(y)
         at = token[:, None].to(tl.int64) * n + output[None, :]
-        inside = (token < m)[:, None] & (output < n)[None, :]
+        written = (token < m)[:, None] & (output < n)[None, :]
         if HAS_RESIDUAL:
-            y = y + tl.load(residual_ptr + at, mask=inside, other=0).to(tl.float32)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+            y = y + tl.load(residual_ptr + at, mask=written, other=0).to(tl.float32)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=written)
 
     return ternary_product
 

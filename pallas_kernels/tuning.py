@@ -106,15 +106,19 @@ def _many(problem: Problem) -> list[Tile]:
 
 
 def arguments(problem: Problem) -> list[tuple[Any, ...]]:
-    """Sets of (x, packed, scale, bias, token_scale) to rotate; 8-bit activations are quantised."""
+    """Sets of (x, packed, scale, bias, token_scale, row_sum) to rotate.
+
+    8-bit activations are quantised, and their sums are given, as in a model: without them a tile
+    that decodes codes would not be what is timed.
+    """
     m, n, k = problem.m, problem.n, problem.k
 
     def make(key: Any) -> tuple[Any, ...]:
         given = weights(key, n, k, problem.grouped)
-        x, token_scale = activations(jax.random.fold_in(key, 1), m, k), None
+        x, token_scale, row_sum = activations(jax.random.fold_in(key, 1), m, k), None, None
         if problem.activation_bits == 8:
-            x, token_scale, _ = reference.quantize_activations(x)
-        return (x, *given, token_scale)
+            x, token_scale, row_sum = reference.quantize_activations(x)
+        return (x, *given, token_scale, row_sum)
 
     itemsize = problem.activation_bits // 8
     keys = jax.random.split(jax.random.key(0), input_sets(n * k / 4 + itemsize * m * k))
@@ -122,10 +126,15 @@ def arguments(problem: Problem) -> list[tuple[Any, ...]]:
 
 
 def multiplier(backend: str, problem: Problem, device: Device, tile: Any) -> Callable[..., Any]:
-    """The product alone, with a given tile."""
+    """The product alone, with a given tile, of a set of `arguments`."""
     module: Any = triton_matmul if backend == "triton" else mosaic
     settings = {"activation_bits": problem.activation_bits, "out_dtype": jnp.bfloat16}
-    return lambda *arrays: module.ternary_matmul(*arrays, **settings, device=device, tile=tile)
+
+    def multiply(*arrays: Any) -> Any:
+        *others, row_sum = arrays
+        return module.ternary_matmul(*others, row_sum=row_sum, **settings, device=device, tile=tile)
+
+    return multiply
 
 
 def search(backend: str, problem: Problem, device: Device, *, repeats: int) -> Iterator[Trial]:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.maps.fields import read_fields, refuse_unless
+from convert.maps.shapes import count
 from convert.rules import Map, Rule
-from convert.transforms import CONV_TO_LINEAR
+from convert.transforms import CONV_TO_LINEAR, Shape
 from flux_jax.configs import AutoencoderConfig
+from flux_jax.errors import UserError
 
 _WHAT = "autoencoder config"
 _RESNET = r"(norm1|conv1|norm2|conv2)\.(weight|bias)"
@@ -77,7 +79,6 @@ def bfl_map(config: AutoencoderConfig) -> Map:
             ),
             Rule(_BFL_LEVEL + r"(downsample|upsample)\.conv\.(weight|bias)", r"\1.\2.\3.conv.\4"),
         ),
-        prefixes=("first_stage_model.", "vae."),
     )
 
 
@@ -123,3 +124,27 @@ def config_to_hf(config: AutoencoderConfig) -> dict[str, Any]:
         "use_quant_conv": False,
         "use_post_quant_conv": False,
     }
+
+
+def config_from_shapes(shapes: Mapping[str, Shape]) -> AutoencoderConfig:
+    """Our config, guessed from the tensors of `ae.safetensors`; its constants are FLUX.1's.
+
+    Args:
+        shapes: By name, without prefix.
+
+    Raises:
+        UserError: Stable Diffusion's autoencoder.
+        KeyError, IndexError: A tensor that the guess needs is missing or of another shape.
+    """
+    if "quant_conv.weight" in shapes:
+        raise UserError("this is an autoencoder of Stable Diffusion; expected FLUX.1's")
+    levels = count(shapes, r"encoder\.down")
+    widths = [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)]
+    return AutoencoderConfig(
+        in_channels=shapes["encoder.conv_in.weight"][1],
+        out_channels=shapes["decoder.conv_out.weight"][0],
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        block_out_channels=tuple(widths),
+        layers_per_block=count(shapes, r"encoder\.down\.0\.block"),
+        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
+    )

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.maps.fields import read_fields, refuse_unless
+from convert.maps.shapes import count
 from convert.rules import Ignored, Map, Rule
+from convert.transforms import Shape
 from flux_jax.configs import CLIPTextConfig
 
 _WHAT = "CLIP text config"
@@ -62,3 +64,24 @@ def config_to_hf(config: CLIPTextConfig) -> dict[str, Any]:
         "bos_token_id": 0,
         "pad_token_id": 1,
     }
+
+
+def config_from_shapes(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
+    """Our config, guessed from the tensors of a single file.
+
+    Args:
+        shapes: By name, without the file's prefix but with `text_model.`.
+
+    Raises:
+        KeyError, IndexError, ValueError: A tensor that the guess needs is missing or of another
+            shape.
+    """
+    vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
+    return CLIPTextConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=count(shapes, r"text_model\.encoder\.layers"),
+        num_attention_heads=width // 64,  # of every CLIP published
+        max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
+    )

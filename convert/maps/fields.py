@@ -1,6 +1,7 @@
 """Reading the fields of a component's `config.json`, which anybody may have written."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Container, Mapping
@@ -69,7 +70,7 @@ def refuse_unless(raw: Mapping[str, Any], expected: Mapping[str, Any], *, what: 
 
 _KIND_NAMES: dict[Any, str] = {
     int: "a positive integer",
-    float: "a number",
+    float: "a finite number",
     bool: "true or false",
     str: "a string",
     tuple[int, ...]: "a list of positive integers",
@@ -81,7 +82,8 @@ def _fits(value: Any, kind: Any, least: int) -> bool:
         item = typing.get_args(kind)[0]
         return isinstance(value, list | tuple) and all(_fits(v, item, least) for v in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)  # Python's JSON knows NaN and Infinity
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= least
     return isinstance(value, kind)

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.maps.fields import read_fields, refuse_unless
+from convert.maps.shapes import count
 from convert.rules import Ignored, Map, Rule
+from convert.transforms import Shape
 from flux_jax.configs import T5Config
 from flux_jax.errors import UserError
 
@@ -78,3 +80,28 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
+
+
+def config_from_shapes(shapes: Mapping[str, Shape]) -> T5Config:
+    """Our config, guessed from the tensors of a single file.
+
+    Args:
+        shapes: By name, without the file's prefix.
+
+    Raises:
+        KeyError, IndexError, ValueError, ZeroDivisionError: A tensor that the guess needs is
+            missing or of another shape.
+    """
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    embedding = "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight"
+    vocab, width = shapes[embedding]
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    return T5Config(
+        vocab_size=vocab,
+        d_model=width,
+        d_kv=shapes[f"{attention}.q.weight"][0] // heads,
+        d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        num_layers=count(shapes, r"encoder\.block"),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+    )

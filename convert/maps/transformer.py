@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from convert.maps.fields import read_fields, refuse_unless
+from convert.maps.shapes import count
 from convert.rules import Map, Rule
 from convert.transforms import SWAP_HALVES, Rows, Shape
 from flux_jax.configs import FluxConfig
@@ -15,9 +15,6 @@ from flux_jax.errors import UserError
 _WHAT = "transformer config"
 _P = r"\.(weight|bias)"
 _EMBEDDER = r"\.(in_layer|out_layer)" + _P
-
-# People's single files carry the prefix of the program that they were made for.
-BFL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 def bfl_map(config: FluxConfig) -> Map:
@@ -57,7 +54,6 @@ def bfl_map(config: FluxConfig) -> Map:
             ),
             Rule(r"final_layer\.adaLN_modulation\.1" + _P, r"final_layer.adaLN_modulation.\1"),
         ),
-        prefixes=BFL_PREFIXES,
     )
 
 
@@ -203,12 +199,11 @@ def config_to_hf(config: FluxConfig) -> dict[str, Any]:
 _AXES_OF_HEAD = {128: (16, 56, 56)}
 
 
-def config_from_bfl(shapes: Mapping[str, Shape], *, what: str) -> FluxConfig:
+def config_from_shapes(shapes: Mapping[str, Shape]) -> FluxConfig:
     """Our config, guessed from the tensors of a single file.
 
     Args:
         shapes: By name, without prefix.
-        what: The file, for messages.
 
     Raises:
         UserError: Tensors that the guess needs are missing, or the model is a variant with other
@@ -219,24 +214,20 @@ def config_from_bfl(shapes: Mapping[str, Shape], *, what: str) -> FluxConfig:
         found = shapes.get(name)
         if found is None or len(found) != dims:
             problem = "is missing" if found is None else f"has shape {list(found)}"
-            raise UserError(f"{what}: not a FLUX.1 transformer: tensor `{name}` {problem}")
+            raise UserError(f"not a FLUX.1 transformer: tensor `{name}` {problem}")
         return found
-
-    def count(prefix: str) -> int:
-        found = (re.match(prefix + r"\.(\d{1,4})\.", name) for name in shapes)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
 
     width, in_channels = shape("img_in.weight", 2)
     (head,) = shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)
     out_channels = shape("final_layer.linear.weight", 2)[0]
     if in_channels != out_channels:
         raise UserError(
-            f"{what}: takes {in_channels} channels and gives {out_channels}: a Fill, Canny or "
+            f"takes {in_channels} channels and gives {out_channels}: a Fill, Canny or "
             "Depth variant, which is not supported"
         )
     if head not in _AXES_OF_HEAD or width % head:
         raise UserError(
-            f"{what}: heads of width {head} at hidden size {width}: the rotary widths cannot be "
+            f"heads of width {head} at hidden size {width}: the rotary widths cannot be "
             "told from the weights; expected heads of width 128"
         )
     return FluxConfig(
@@ -246,8 +237,8 @@ def config_from_bfl(shapes: Mapping[str, Shape], *, what: str) -> FluxConfig:
         hidden_size=width,
         mlp_ratio=shape("double_blocks.0.img_mlp.0.weight", 2)[0] / width,
         num_heads=width // head,
-        depth=count("double_blocks"),
-        depth_single_blocks=count("single_blocks"),
+        depth=count(shapes, "double_blocks"),
+        depth_single_blocks=count(shapes, "single_blocks"),
         axes_dim=_AXES_OF_HEAD[head],
         guidance_embed="guidance_in.in_layer.weight" in shapes,
     )

@@ -9,7 +9,7 @@ import typer
 
 from flux_jax.assets import STUDENT, TEACHER, shipped_path
 from flux_jax.cli import common
-from flux_jax.errors import UserError
+from pallas_kernels.command_line import check_folder_of
 
 PROMPT = "a red circle above a blue square"
 # Each picture is shown this large; the models draw 128 x 128.
@@ -38,8 +38,7 @@ def demo(
         from flux_jax.metadata import check_png_path
 
         check_png_path(out)
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist")
+        check_folder_of("--out", out)
         pictures, seconds, sizes = {}, {}, {}
         for name in (TEACHER, STUDENT):
             watch = common.Stopwatch()

@@ -13,6 +13,7 @@ from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
 from flux_jax.cli.many import generate_many
 from flux_jax.errors import UserError
+from pallas_kernels.command_line import check_folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -186,8 +187,7 @@ def _generate(
     from flux_jax.metadata import check_png_path, save_png
 
     check_png_path(out)
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist")
+    check_folder_of("--out", out)
     settings, expected = _settings(explicit, replay)
     model, dtype = settings.pop("model"), settings.pop("dtype")
     if "negative_prompt" in settings and settings.get("true_cfg_scale", 1.0) <= 1:

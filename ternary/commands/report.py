@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from flux_jax.errors import UserError
-from pallas_kernels.command_line import Force, Json, Quiet, print_json
+from pallas_kernels.command_line import Force, Json, Quiet, check_folder_of, print_json
 
 
 def report(
@@ -78,8 +78,7 @@ def report(
     target = run / "report.html" if out is None else out
     if target.exists() and not force:
         raise UserError(f"{target}: exists already; --force replaces it")
-    if not target.absolute().parent.is_dir():
-        raise UserError(f"--out {target}: the folder {target.absolute().parent} does not exist")
+    check_folder_of("--out", target)
     folder = find_student(found, student)
     named = teacher or found.settings.get("teacher")
     if score:

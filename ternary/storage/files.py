@@ -120,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       UserError: absent, or no JSON object.
     """
-    from convert.safetensors_io import read_json
+    from convert.files import read_json
 
     return read_json(path)
 
@@ -138,7 +138,7 @@ class StoredTensors:
         Raises:
           UserError: no such file, or it is truncated or forged; the message names the tensor.
         """
-        from convert.safetensors_io import SafetensorsReader
+        from convert.safetensors_read import SafetensorsReader
 
         self._reader = SafetensorsReader.open_file(path)
         specs = self._reader.specs

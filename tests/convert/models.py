@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 
 from convert import tables
 from convert.maps import scheduler
-from convert.rules import backward_plan
-from convert.safetensors_io import SafetensorsReader, write_component, write_file
+from convert.plan import Assembly, backward_plan
+from convert.safetensors_read import SafetensorsReader
+from convert.safetensors_write import write_component, write_file
 from convert.tensors import Assembled, Spec, read_whole
+from convert.transforms import row_count
 from flux_jax.configs import (
     AutoencoderConfig,
     CLIPTextConfig,
@@ -134,5 +136,29 @@ def diffusers_folder(
     return made
 
 
-def files(folder: Path, pattern: str = "*.safetensors") -> list[Path]:
-    return sorted(folder.rglob(pattern))
+def safetensors_in(folder: Path) -> list[Path]:
+    """All safetensors files below a folder."""
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def check_cover(assemblies: Iterable[Assembly]) -> None:
+    """Assert that the runs of each assembly fill each of its rows exactly once.
+
+    Raises:
+        ValueError: a gap or an overlap: a mistake in a transform.
+    """
+    for assembly in assemblies:
+        spans = sorted(
+            (run.target_row, run.target_row + run.rows)
+            for piece in assembly.pieces
+            for run in piece.runs
+        )
+        position = 0
+        for start, stop in spans:
+            if start != position:
+                raise ValueError(f"{assembly.name}: rows {position}..{start} gap or overlap")
+            position = stop
+        if position != row_count(assembly.shape):
+            raise ValueError(
+                f"{assembly.name}: {position} of {row_count(assembly.shape)} rows are filled"
+            )

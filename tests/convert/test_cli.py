@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from convert import atomic, engine, safetensors_io, targets
+from convert import atomic, engine, files, targets
 from convert.cli import app
-from tests.convert.models import CONFIGS, diffusers_folder, files, write_tensors
+from tests.convert.models import CONFIGS, diffusers_folder, safetensors_in, write_tensors
 
 TEXT = ("text_encoder", "text_encoder_2")
 
@@ -125,20 +125,20 @@ def test_force_does_not_replace_a_folder_of_another_kind(folder, out):
 
 
 def test_a_truncated_shard(copy, out):
-    shard = files(copy / "text_encoder")[0]
+    shard = safetensors_in(copy / "text_encoder")[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     assert_refused(run(copy, out), out, str(shard), "download it again")
 
 
 def test_a_forged_header(copy, out):
-    shard = files(copy / "text_encoder")[0]
+    shard = safetensors_in(copy / "text_encoder")[0]
     data = shard.read_bytes()
     shard.write_bytes(b"\xff" * 8 + data[8:])
     assert_refused(run(copy, out), out, str(shard), "header would be 18446744073709551615 bytes")
 
 
 def test_a_missing_shard(copy, out):
-    files(copy / "text_encoder")[1].unlink()
+    safetensors_in(copy / "text_encoder")[1].unlink()
     assert_refused(
         run(copy, out), out, "model.safetensors.index.json", "shards missing: model-00002"
     )
@@ -175,6 +175,12 @@ def test_a_missing_tensor_and_a_stray_one(copy, out):
         file.unlink()
     (copy / "text_encoder_2" / "model.safetensors.index.json").unlink()
     assert_refused(run(copy, out), out, "22 problems", "is missing")
+
+
+def test_a_tokenizer_that_is_not_whole(copy, out):
+    """In the hub's cache, files are links: to nothing, where a download was cut short."""
+    (copy / "tokenizer" / "vocab.json").symlink_to(copy / "gone")
+    assert_refused(run(copy, out), out, "vocab.json: cannot be copied: ", "No such file")
 
 
 def test_an_absent_source(out):
@@ -219,7 +225,7 @@ def test_a_disk_that_fills_up_while_writing(folder, out, monkeypatch, to):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 
-    monkeypatch.setattr(safetensors_io.os, "write", full)
+    monkeypatch.setattr(files.os, "write", full)
     assert_refused(run(folder, out, "--to", to), out, "disk full while writing (No space left")
 
 
@@ -258,12 +264,12 @@ def test_tensorstore_says_it_in_its_own_way(folder, out, monkeypatch):
 SLOW = """
 import signal
 import time
-from convert import safetensors_io
-write = safetensors_io.write_all
+from convert import files
+write = files.write_all
 def slow(fd, data):
     time.sleep(0.05)
     return write(fd, data)
-safetensors_io.write_all = slow
+files.write_all = slow
 # A shell gives its background jobs an ignored SIGINT, which is inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from convert.__main__ import app

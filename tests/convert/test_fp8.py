@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.fp8 import Dequantized, is_quantized
+from convert.fp8 import Dequantized, has_float8
 from convert.tensors import read_whole
 from flux_jax.errors import UserError
 from tests.convert.models import Arrays
@@ -117,6 +117,7 @@ def test_what_is_not_a_weight_is_dropped_with_a_reason_and_the_rest_passes_throu
             {"w.weight_scale": np.ones((2, 4), np.float32)},
             r"`w.weight_scale` is no scale: .*\[2, 4\]",
         ),
+        ({"w.scale_weight": np.ones((), np.float32)}, "tensor `w.weight` has two scales, expected"),
         ({"w.weight_scale": np.ones((), np.int32)}, "is no scale: dtype int32"),
         ({"w.weight_scale": np.float32("nan").reshape(())}, "scales that are not finite"),
         ({"w.comfy_quant": np.frombuffer(b"{", np.uint8)}, "no readable quantisation note"),
@@ -130,5 +131,5 @@ def test_scales_that_make_no_sense_are_named(change, message):
 
 
 def test_ordinary_checkpoints_are_not_taken_for_float8():
-    assert not is_quantized(Arrays({"w.weight": np.ones(2, np.float32), "norm.scale": np.ones(2)}))
-    assert is_quantized(Arrays({"w.weight": CODES.view(E5M2)}))
+    assert not has_float8(Arrays({"w.weight": np.ones(2, np.float32), "norm.scale": np.ones(2)}))
+    assert has_float8(Arrays({"w.weight": CODES.view(E5M2)}))

@@ -41,9 +41,11 @@ def http(kind, text="403 Client Error"):
         (http(errors.RevisionNotFoundError), "a/b: has no revision 'v9'"),
         (errors.LocalEntryNotFoundError("x"), "hub cannot be reached"),
         (errors.HFValidationError("x"), "no valid hub id"),
-        (errors.OfflineModeIsEnabled("offline\nmore"), "a/b: download failed: offline$"),
+        (errors.OfflineModeIsEnabled("offline\nmore"), "a/b: download failed: offline; what is"),
         (http(errors.HfHubHTTPError, "500 Server Error"), "a/b: download failed: 500 Server Error"),
         (OSError(28, "No space left on device"), "download failed: .*No space left"),
+        # A connection that breaks down: of the HTTP library that the hub's client has.
+        (errors.HTTPError("peer closed connection"), "download failed: peer closed connection"),
     ],
 )
 def test_a_failure_is_one_line(monkeypatch, error, message):

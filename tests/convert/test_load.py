@@ -16,7 +16,7 @@ from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 from flux_jax.sharding import make_mesh
 from flux_jax.tree import to_flat
-from tests.convert.models import CONFIGS, diffusers_folder, files
+from tests.convert.models import CONFIGS, diffusers_folder, safetensors_in
 
 WIDTHS = ("transformer", "vae")
 
@@ -117,7 +117,7 @@ def test_modules_are_saved_and_loaded(made, tmp_path):
     save_checkpoint(target, {"vae": before.modules["vae"]}, force=True)
     assert set(load_checkpoint(target).modules) == {"vae"}
     convert(target, tmp_path / "exported", to="diffusers", dtype="keep")
-    assert len(files(tmp_path / "exported")) == 1
+    assert len(safetensors_in(tmp_path / "exported")) == 1
 
 
 def test_what_cannot_be_saved_is_named(tmp_path):

@@ -16,9 +16,9 @@ from flux_jax.errors import UserError
 from tests.convert.models import (
     CONFIGS,
     diffusers_folder,
-    files,
     random_parameters,
     read_tensors,
+    safetensors_in,
     stored_tensors,
     write_tensors,
 )
@@ -62,7 +62,9 @@ def flax(diffusers, tmp_path_factory):
 
 def test_diffusers_to_flax_and_back(diffusers, flax, tmp_path):
     convert(flax, tmp_path / "back", to="diffusers", dtype="keep", shard_bytes=2_000_000)
-    assert_same_tensors(read_tensors(*files(tmp_path / "back")), read_tensors(*files(diffusers)))
+    assert_same_tensors(
+        read_tensors(*safetensors_in(tmp_path / "back")), read_tensors(*safetensors_in(diffusers))
+    )
     for config in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         before = json.loads((diffusers / config / "config.json").read_text())
         after = json.loads((tmp_path / "back" / config / "config.json").read_text())
@@ -79,7 +81,7 @@ def test_diffusers_to_flax_and_back(diffusers, flax, tmp_path):
 
 def test_flax_to_single_files_and_back(flax, tmp_path):
     convert(flax, tmp_path / "bfl", to="bfl", dtype="keep", verify=True)
-    assert [file.name for file in files(tmp_path / "bfl")] == [
+    assert [file.name for file in safetensors_in(tmp_path / "bfl")] == [
         "ae.safetensors",
         "clip_l.safetensors",
         "flux1.safetensors",
@@ -251,11 +253,42 @@ def test_one_file_holds_one_component(flax, tmp_path):
 def test_the_source_is_never_replaced(flax, tmp_path):
     inner = tmp_path / "all" / "vae.safetensors"
     inner.parent.mkdir()
-    write_tensors(inner, stored_tensors("vae", random_parameters("vae"), "bfl"))
+    # With our note, which makes a folder of single files one that --force may replace.
+    tensors = stored_tensors("vae", random_parameters("vae"), "bfl")
+    write_tensors(inner, tensors, {"flux_jax.config": "{}"})
     for src, dst in ((inner, inner), (inner, inner.parent), (flax, flax / ".")):
         with pytest.raises(UserError, match="the target would replace the source"):
             convert(src, dst, force=True, dtype="fp32")
     assert inner.exists()
+
+
+def test_single_files_of_another_make_are_never_replaced(diffusers, tmp_path):
+    """Only what carries our note is ours to replace: anybody may keep other files in a folder."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    options = {"components": ["vae"], "to": "bfl", "force": True}
+    convert(diffusers, ours, **options)
+    convert(diffusers, ours, **options)
+    theirs.mkdir()
+    write_tensors(theirs / "lora.safetensors", {"lora_up": np.zeros(2, np.float32)})
+    with pytest.raises(UserError, match="no checkpoint that --force would replace"):
+        convert(diffusers, theirs, **options)
+    assert [file.name for file in theirs.iterdir()] == ["lora.safetensors"]
+
+
+def test_a_pipeline_of_another_model_is_never_replaced(diffusers, tmp_path):
+    index = tmp_path / "sdxl" / "model_index.json"
+    index.parent.mkdir()
+    for text in ('{"_class_name": "StableDiffusionXLPipeline"}', "{"):
+        index.write_text(text)
+        with pytest.raises(UserError, match="no checkpoint that --force would replace"):
+            convert(diffusers, index.parent, components=["vae"], force=True)
+        assert index.read_text() == text
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(diffusers, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(diffusers, "~/flax", components=["text_encoder"]).path == tmp_path / "flax"
+    assert (tmp_path / "flax" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from convert import safetensors_header
+from convert.files import read_json
 from convert.safetensors_header import parse_header, read_header
-from convert.safetensors_io import (
-    SafetensorsReader,
-    open_component,
-    read_json,
-    write_component,
-)
+from convert.safetensors_read import SafetensorsReader, open_component
+from convert.safetensors_write import write_component
 from convert.tensors import read_whole
 from flux_jax.errors import UserError
 from tests.convert.models import Arrays, read_tensors, write_tensors
@@ -154,6 +151,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     with pytest.raises(UserError, match="`bf16` ends early; has the file changed"):
         read_whole(reader, "bf16")
     reader.close()
+
+
+def test_a_file_that_is_gone_when_it_is_read_is_named(tmp_path):
+    path = write_tensors(tmp_path / "a.safetensors", tensors())
+    reader = SafetensorsReader.open_file(path)
+    path.unlink()
+    with pytest.raises(UserError, match="a.safetensors: tensor `bf16` cannot be read: No such fi"):
+        read_whole(reader, "bf16")
 
 
 GOOD = {
@@ -311,7 +316,7 @@ def test_an_unreadable_index_is_named(tmp_path, text, message):
 
 
 def test_a_config_that_is_too_large_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.safetensors_io.MAX_JSON_BYTES", 3)
+    monkeypatch.setattr("convert.files.MAX_JSON_BYTES", 3)
     (tmp_path / "config.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="larger than 3 bytes, this is no config file"):
         read_json(tmp_path / "config.json")

@@ -98,6 +98,12 @@ def test_names_and_shapes_are_checked_before_anything_is_read(folder):
         opened(folder)
 
 
+def test_a_config_that_makes_no_model_is_named_with_its_file(folder):
+    edit(folder / "text_encoder" / "config.json", num_attention_heads=7)
+    with pytest.raises(UserError, match=r"text_encoder of .*: hidden_size must be a multiple of"):
+        opened(folder)
+
+
 def test_a_path_that_is_nothing_is_named(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         opened(tmp_path / "x")
@@ -112,9 +118,26 @@ def test_a_component_folder_of_another_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
     with pytest.raises(UserError, match="config.json is of 'SD3Transformer2DModel', expected one"):
         opened(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="config.json is of 'no class name'"):
-        opened(tmp_path)
+    for content in ("{}", '{"architectures": 5}', '{"architectures": [5]}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match="config.json is of 'no class name'"):
+            opened(tmp_path)
+
+
+def test_a_component_folder_gives_what_is_asked_for(folder):
+    path = folder / "text_encoder"
+    assert tuple(opened(path).components) == ("text_encoder",)
+    assert opened(path, []).components == {}
+    with pytest.raises(UserError, match="has no vae; it has text_encoder"):
+        opened(path, ["vae"])
+
+
+def test_a_schedule_that_cannot_be_read_is_named_with_its_file(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", shift="x")
+    with pytest.raises(
+        UserError, match="scheduler_config.json: .*shift must be a finite number, got 'x'"
+    ):
+        opened(folder)
 
 
 @pytest.mark.parametrize("name", ["flux.ckpt", "flux.pt", "flux.bin", "flux.pkl"])
@@ -219,7 +242,8 @@ def test_the_schedule_of_a_single_file_follows_its_guidance(tmp_path):
         ({"components": {"unet": {}}}, "unknown component unet"),
         ({"components": {"vae": {"depth": 1}}}, "config.json: vae: unknown fields depth"),
         ({"components": {"vae": {}}}, "config.json: vae: in_channels is missing"),
-        ({"scheduler": {"shift": "x"}}, "shift must be a number, got 'x'"),
+        ({"scheduler": {"shift": "x"}}, "config.json: .*shift must be a finite number, got 'x'"),
+        ({"scheduler": "dev"}, "config.json: scheduler must be an object or null, got str"),
     ],
 )
 def test_a_flax_checkpoint_that_is_not_ours_to_read_is_named(tmp_path, changes, message):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import backends, normalize_and_quantize, ternary_matmul
+from pallas_kernels import (
+    Columns,
+    backends,
+    normalize_and_quantize,
+    quantize_columns,
+    ternary_matmul,
+)
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -62,18 +68,18 @@ def test_the_first_that_can_run(monkeypatch, device, x_dtype, out_dtype, bits, e
     ],
 )
 def test_a_forced_backend_says_why_it_cannot(backend, device, x_dtype, bits, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(NotImplementedError, match=message):
         backends.choose(backend, device, x_dtype, jnp.dtype(BF16), bits)
 
 
 def test_results_of_another_type():
-    with pytest.raises(ValueError, match="writes bfloat16, float16 or float32, got int32"):
+    with pytest.raises(NotImplementedError, match="writes bfloat16, float16 or float32, got int32"):
         backends.choose("mosaic", gpu("9.0"), BF16, jnp.dtype(jnp.int32), 8)
 
 
 def test_triton_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(backends, "missing_triton", lambda: "triton cannot be imported (why)")
-    with pytest.raises(ValueError, match=r"triton cannot be imported \(why\)"):
+    with pytest.raises(NotImplementedError, match=r"triton cannot be imported \(why\)"):
         backends.choose("triton", gpu("8.0"), BF16, jnp.dtype(BF16), 8)
 
 
@@ -86,7 +92,7 @@ def test_triton_that_is_not_installed(monkeypatch):
     ids=["ternary_matmul", "normalize_and_quantize"],
 )
 def test_the_ops_refuse_what_cannot_run_here(op):
-    with pytest.raises(ValueError, match="backend 'mosaic' cannot run this product: it needs an"):
+    with pytest.raises(NotImplementedError, match="'mosaic' cannot run this product: it needs an"):
         op(jnp.zeros((2, 256), BF16))
 
 
@@ -96,6 +102,40 @@ def test_an_array_on_several_devices_is_left_to_xla():
     assert backends.is_spread(x)
     assert not backends.is_spread(jnp.zeros(3))
     assert not jax.jit(lambda x: jnp.float32(backends.is_spread(x)))(x)
+
+
+def spread(array):
+    """A copy on each of two devices."""
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: ternary_matmul(x, spread(jnp.zeros((4, 64), jnp.uint8)), jnp.float32(1)),
+        lambda x: normalize_and_quantize(x, spread(jnp.zeros(256))),
+        lambda x: quantize_columns([Columns(x, 0, 128), Columns(spread(x), 0, 128)]),
+    ],
+    ids=["weight", "gain", "second part"],
+)
+def test_other_arguments_on_several_devices_count_too(monkeypatch, op):
+    """x lies on one device alone, for which a kernel would be chosen."""
+    monkeypatch.setattr(backends, "why_not", lambda *arguments: None)
+    monkeypatch.setenv(backends.AUTOMATIC, "1")
+    assert jax.tree.leaves(op(jnp.zeros((2, 256), BF16)))[0].shape[0] == 2
+
+
+def test_where_a_traced_array_will_lie(monkeypatch):
+    second = jax.devices()[1]
+    with jax.default_device(second):
+        assert backends.device_of(None) == second
+    assert backends.device_of(None) == jax.devices()[0]
+    asked = []
+    monkeypatch.setattr(jax, "local_devices", lambda backend: asked.append(backend) or [second])
+    with jax.default_device("cpu"):
+        assert backends.device_of(None) == second
+    assert asked == ["cpu"]
 
 
 def test_what_tiles_are_chosen_for():

@@ -46,6 +46,11 @@ except SystemExit as end:
         (("tune",), r"no backend can be used here \(mosaic: it needs an NVIDIA GPU"),
         (("tune", "--backend", "jax"), "--backend jax cannot be used here: it has no tiles"),
         (("tune", "--bits", "4"), "--bits must be 8 or 16, got 4"),
+        (
+            ("bench", "--out", "absent/bench.json"),
+            "--out absent/bench.json: the folder .* not exist",
+        ),
+        (("check", "--out", "/"), "--out /: is a folder, expected the name of a file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capfd, arguments, message):
@@ -109,6 +114,21 @@ def test_check_says_what_is_wrong(monkeypatch):
     assert bad.stdout.split()[:2] == ["WRONG", "jax"]
 
 
+def test_a_result_that_is_not_finite_is_still_json(monkeypatch):
+    """inf is what an element that should be finite and is not gives."""
+
+    def check(case, name, multiply, seed):
+        return Outcome(case=case, backend=name, error=float("inf"), repeats=True)
+
+    monkeypatch.setattr("pallas_kernels.checking.CASES", (Case(m=1, n=8, k=256),))
+    monkeypatch.setattr("pallas_kernels.checking.check", check)
+    result = run("check", "--backend", "jax", "--json")
+    assert result.exit_code == 1
+    (row,) = json.loads(result.stdout, parse_constant=pytest.fail)["cases"]
+    assert (row["error"], row["passed"]) == (None, False)
+    assert "WRONG" in result.stderr
+
+
 def test_check_for_real():
     from pallas_kernels import checking
 
@@ -117,12 +137,18 @@ def test_check_for_real():
     assert checking.check(cases[0], name, multiply).passed
 
 
-def test_tune_extends_the_table(monkeypatch, tmp_path):
-    from pallas_kernels import bench, tile_table, tuning
-    from pallas_kernels.tiles import FewTile
+@pytest.fixture
+def _mosaic_is_here(monkeypatch):
+    from pallas_kernels import bench
 
     reasons = {"mosaic": None, "triton": "not here", "jax": None}
     monkeypatch.setattr(bench, "backends_here", lambda: dict(reasons))
+
+
+@pytest.mark.usefixtures("_mosaic_is_here")
+def test_tune_extends_the_table(monkeypatch, tmp_path):
+    from pallas_kernels import tile_table, tuning
+    from pallas_kernels.tiles import FewTile
 
     def search(backend, problem, device, *, repeats):
         yield tuning.Trial(tile=FewTile(tokens=8), ms=2.0)
@@ -138,3 +164,32 @@ def test_tune_extends_the_table(monkeypatch, tmp_path):
     (entry,) = tile_table.read_entries(table)
     assert entry.tile == FewTile(tokens=8, stages=3)
     assert report["entries"] == [entry.to_json()]
+
+
+@pytest.mark.usefixtures("_mosaic_is_here")
+def test_tune_keeps_what_it_found_before_it_was_stopped(monkeypatch, tmp_path):
+    from pallas_kernels import tile_table, tuning
+    from pallas_kernels.tiles import FewTile
+
+    def search(backend, problem, device, *, repeats):
+        if problem.activation_bits == 16:
+            raise KeyboardInterrupt
+        yield tuning.Trial(tile=FewTile(tokens=8), ms=2.0)
+
+    monkeypatch.setattr(tuning, "search", search)
+    table = tmp_path / "table.json"
+    assert run("tune", "--shape", "1x256x8", "--table", str(table), "-q").exit_code != 0
+    (entry,) = tile_table.read_entries(table)
+    assert entry.problem.activation_bits == 8
+
+
+@pytest.mark.usefixtures("_mosaic_is_here")
+def test_tune_refuses_what_is_no_table_before_it_searches(monkeypatch, tmp_path):
+    from pallas_kernels import tuning
+
+    monkeypatch.setattr(tuning, "search", None)
+    (tmp_path / "notes.json").write_text("{}")
+    result = run("tune", "--shape", "1x256x8", "--table", str(tmp_path / "notes.json"))
+    assert result.exit_code == 2
+    assert "notes.json: expected a table of tiles" in result.stderr
+    assert (tmp_path / "notes.json").read_text() == "{}"

@@ -22,7 +22,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.backends import describe, device_of, why_not
 from pallas_kernels.checking import CASES, Case, check, public_op
-from pallas_kernels.tiles import CODE, SIGN, FewTile, Tile
+from pallas_kernels.tiles import CODE, SHARED_BYTES, SIGN, FewTile, Tile, shared_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -67,9 +67,9 @@ def test_as_exact_as_the_roundings(backend, case):
 
 
 def with_tile(tile, device):
-    def multiply(case, x, packed, scale, bias, token_scale, gate, residual):
+    def multiply(case, **arrays):
         return mosaic.ternary_matmul(
-            *(x, packed, scale, bias, token_scale, gate, residual),
+            **arrays,
             activation_bits=case.activation_bits,
             out_dtype=case.out_dtype,
             gelu=case.gelu,
@@ -98,10 +98,10 @@ def test_every_tile_of_16_bit_activations(hopper, tile):
 @pytest.mark.parametrize("tokens", [8, 16, 64])
 def test_every_tile_of_few_rows(hopper, tokens, bits):
     for groups, stages in ((4, 2), (2, 3), (1, 4)):
-        if groups * stages * tokens * 256 * bits // 8 > 160_000:
+        tile = FewTile(tokens=tokens, groups=groups, stages=stages)
+        if shared_bytes(tile, bits) > SHARED_BYTES:
             continue
         case = Case(m=tokens - 1, n=264, k=1040, activation_bits=bits)
-        tile = FewTile(tokens=tokens, groups=groups, stages=stages)
         outcome = check(case, "mosaic", with_tile(tile, hopper))
         assert outcome.passed, (tile, outcome)
 

@@ -3,9 +3,11 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import tile_table, tuning
+from pallas_kernels.errors import UserError
 from pallas_kernels.tile_table import Device, Entry
 from pallas_kernels.tiles import (
     SHARED_BYTES,
@@ -115,7 +117,7 @@ def test_writing_replaces_and_keeps(tmp_path):
 def test_what_is_no_table(tmp_path, text, message):
     path = tmp_path / "broken.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"broken.json: expected a table of tiles.*{message}"):
+    with pytest.raises(UserError, match=f"broken.json: expected a table of tiles.*{message}"):
         tile_table.read_entries(path)
 
 
@@ -125,8 +127,25 @@ def test_an_unknown_field_of_a_tile(tmp_path):
     entry = {"backend": "mosaic", **problem, "kernel": "many", "tile": {"row": 64}}
     entry |= {"ms": 1.0, "jax": "0", "date": "2026-01-31"}
     path.write_text(json.dumps({"entries": [entry]}))
-    with pytest.raises(ValueError, match="unexpected keyword argument 'row'"):
+    with pytest.raises(UserError, match="unexpected keyword argument 'row'"):
         tile_table.read_entries(path)
+
+
+def test_a_table_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    when = {"jax": "0.0.0", "date": "2026-01-31"}
+    entry = Entry(backend="triton", problem=PROBLEMS[0], tile=TritonTile(), ms=3.0, **when)
+    path = tmp_path / "gpu.json"
+    tile_table.write_entries("a GPU", [entry], path)
+    before = path.read_text()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tile_table.os, "replace", full)
+    with pytest.raises(UserError, match="gpu.json: cannot be written: No space left on device"):
+        tile_table.write_entries("a GPU", [entry, entry], path)
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"]
 
 
 def test_the_fastest_trial_is_kept():
@@ -144,7 +163,7 @@ def test_a_tile_that_cannot_run_does_not_stop_the_search(monkeypatch):
     problem = Problem(4, 8, 256, 8)
 
     def multiplier(backend, problem, device, tile):
-        def run(x, packed, scale, bias, token_scale):
+        def run(x, packed, scale, bias, token_scale, row_sum):
             if tile.stages == 3:
                 raise RuntimeError("beyond shared memory")
             return x
@@ -157,3 +176,18 @@ def test_a_tile_that_cannot_run_does_not_stop_the_search(monkeypatch):
     assert {trial.tile.stages for trial in failed} == {3}
     assert failed[0].failure == "RuntimeError: beyond shared memory"
     assert len(trials) > len(failed)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_is_timed_has_the_sums_of_int8_activations(monkeypatch, bits):
+    """Without them the kernel would decode signs, whatever the tile says."""
+    given = {}
+    monkeypatch.setattr(tuning.mosaic, "ternary_matmul", lambda *arrays, **named: given | named)
+    problem = Problem(70, 8, 256, bits)
+    arrays = tuning.arguments(problem)[0]
+    named = tuning.multiplier("mosaic", problem, H200, Tile())(*arrays)
+    assert named["tile"] == Tile()
+    if bits == 16:
+        assert named["row_sum"] is None
+    else:
+        np.testing.assert_array_equal(named["row_sum"], np.asarray(arrays[0], np.int32).sum(-1))

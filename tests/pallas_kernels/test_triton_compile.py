@@ -3,7 +3,7 @@
 import pytest
 
 from pallas_kernels.tiles import Problem, triton_rule
-from pallas_kernels.triton_compile import SHARED_BYTES, compile_for
+from tests.pallas_kernels.triton_compile import SHARED_BYTES, compile_for
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'flux-jax[triton]'")
 

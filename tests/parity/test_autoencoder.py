@@ -12,7 +12,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from convert.maps import autoencoder as autoencoder_map
-from convert.rules import backward_plan
+from convert.plan import backward_plan
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import AutoencoderConfig
 from flux_jax.tree import to_flat

@@ -6,9 +6,10 @@ import pytest
 
 from convert import tables
 from convert.maps import autoencoder, clip, t5
-from convert.rules import backward_plan, check_cover, forward_plan
+from convert.plan import backward_plan, forward_plan
 from flux_jax.configs import AutoencoderConfig, CLIPTextConfig, T5Config
 from flux_jax.errors import UserError
+from tests.convert.models import check_cover
 
 CONFIGS = {
     "text_encoder": CLIPTextConfig.large(),

@@ -6,7 +6,7 @@ import pytest
 
 from convert import tables
 from convert.maps import scheduler, transformer
-from convert.rules import backward_plan, check_cover, forward_plan
+from convert.plan import backward_plan, forward_plan
 from flux_jax.configs import (
     AutoencoderConfig,
     CLIPTextConfig,
@@ -15,6 +15,7 @@ from flux_jax.configs import (
     T5Config,
 )
 from flux_jax.errors import UserError
+from tests.convert.models import check_cover
 
 MODELS = [
     ("transformer", FluxConfig.dev(), 1160, 780),
@@ -130,7 +131,7 @@ def test_a_single_file_tells_its_config(config):
     ours = tables.our_shapes("transformer", config)
     plan = backward_plan(transformer.bfl_map(config), ours)
     shapes = {assembly.name: assembly.shape for assembly in plan.assemblies}
-    assert transformer.config_from_bfl(shapes, what="file") == config
+    assert tables.config_from_shapes("transformer", shapes, what="file") == config
 
 
 @pytest.mark.parametrize(
@@ -151,4 +152,4 @@ def test_a_single_file_of_another_kind_is_named(change, message):
     shapes = {a.name: a.shape for a in plan.assemblies} | change
     shapes = {name: shape for name, shape in shapes.items() if shape is not None}
     with pytest.raises(UserError, match=f"^file: .*{message}"):
-        transformer.config_from_bfl(shapes, what="file")
+        tables.config_from_shapes("transformer", shapes, what="file")
