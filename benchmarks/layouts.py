@@ -141,6 +141,33 @@ LAYOUTS = {
             ("megabytes", "on disk"),
         ),
     ),
+    "ternary_packing": Layout(
+        title="all 304 ternary linears of FLUX.1-dev, in memory",
+        rows=(
+            ("ternary_weights", "weights"),
+            ("quantize_s", "bf16 to scales and base-3 bytes"),
+            ("quantize", "the same, of bf16 read"),
+            ("pack", "codes to base-3 bytes, of the bf16 weights they stand for"),
+            ("unpack", "base-3 bytes to codes, of codes written"),
+            ("load_s", "base-3 bytes to the 2-bit layout"),
+            ("load", "the same, of codes, were they a byte each"),
+            ("load_packed", "the same, of 2-bit bytes written"),
+            ("copy", "copying the bf16 weights"),
+        ),
+    ),
+    "ternary_kernels": Layout(
+        title="speed over XLA's dense product, geometric mean over FLUX.1-dev's shapes",
+        rows=tuple(
+            (f"{prefix}{few}{name}_speedup", f"{label}{tokens}{backend}")
+            for prefix, backend in (("", ", Mosaic"), ("triton_", ", Triton"))
+            for few, tokens in (("", ""), ("few_", ", 1 and 16 tokens"))
+            for name, label in (
+                ("a16", "W1.58A16, over bf16"),
+                ("a8", "W1.58A8, quantising its activations, over bf16"),
+                ("a8_product", "W1.58A8, from quantised activations, over int8"),
+            )
+        ),
+    ),
     "ternary_fullsize": Layout(
         title="FLUX.1-dev's shapes, random weights, 1024 x 1024",
         rows=(
