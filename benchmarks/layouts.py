@@ -27,6 +27,15 @@ class Layout:
     image: str = ""
 
 
+_CATEGORIES = (
+    ("single_object", "single object"),
+    ("two_object", "two objects"),
+    ("counting", "counting"),
+    ("colors", "colors"),
+    ("position", "position"),
+    ("color_attribution", "color attribution"),
+)
+
 # A benchmark without a layout shows every figure under its own name.
 LAYOUTS = {
     "transformer_step": Layout(
@@ -103,12 +112,7 @@ LAYOUTS = {
         title="composition score, 720 held-out prompts, guidance 3.5, 28 steps",
         rows=(
             ("overall", "overall, mean of the six"),
-            ("single_object", "single object"),
-            ("two_object", "two objects"),
-            ("counting", "counting"),
-            ("colors", "colors"),
-            ("position", "position"),
-            ("color_attribution", "color attribution"),
+            *_CATEGORIES,
             ("held_out/pair", "prompts with a colour-shape pair never seen in training"),
             ("held_out/arrangement", "prompts with an arrangement never seen in training"),
         ),
@@ -122,12 +126,7 @@ LAYOUTS = {
             ("low_psnr", "the same, 10th percentile"),
             ("megabytes", "transformer on disk"),
             ("bits", "bits a parameter, all counted"),
-            ("single_object", "single object"),
-            ("two_object", "two objects"),
-            ("counting", "counting"),
-            ("colors", "colors"),
-            ("position", "position"),
-            ("color_attribution", "color attribution"),
+            *_CATEGORIES,
         ),
     ),
     "distillation": Layout(
