@@ -37,7 +37,7 @@ help: ## this list
 
 demo: $(VENV)/.installed ## install, then draw one prompt with the shipped model and its 1.58-bit student
 	@$(BIN)/python -m flux_jax demo "$(PROMPT)" --out "$(OUT)"
-	@echo "The image is in $(abspath $(OUT))"
+	@echo "The image is in $(abspath $(OUT)). Next: source $(BIN)/activate, and docs/quickstart.md"
 
 test: $(VENV)/.installed-test $(VENV)/.browser ## install what the tests need, then run them (two at a time)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)

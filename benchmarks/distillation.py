@@ -32,7 +32,7 @@ from benchmarks.common import RESULTS, Commit, Figure, Out, Result, found_by, re
 from benchmarks.distillation_rows import BASE, POLICY, ROWS, Row
 from benchmarks.machine import git_commit
 from benchmarks.processes import folder_bytes
-from examples.tiny_flux.scenes import sample_captions
+from examples.tiny_flux.scenes import T5_LENGTH, sample_captions
 from flux_jax import images
 from flux_jax.composition.prompts import load_prompts
 from flux_jax.composition.score import score_images
@@ -50,9 +50,6 @@ from ternary.policy import linears
 from ternary.storage.checkpoint import save_checkpoint
 from ternary.storage.latents import load_latents
 from ternary.student import freeze_student, make_student
-
-# Tokens of T5 that a caption may have.
-TOKENS = 40
 
 
 class Bench:
@@ -81,7 +78,7 @@ class Bench:
     def _encode(self, texts: list[str]) -> Any:
         size = min(len(texts), 512)
         encode = self.pipe.text_encoders.encode
-        return encode(texts, max_sequence_length=TOKENS, batch_size=size)
+        return encode(texts, max_sequence_length=T5_LENGTH, batch_size=size)
 
     def step(self, row: Row) -> tuple[StepFunction, Flat]:
         """A row's step and its student's first parameters."""

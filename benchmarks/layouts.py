@@ -27,6 +27,15 @@ class Layout:
     image: str = ""
 
 
+_CATEGORIES = (
+    ("single_object", "single object"),
+    ("two_object", "two objects"),
+    ("counting", "counting"),
+    ("colors", "colors"),
+    ("position", "position"),
+    ("color_attribution", "color attribution"),
+)
+
 # A benchmark without a layout shows every figure under its own name.
 LAYOUTS = {
     "transformer_step": Layout(
@@ -103,12 +112,7 @@ LAYOUTS = {
         title="composition score, 720 held-out prompts, guidance 3.5, 28 steps",
         rows=(
             ("overall", "overall, mean of the six"),
-            ("single_object", "single object"),
-            ("two_object", "two objects"),
-            ("counting", "counting"),
-            ("colors", "colors"),
-            ("position", "position"),
-            ("color_attribution", "color attribution"),
+            *_CATEGORIES,
             ("held_out/pair", "prompts with a colour-shape pair never seen in training"),
             ("held_out/arrangement", "prompts with an arrangement never seen in training"),
         ),
@@ -122,12 +126,7 @@ LAYOUTS = {
             ("low_psnr", "the same, 10th percentile"),
             ("megabytes", "transformer on disk"),
             ("bits", "bits a parameter, all counted"),
-            ("single_object", "single object"),
-            ("two_object", "two objects"),
-            ("counting", "counting"),
-            ("colors", "colors"),
-            ("position", "position"),
-            ("color_attribution", "color attribution"),
+            *_CATEGORIES,
         ),
     ),
     "distillation": Layout(
@@ -139,6 +138,33 @@ LAYOUTS = {
             ("low_psnr", "10th percentile"),
             ("bits", "bits a parameter"),
             ("megabytes", "on disk"),
+        ),
+    ),
+    "ternary_packing": Layout(
+        title="all 304 ternary linears of FLUX.1-dev, in memory",
+        rows=(
+            ("ternary_weights", "weights"),
+            ("quantize_s", "bf16 to scales and base-3 bytes"),
+            ("quantize", "the same, of bf16 read"),
+            ("pack", "codes to base-3 bytes, of the bf16 weights they stand for"),
+            ("unpack", "base-3 bytes to codes, of codes written"),
+            ("load_s", "base-3 bytes to the 2-bit layout"),
+            ("load", "the same, of codes, were they a byte each"),
+            ("load_packed", "the same, of 2-bit bytes written"),
+            ("copy", "copying the bf16 weights"),
+        ),
+    ),
+    "ternary_kernels": Layout(
+        title="speed over XLA's dense product, geometric mean over FLUX.1-dev's shapes",
+        rows=tuple(
+            (f"{prefix}{few}{name}_speedup", f"{label}{tokens}{backend}")
+            for prefix, backend in (("", ", Mosaic"), ("triton_", ", Triton"))
+            for few, tokens in (("", ""), ("few_", ", 1 and 16 tokens"))
+            for name, label in (
+                ("a16", "W1.58A16, over bf16"),
+                ("a8", "W1.58A8, quantising its activations, over bf16"),
+                ("a8_product", "W1.58A8, from quantised activations, over int8"),
+            )
         ),
     ),
     "ternary_fullsize": Layout(

@@ -23,7 +23,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -32,6 +32,12 @@ from benchmarks.common import RESULTS, Figure, Out, Result, Tiny, read_result
 from benchmarks.machine import GIB, device_figures
 from flux_jax.configs import AutoencoderConfig, FluxConfig, SchedulerConfig
 from flux_jax.errors import exit_on_user_error
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from flux_jax.pipeline import FluxPipeline
+    from flux_jax.prompts import PromptEmbeds
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
 Devices = Annotated[int, typer.Option(min=1, help="How many, from the first.")]
@@ -111,15 +117,31 @@ def row_name(devices: int, how: str) -> str:
     return f"{devices} device{'s' if devices > 1 else ''}, {how}"
 
 
-@app.command()
-def distill(
-    devices: Devices,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 50,
-    optimizer: Annotated[str, typer.Option(help="adamw, lion or adafactor.")] = "adamw",
-    tiny: Tiny = False,
-    out: Out = RESULTS,
-) -> None:
-    """Distil at random states; time, loss, memory and utilisation."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What some training steps took.
+
+    Attributes:
+      compile: seconds, before the first.
+      seconds, losses: of each step.
+    """
+
+    compile: float
+    seconds: list[float]
+    losses: list[float]
+
+
+def train(
+    flux: FluxConfig, size: paper.Step, *, devices: int, steps: int, optimizer: str
+) -> Trained:
+    """Distil at random states, one on each device, everything split over fsdp.
+
+    Args:
+      flux, size: the transformer, and the tokens of a state.
+      devices: how many, from the first.
+      steps: of the training.
+      optimizer: as in `DistillConfig`.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -129,17 +151,12 @@ def distill(
     from flux_jax.tree import split_flat
     from ternary.config import DistillConfig
 
-    flux = FluxConfig.tiny() if tiny else FluxConfig.dev()
-    size = paper.SIZES["tiny" if tiny else "full"][1]
     mesh = make_mesh(fsdp=devices)
-    config = DistillConfig(
-        steps=1000, learning_rate=1e-4, warmup=5, remat=True, optimizer=optimizer
-    )
     teacher = random_transformer(flux, mesh=mesh)
     setup = Setup.of(
         flux,
         mesh,
-        config,
+        DistillConfig(steps=1000, learning_rate=1e-4, warmup=5, remat=True, optimizer=optimizer),
         tokens=size.image_tokens,
         text=size.text_tokens,
         batch=devices,
@@ -149,8 +166,7 @@ def distill(
     program = setup.compiled()
     compiled = time.perf_counter() - begun
     print(f"  compiled in {compiled:.0f} s", flush=True)
-    state = setup.start.from_teacher()
-    weights = split_flat(teacher)[1]
+    state, weights = setup.start.from_teacher(), split_flat(teacher)[1]
     draw = jax.jit(
         lambda key: jax.tree.map(
             lambda row: jax.random.normal(key, row.shape, jnp.float32).astype(row.dtype),
@@ -165,17 +181,32 @@ def distill(
         state, metrics = program(state, weights, rows)
         losses.append(float(metrics.loss))
         seconds.append(time.perf_counter() - begun)
+    return Trained(compile=compiled, seconds=seconds, losses=losses)
+
+
+@app.command()
+def distill(
+    devices: Devices,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps.")] = 50,
+    optimizer: Annotated[str, typer.Option(help="adamw, lion or adafactor.")] = "adamw",
+    tiny: Tiny = False,
+    out: Out = RESULTS,
+) -> None:
+    """Distil at random states; time, loss, memory and utilisation."""
+    flux = FluxConfig.tiny() if tiny else FluxConfig.dev()
+    size = paper.SIZES["tiny" if tiny else "full"][1]
+    found = train(flux, size, devices=devices, steps=steps, optimizer=optimizer)
     tenth = max(1, steps // 10)
-    first, last = statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])
+    first, last = statistics.fmean(found.losses[:tenth]), statistics.fmean(found.losses[-tenth:])
     if not last < first:
         raise SystemExit(f"error: the loss did not fall: {first:.4f} at first, {last:.4f} at last")
-    step = statistics.median(seconds[tenth:])
+    step = statistics.median(found.seconds[tenth:])
     figures = {
         "step": Figure(value=1e3 * step, unit="ms", note="median, each waited for"),
         "rate": Figure(value=devices / step, unit="states/s"),
         "first_loss": Figure(value=first, unit="count", note=f"mean of {tenth} steps"),
         "last_loss": Figure(value=last, unit="count", note=f"mean of {tenth} steps"),
-        "compile": Figure(value=compiled, unit="s"),
+        "compile": Figure(value=found.compile, unit="s"),
     }
     if (peak := peak_gib()) is not None:
         figures["peak"] = Figure(value=peak, unit="GiB", note="largest of all devices")
@@ -186,63 +217,81 @@ def distill(
     write(name, row_name(devices, f"fsdp, {optimizer}"), figures, out, base=2)
 
 
+def drawing_meshes(devices: int) -> dict[str, Mesh]:
+    """The first devices for one image, and, if they are several, for an image on each."""
+    from flux_jax.sharding import make_mesh
+
+    meshes = {"one image": make_mesh(sequence=devices)}
+    return meshes if devices == 1 else {**meshes, "an image each": make_mesh(data=devices)}
+
+
+def draw(
+    pipe: FluxPipeline, embeds: PromptEmbeds, *, steps: int, repeats: int
+) -> dict[str, Figure]:
+    """Time and memory of drawing, as a row's figures.
+
+    Args:
+      pipe: what draws.
+      embeds: the encoded prompts, an image for each.
+      steps: denoising steps.
+      repeats: timed calls, after one that compiles.
+    """
+    count = len(embeds.prompts)
+    seconds = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        pipe(
+            embeds,
+            seed=0,
+            num_inference_steps=steps,
+            max_sequence_length=embeds.prompt_embeds.shape[1],
+            output_type="np",
+            progress=False,
+        )
+        seconds.append(time.perf_counter() - begun)
+    taken = statistics.median(seconds[1:])
+    figures = {
+        "seconds": Figure(value=taken, unit="s", note=f"{steps} steps and the decoder"),
+        "rate": Figure(value=count / taken, unit="images/s"),
+        "first": Figure(value=seconds[0], unit="s", note="compilation included"),
+    }
+    if (peak := peak_gib()) is not None:
+        figures["peak"] = Figure(value=peak, unit="GiB", note="largest of all devices")
+    return figures
+
+
 @app.command()
 def generate(
     devices: Devices,
-    ternary: Annotated[bool, typer.Option(help="W1.58A8 in place of bf16.")] = False,
-    repeats: Annotated[int, typer.Option(help="Timed calls.")] = 3,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
+    ternary: Annotated[bool, typer.Option("--ternary", help="W1.58A8 in place of bf16.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 28,
     tiny: Tiny = False,
     out: Out = RESULTS,
 ) -> None:
     """Draw one image on all devices, and one on each; seconds, memory, scaling."""
     from benchmarks.random_models import random_autoencoder, random_embeds, random_transformer
     from flux_jax.pipeline import FluxPipeline
-    from flux_jax.sharding import MeshConfig
 
     flux = FluxConfig.tiny() if tiny else FluxConfig.dev()
     vae = AutoencoderConfig.tiny() if tiny else AutoencoderConfig.flux()
     text = paper.SIZES["tiny" if tiny else "full"][1].text_tokens
-    weights = "W1.58A8" if ternary else "bf16"
+    bits = 8 if ternary else None
     rows: dict[str, dict[str, Figure]] = {}
-    for how, axes in {
-        "one image": {"sequence": devices},
-        "an image each": {"data": devices},
-    }.items():
-        if devices == 1 and how == "an image each":
-            continue
-        mesh = MeshConfig(**axes).make()
+    # In this order, as a peak is that of the process so far: an image on each device needs more
+    # than a share of one.
+    for how, mesh in drawing_meshes(devices).items():
         pipe = FluxPipeline(
-            transformer=random_transformer(flux, activation_bits=8 if ternary else None, mesh=mesh),
+            transformer=random_transformer(flux, activation_bits=bits, mesh=mesh),
             vae=random_autoencoder(vae, mesh),
             scheduler=SchedulerConfig.dev(),
         )
-        count = axes.get("data", 1)
-        embeds = random_embeds(flux, count, text)
-        seconds = []
-        for _ in range(repeats + 1):
-            begun = time.perf_counter()
-            pipe(
-                embeds,
-                seed=0,
-                num_inference_steps=steps,
-                max_sequence_length=text,
-                output_type="np",
-                progress=False,
-            )
-            seconds.append(time.perf_counter() - begun)
-        taken = statistics.median(seconds[1:])
-        rows[how] = {
-            "seconds": Figure(value=taken, unit="s", note=f"{steps} steps and the decoder"),
-            "rate": Figure(value=count / taken, unit="images/s"),
-            "first": Figure(value=seconds[0], unit="s", note="compilation included"),
-        }
-        if (peak := peak_gib()) is not None:
-            rows[how]["peak"] = Figure(value=peak, unit="GiB", note="largest of all devices")
+        embeds = random_embeds(flux, mesh.shape["data"], text)
+        rows[how] = draw(pipe, embeds, steps=steps, repeats=repeats)
         del pipe
-    if devices == 1:
-        rows["an image each"] = rows["one image"]
+    rows.setdefault("an image each", rows["one image"])
     name = "scaling_generate_tiny" if tiny else "scaling_generate"
+    weights = "W1.58A8" if ternary else "bf16"
     for how, figures in rows.items():
         write(name, row_name(devices, f"{how}, {weights}"), figures, out, base=1)
 

@@ -112,8 +112,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not gpu:
                 reason = "needs an NVIDIA GPU and `pytest -m gpu`"
                 item.add_marker(pytest.mark.skip(reason=reason))
-        if item.get_closest_marker("weights") and "FLUX_WEIGHTS" not in os.environ:
-            item.add_marker(pytest.mark.skip(reason="needs FLUX_WEIGHTS, a FLUX.1 checkpoint"))
 
 
 # Of the 65,530 mappings that Linux allows a process; past them, compiling ends in a crash.

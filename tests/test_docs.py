@@ -17,10 +17,10 @@ import pytest
 import typer
 import yaml
 
+from pallas_kernels.command_line import PACKAGES
 from tools import commands
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("convert", "flux_jax", "pallas_kernels", "ternary")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 PROSE = [ROOT / "README.md", *PAGES, ROOT / "examples" / "tiny_flux" / "README.md"]
 # What is run with `python -m` and is no command line of a package.

@@ -21,7 +21,7 @@ from ternary.policy import linears
 
 PROMPT = "a red circle above a blue square"
 CALL = {"seed": 3, "output_type": "np", "progress": False}
-# The issue's: the same seed through the fast path and through the reference; and on a GPU, through
+# At least, of the same seed: through the fast path and through the reference; and on a GPU, through
 # kernels and through plain JAX.
 FUSED_DB, KERNELS_DB = 35.0, 40.0
 

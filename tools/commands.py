@@ -17,16 +17,10 @@ from typing import Any
 
 import typer
 
+from pallas_kernels.command_line import PACKAGES
 from tools import blocks
 
 PAGE = blocks.ROOT / "docs" / "commands.md"
-# Where the `typer` application of each `python -m` is.
-APPS = {
-    "flux_jax": "flux_jax.cli",
-    "convert": "convert.cli",
-    "ternary": "ternary.cli",
-    "pallas_kernels": "pallas_kernels.cli",
-}
 COMPLETION = {"install_completion", "show_completion"}
 
 
@@ -64,8 +58,8 @@ class Command:
 
 def commands() -> Iterator[Command]:
     """Every command of ours that is not hidden."""
-    for package, module in APPS.items():
-        app = importlib.import_module(module).app
+    for package in PACKAGES:
+        app = importlib.import_module(f"{package}.cli").app
         yield from below(f"python -m {package}", typer.main.get_command(app))
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import typer
 
+from pallas_kernels.command_line import PACKAGES
 from tools import blocks
 
 PAGE = blocks.ROOT / "docs" / "api.md"
 WIDTH = 100
-PACKAGES = ("flux_jax", "convert", "ternary", "pallas_kernels")
 
 
 def render() -> str:

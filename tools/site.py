@@ -21,8 +21,9 @@ from typing import Any
 import latex2mathml.converter
 from mkdocs.structure.files import File, Files
 
+from pallas_kernels.command_line import PACKAGES
+
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("flux_jax", "convert", "ternary", "pallas_kernels")
 # Pages of the site, and the files that they are made from.
 ELSEWHERE = {
     "index.md": "README.md",

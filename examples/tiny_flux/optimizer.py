@@ -8,18 +8,15 @@ step small.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Flat = dict[str, jax.Array]
+from flux_jax.tree import Flat
 
 # Embeddings and the first and last projections are not orthogonalised (K. Jordan's Muon notes).
-_MATRICES = re.compile(
-    r".*(blocks\.\d+\..*|_in\.out_layer|adaLN_modulation)\.weight|.*blocks\.\d+\.lin.*\.weight"
-)
+_MATRICES = re.compile(r".*(blocks\.\d+\..*|_in\.out_layer|adaLN_modulation)\.weight")
 
 
 def _is_matrix(name: str, value: jax.Array) -> bool:
@@ -37,12 +34,8 @@ def _group_names(params: Flat) -> dict[str, list[str]]:
 
 def _stack(tree: Flat, groups: dict[str, list[str]]) -> tuple[Flat, Flat]:
     stacked = {shape: jnp.stack([tree[n] for n in names]) for shape, names in groups.items()}
-    grouped = set(_flatten(groups.values()))
+    grouped = {name for names in groups.values() for name in names}
     return stacked, {n: v for n, v in tree.items() if n not in grouped}
-
-
-def _flatten(lists: Iterable[list[str]]) -> list[str]:
-    return [item for items in lists for item in items]
 
 
 def stacked_muon(

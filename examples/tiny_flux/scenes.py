@@ -26,6 +26,7 @@ from jaxtyping import Int16
 from tqdm import tqdm
 
 from examples.tiny_flux.captions import write_caption
+from examples.tiny_flux.tokenizers import CLIP_END, T5_MAX_LENGTH, rust_tokenizers
 from flux_jax.composition.claim import Claim, Group
 from flux_jax.composition.layout import realise
 from flux_jax.composition.prompts import load_prompts, normalise
@@ -41,7 +42,7 @@ from flux_jax.composition.vocabulary import (
 )
 
 CHUNK = 8192
-T5_LENGTH = 40  # tokens with </s>; the longest caption of the grammar fits
+T5_LENGTH = T5_MAX_LENGTH  # with </s>; the longest caption of the grammar fits
 CLIP_LENGTH = 42  # with <|startoftext|> and <|endoftext|>
 
 # Shares of the training captions: most to what a small model learns last.
@@ -180,8 +181,6 @@ class TrainingData:
 
 @cache
 def _encoders() -> tuple[Any, Any]:
-    from examples.tiny_flux.tokenizers import rust_tokenizers
-
     return rust_tokenizers()
 
 
@@ -201,7 +200,7 @@ def encode_captions(
 ) -> tuple[Int16[np.ndarray, "N 40"], Int16[np.ndarray, "N 42"]]:
     """T5 and CLIP token ids. Raises ValueError for a caption that is too long."""
     t5, clip = _encoders()
-    end = clip.token_to_id("<|endoftext|>")
+    end = clip.token_to_id(CLIP_END)
     return _encode(t5, texts, T5_LENGTH, 0), _encode(clip, texts, CLIP_LENGTH, end)
 
 

@@ -31,11 +31,12 @@ from examples.tiny_flux.autoencoder import AutoencoderTrainer, AutoencoderTraini
 from examples.tiny_flux.flow import Captioned, FlowTrainer, FlowTraining, trapezoid
 from examples.tiny_flux.sample import Sampler
 from examples.tiny_flux.scenes import CHUNK, TrainingData, encode_captions, make_training_data
-from examples.tiny_flux.tokenizers import rust_tokenizers
+from examples.tiny_flux.tokenizers import CLIP_END, rust_tokenizers
 from flux_jax.composition.prompts import load_prompts
 from flux_jax.composition.render import render
 from flux_jax.composition.scene import SceneArrays
 from flux_jax.configs import AutoencoderConfig, CLIPTextConfig, FluxConfig, T5Config
+from flux_jax.errors import UserError, exit_on_user_error
 from flux_jax.latents import pack
 from flux_jax.tree import Flat
 
@@ -98,7 +99,7 @@ def component_configs() -> tuple[T5Config, CLIPTextConfig, FluxConfig]:
         dataclasses.replace(
             CLIPTextConfig.tiny(),
             vocab_size=clip.get_vocab_size(),
-            eos_token_id=clip.token_to_id("<|endoftext|>"),
+            eos_token_id=clip.token_to_id(CLIP_END),
         ),
         FluxConfig.tiny(),
     )
@@ -205,12 +206,18 @@ def save_parts(folder: Path, name: str, params: Flat, limit: int = 15 << 20) -> 
 
 
 def load_parts(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """What `save_parts` wrote."""
+    """What `save_parts` wrote.
+
+    Raises:
+      UserError: there is nothing of that name.
+    """
     merged: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob(f"{name}.*.safetensors")):
         merged.update(load_file(path))
     if not merged:
-        raise FileNotFoundError(f"no {name}.*.safetensors in {folder}")
+        raise UserError(
+            f"no {name}.*.safetensors in {folder}: a folder that `train` wrote has them"
+        )
     return merged
 
 
@@ -358,7 +365,8 @@ def main(
             learning_rate=learning_rate,
         ),
     )
-    train(Run.smoke() if smoke else run, out, init, minutes)
+    with exit_on_user_error():
+        train(Run.smoke() if smoke else run, out, init, minutes)
 
 
 if __name__ == "__main__":

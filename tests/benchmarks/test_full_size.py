@@ -208,7 +208,7 @@ def test_the_table_has_the_reach_beside_what_was_found(tmp_path):
     assert "| ternary A8 | 60.0 ms | 3.40 GiB |" in text
 
 
-def test_every_reach_of_the_issue_is_a_figure_that_a_part_or_a_ratio_makes():
+def test_every_target_of_the_table_is_a_figure_that_a_part_or_a_ratio_makes():
     source = "".join(Path(part.__file__).read_text() for part in (full_size, full_size_parts))
     for name, *_ in layouts.LAYOUTS["full_size"].targets:
         assert f'"{name}"' in source, name

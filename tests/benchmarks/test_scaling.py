@@ -56,6 +56,17 @@ def test_generate_draws_one_image_and_one_on_each_device(tmp_path, kind):
         assert found[f"{row}/rate"].value == pytest.approx(each, rel=1e-4)
 
 
+def test_only_the_wanted_devices_draw():
+    """Two of the eight that are here."""
+    meshes = scaling.drawing_meshes(2)
+    assert {how: dict(mesh.shape)["data"] for how, mesh in meshes.items()} == {
+        "one image": 1,
+        "an image each": 2,
+    }
+    assert {mesh.size for mesh in meshes.values()} == {2}
+    assert list(scaling.drawing_meshes(1)) == ["one image"]
+
+
 def test_rows_of_earlier_runs_stay(tmp_path):
     def add(row, rate):
         scaling.write("scaling_x", row, {"rate": Figure(value=rate, unit="x")}, tmp_path, base=2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import ternary_kernels
+from benchmarks import render_tables, ternary_kernels
 from benchmarks.common import read_result
 from flux_jax.errors import UserError
 from pallas_kernels import bench
@@ -39,6 +39,14 @@ def test_the_result_can_be_read_back(tmp_path):
     assert read.figures["triton_a8_ms/4608x3072x8"].note == "3 TOP/s"
     assert read.peers["XLA, dense"].figures["bf16_dot_ms/4608x3072x8"].value == 1.0
     assert "a8_ms/4608x3072x8" not in read.peers["XLA, dense"].figures
+
+
+def test_the_table_has_the_speedups():
+    result = ternary_kernels.to_result("ternary_kernels", rows(), "NVIDIA H200", "unknown")
+    text = render_tables.render_result(result)
+    assert "| W1.58A8, quantising its activations, over bf16, Mosaic | 2.00 x |" in text
+    assert "| W1.58A8, quantising its activations, over bf16, Triton | 1.00 x |" in text
+    assert "| W1.58A8, from quantised activations, over int8, Mosaic | 1.00 x |" in text
 
 
 def test_without_a_gpu_it_says_what_it_needs():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from examples.tiny_flux.train import load_parts, save_parts
+from flux_jax.errors import UserError
 
 
 def test_parts_come_back_in_bfloat16(tmp_path):
@@ -30,5 +31,5 @@ def test_a_parameter_larger_than_a_part_gets_its_own(tmp_path):
 
 
 def test_no_parts(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no flow\.\*\.safetensors in"):
+    with pytest.raises(UserError, match=r"no flow\.\*\.safetensors in"):
         load_parts(tmp_path, "flow")
