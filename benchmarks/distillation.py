@@ -36,9 +36,9 @@ from benchmarks.common import (
 )
 from examples.tiny_flux.scenes import sample_captions
 from flux_jax import images
+from flux_jax.assets import resolve
 from flux_jax.composition.prompts import load_prompts
 from flux_jax.composition.score import score_images
-from flux_jax.loading import resolve
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.tree import Flat, split_flat
 from ternary.calibration.run import calibrate_checkpoint
