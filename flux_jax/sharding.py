@@ -64,10 +64,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for name, size in vars(self).items():
-            whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
-            if not whole and not (name == "data" and size is None):
-                raise UserError(f"mesh axis {name} must be a whole number above 0, got {size!r}")
+        _check_sizes(vars(self))
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh; see `make_mesh`."""
@@ -78,6 +75,13 @@ class MeshConfig:
             tensor=self.tensor,
             devices=devices,
         )
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    for name, size in sizes.items():
+        whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        if not whole and not (name == "data" and size is None):
+            raise UserError(f"mesh axis {name} must be a whole number above 0, got {size!r}")
 
 
 def read_mesh(text: str) -> MeshConfig:
@@ -117,8 +121,10 @@ def make_mesh(
         part in the mesh.
 
     Raises:
-      UserError: fewer devices are there, or a process would have none of the mesh's.
+      UserError: a size that is none, fewer devices are there, or a process would have none of the
+        mesh's.
     """
+    _check_sizes({"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor})
     everybody = devices is None
     devices = jax.devices() if devices is None else devices
     inner = fsdp * sequence * tensor
@@ -143,6 +149,12 @@ def make_mesh(
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """Of an axis that a mesh need not have."""
     return mesh.shape.get(axis, 1)
+
+
+def mesh_of(array: Any) -> Mesh | None:
+    """The mesh that an array, or a shape with its placement, lies on; None if it is on none."""
+    mesh = getattr(getattr(array, "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def partition_spec(
