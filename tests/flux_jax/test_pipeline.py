@@ -484,6 +484,17 @@ def test_schedule_depends_on_the_size(pipe):
     assert shifts[0] < shifts[1]
 
 
+def test_encoded_prompts_must_fit(pipe):
+    embeds = pipe.encode_prompt(RED)
+    wide = dataclasses.replace(embeds, prompt_embeds=jnp.zeros((1, 12, 40)))
+    for name, prompts in (("prompt", (wide, None)), ("negative_prompt", (RED, wide))):
+        with pytest.raises(UserError, match=f"^{name} was encoded for another model: .* are 40 "):
+            pipe(prompts[0], negative_prompt=prompts[1], seed=0, true_cfg_scale=2.0, **STEPS)
+    for rows in ([], [0, 0]):
+        with pytest.raises(UserError, match=f"a row for each prompt, .*got {len(rows)}, 1 and 1"):
+            dataclasses.replace(embeds, prompts=(RED,) * len(rows))
+
+
 def test_pipeline_without_text_encoders_takes_encoded_prompts(pipe):
     embeds = pipe.encode_prompt(RED)
     bare = FluxPipeline(transformer=pipe.transformer, vae=pipe.vae, scheduler=pipe.scheduler)
