@@ -68,6 +68,11 @@ class Plan:
         return self.batch_size // self.parts
 
     @property
+    def takes_negative(self) -> bool:
+        """Whether a negative prompt has an effect."""
+        return self.true_cfg_scale > 1
+
+    @property
     def token_shape(self) -> tuple[int, int]:
         """Image tokens, and channels of each."""
         return self.grid[0] * self.grid[1], self.latent_shape[2] * PATCH * PATCH
