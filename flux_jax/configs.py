@@ -8,7 +8,6 @@ encoders and the autoencoder follow transformers' `T5Config` and `CLIPTextConfig
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from flux_jax.errors import UserError
 
@@ -58,10 +57,12 @@ class FluxConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def mlp_hidden(self) -> int:
+        """Hidden width of the MLPs."""
         return int(self.hidden_size * self.mlp_ratio)
 
     @classmethod
@@ -176,7 +177,7 @@ class AutoencoderConfig:
     @property
     def downscale(self) -> int:
         """Image pixels per latent pixel along one side."""
-        return int(math.pow(2, len(self.block_out_channels) - 1))
+        return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def flux(cls) -> AutoencoderConfig:
@@ -216,8 +217,10 @@ class SchedulerConfig:
 
     @classmethod
     def dev(cls) -> SchedulerConfig:
+        """FLUX.1-dev: shifted the more, the larger the image."""
         return cls()
 
     @classmethod
     def schnell(cls) -> SchedulerConfig:
+        """FLUX.1-schnell: levels evenly spaced."""
         return cls(shift=1.0, use_dynamic_shifting=False)

@@ -150,7 +150,7 @@ def test_compare_finds_a_difference(folder, monkeypatch):
     def faulty(vae, latents):
         return vae.decode(latents) * 1.001
 
-    monkeypatch.setattr(our_compare, "_DECODE", ModuleFunction(faulty))
+    monkeypatch.setattr(our_compare, "DECODE", ModuleFunction(faulty))
     result = CliRunner().invoke(app, ["compare", str(folder), "--steps", "1"])
     failed = [line for line in result.stdout.splitlines() if "FAILED" in line]
     assert [line.split("  ")[0] for line in failed] == ["vae, decode"]
