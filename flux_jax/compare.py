@@ -31,6 +31,7 @@ from flux_jax.rope import image_ids, text_ids
 from flux_jax.scheduler import Schedule, make_schedule
 from flux_jax.tokenization import load_tokenizer, max_length, tokenize
 
+# What the text encoders are compared on, and both sides draw.
 PROMPT = "a red circle above a blue square"
 # Largest relative error that rounding explains.
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -76,7 +77,6 @@ class Settings:
       side: pixels of an image token.
       schedule: the noise levels of the image.
       key: of its noise.
-      prompt: of the image, and what the text encoders are compared on.
     """
 
     dtype: str
@@ -84,7 +84,6 @@ class Settings:
     side: int
     schedule: Schedule
     key: jax.Array
-    prompt: str
 
 
 def relative_error(ours: Any, theirs: Any) -> float:
@@ -120,7 +119,6 @@ def compare(
     width: int | None = None,
     num_inference_steps: int = 4,
     seed: int = 0,
-    prompt: str = PROMPT,
 ) -> Iterator[Finding]:
     """Compare every component of a checkpoint, then one image.
 
@@ -128,7 +126,7 @@ def compare(
       path: a checkpoint in diffusers' layout: folder, Hugging Face repository id or "tiny".
       dtype: "float32" or "bfloat16", for both sides.
       height, width: of the image; the model's own size by default, at most 512.
-      num_inference_steps, seed, prompt: of the image. The text encoders are compared on the prompt.
+      num_inference_steps, seed: of the image.
 
     Yields:
       What was found, as soon as it is.
@@ -159,7 +157,6 @@ def compare(
         side=side,
         schedule=make_schedule(checkpoint.scheduler, num_inference_steps, grid[0] * grid[1]),
         key=keys[0],
-        prompt=prompt,
     )
     theirs = Reference(checkpoint.path, dtype)
     embeds = yield from _compare_text(path, checkpoint, theirs, settings)
@@ -213,7 +210,7 @@ def _compare_text(path: str | Path, checkpoint: Checkpoint, theirs: Any, setting
     tokenizer, tokenizer_2 = (
         load_tokenizer(checkpoint.tokenizer_paths[name]) for name in ("tokenizer", "tokenizer_2")
     )
-    limit, prompts = LIMITS[settings.dtype], [settings.prompt]
+    limit, prompts = LIMITS[settings.dtype], [PROMPT]
     ids = tokenize(tokenizer, prompts, max_length(tokenizer, 77), encoder="CLIP")
     pooled = ours("text_encoder", ids), theirs.clip(ids)
     yield Finding("text_encoder (CLIP)", relative_error(*pooled), limit)
@@ -221,7 +218,7 @@ def _compare_text(path: str | Path, checkpoint: Checkpoint, theirs: Any, setting
     states = ours("text_encoder_2", ids), theirs.t5(ids)
     yield Finding("text_encoder_2 (T5)", relative_error(*states), limit)
     return tuple(
-        PromptEmbeds(prompts=(settings.prompt,), prompt_embeds=t5, pooled_prompt_embeds=clip)
+        PromptEmbeds(prompts=(PROMPT,), prompt_embeds=t5, pooled_prompt_embeds=clip)
         for t5, clip in zip(map(jnp.asarray, states), map(jnp.asarray, pooled), strict=True)
     )
 

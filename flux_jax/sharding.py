@@ -192,21 +192,18 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def constrain(
-    x: Shaped[Array, "*shape"], axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES
-) -> Shaped[Array, "*shape"]:
+def constrain(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shaped[Array, "*shape"]:
     """Tell the compiler where an activation lies; without `mesh_in_scope`, x as it is.
 
     Args:
       x: an activation.
-      axes: the logical name of each dimension.
-      rules: logical name to mesh axis.
+      axes: the logical name of each dimension, as in `DEFAULT_RULES`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     # Under `pmap` and `shard_map` an axis is the caller's, and x already a part.
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh, rules))
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
 
 
 @contextlib.contextmanager
@@ -236,10 +233,10 @@ def shardings(state: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def spread(module: nnx.Module, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> None:
+def spread(module: nnx.Module, mesh: Mesh) -> None:
     """Move a module's parameters to where they go on a mesh."""
     state = nnx.state(module)
-    nnx.update(module, jax.device_put(state, shardings(state, mesh, rules)))
+    nnx.update(module, jax.device_put(state, shardings(state, mesh)))
 
 
 def flat_shardings(
@@ -256,17 +253,16 @@ def flat_shardings(
     return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(tree)}
 
 
-def place_shapes(module: nnx.Module, mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> None:
+def place_shapes(module: nnx.Module, mesh: Mesh | None) -> None:
     """Note in an abstract module's shapes where its arrays would be.
 
     Args:
       module: from `nnx.eval_shape`; it is changed.
       mesh: the device mesh; None for the first device.
-      rules: logical name to mesh axis.
     """
     state = nnx.state(module, nnx.Param)
     one = SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(lambda _: one, state) if mesh is None else shardings(state, mesh, rules)
+    places = jax.tree.map(lambda _: one, state) if mesh is None else shardings(state, mesh)
     placed = jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
         state,

@@ -1,7 +1,7 @@
 """The FLUX.1 transformer, after `src/flux/model.py` and `modules/layers.py` of Black Forest Labs.
 
 Attribute names are the reference's, so a parameter's path is its name in `flux1-dev.safetensors`,
-but for three places where the reference has an anonymous sequence (marked `# BFL:`).
+but for two kinds of place where the reference has an anonymous sequence (marked `# BFL:`).
 
 The modulation vectors depend on the time, the guidance and the pooled prompt alone. They are
 computed apart from the blocks (`modulations`), so that a sampler can compute them for all steps

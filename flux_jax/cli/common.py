@@ -134,6 +134,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Time a block; what goes by the same name is added up."""
         start = time.perf_counter()
         yield
         elapsed = time.perf_counter() - start
