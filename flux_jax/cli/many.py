@@ -77,6 +77,7 @@ def generate_many(
                 model, checked, images=1, num_images_per_prompt=1, mesh=devices
             )
             if processes.first:
+                # For its warning; `drawing` leaves out what has no effect.
                 common.negative_prompt(settings, request.plan)
             # Prompts are encoded by and by: T5 stays in its files meanwhile.
             pipe = FluxPipeline.from_pretrained(
