@@ -34,10 +34,10 @@ from benchmarks.machine import git_commit
 from benchmarks.processes import folder_bytes
 from examples.tiny_flux.scenes import T5_LENGTH, sample_captions
 from flux_jax import images
+from flux_jax.assets import resolve
 from flux_jax.composition.prompts import load_prompts
 from flux_jax.composition.score import score_images
 from flux_jax.errors import UserError
-from flux_jax.loading import resolve
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.tree import Flat, split_flat
 from ternary.calibration.run import calibrate_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from convert.problems import first_line
 from convert.tables import COMPONENTS, TOKENIZERS, check_components
-from flux_jax.assets import SHIPPED, shipped_path
+from flux_jax import assets
 from flux_jax.errors import UserError
 
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -29,13 +29,13 @@ def resolve(
     Raises:
       UserError: neither a path nor a repository that can be reached.
     """
+    if revision is None:
+        src = assets.resolve(src)
     path = Path(src).expanduser()
     if path.exists():
         if revision is not None:
             raise UserError(f"{src}: a local path has no revision {revision!r}")
         return path
-    if src in SHIPPED and revision is None:
-        return shipped_path(str(src))
     if not isinstance(src, str) or not _REPO_ID.fullmatch(src):
         raise UserError(f"{src}: no such file or folder, and no hub id (owner/name)")
     return download(src, components, revision=revision)

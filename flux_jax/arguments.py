@@ -99,7 +99,10 @@ def _keys(key: Any, count: int) -> Array:
 
 def initial_latents(latents: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "N I P"]:
     """The caller's noise as float32 on the host, checked against the images asked for."""
-    array = np.asarray(latents, dtype=np.float32)
+    try:
+        array = np.asarray(latents, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"latents must be an array of numbers: {error}") from error
     if array.shape != shape:
         raise UserError(
             f"latents must have shape {shape} (images, image tokens, channels of a token; see "

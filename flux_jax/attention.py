@@ -37,10 +37,7 @@ _MAX_SCORES = 1 << 26
 
 def default_implementation(q: Float[Array, "B Lq H D"]) -> Implementation:
     """cuDNN where it can run: 16-bit inputs on an NVIDIA GPU, head width at most 128."""
-    sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
-    head_dim = q.shape[-1]
-    fits = head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if jax.default_backend() == "gpu" and sixteen_bit and fits else "xla"
+    return "cudnn" if kernels.why_not("cudnn", q, q) is None else "xla"
 
 
 def attention(

@@ -18,19 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flux_jax import images
+from flux_jax import arguments, images
+from flux_jax.autoencoder import DECODE
 from flux_jax.checkpoint import Checkpoint, load_checkpoint
 from flux_jax.denoise import denoise
 from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
-from flux_jax.images import decode, to_uint8
+from flux_jax.images import decode, to_uint8, to_unit_range
 from flux_jax.latents import PATCH, check_size, noise, unpack
-from flux_jax.loading import resolve
 from flux_jax.prompts import PromptEmbeds
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.scheduler import Schedule, make_schedule
 from flux_jax.tokenization import load_tokenizer, max_length, tokenize
 
+# What the text encoders are compared on, and both sides draw.
 PROMPT = "a red circle above a blue square"
 # Largest relative error that rounding explains.
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -75,16 +76,14 @@ class Settings:
       grid: image tokens (rows, columns).
       side: pixels of an image token.
       schedule: the noise levels of the image.
-      seed: of its noise.
-      prompt: of the image, and what the text encoders are compared on.
+      key: of its noise.
     """
 
     dtype: str
     grid: tuple[int, int]
     side: int
     schedule: Schedule
-    seed: int
-    prompt: str
+    key: jax.Array
 
 
 def relative_error(ours: Any, theirs: Any) -> float:
@@ -120,7 +119,6 @@ def compare(
     width: int | None = None,
     num_inference_steps: int = 4,
     seed: int = 0,
-    prompt: str = PROMPT,
 ) -> Iterator[Finding]:
     """Compare every component of a checkpoint, then one image.
 
@@ -128,16 +126,17 @@ def compare(
       path: a checkpoint in diffusers' layout: folder, Hugging Face repository id or "tiny".
       dtype: "float32" or "bfloat16", for both sides.
       height, width: of the image; the model's own size by default, at most 512.
-      num_inference_steps, seed, prompt: of the image. The text encoders are compared on the prompt.
+      num_inference_steps, seed: of the image.
 
     Yields:
       What was found, as soon as it is.
 
     Raises:
-      UserError: torch or diffusers is missing, or the checkpoint is none that they can load.
+      UserError: torch or diffusers is missing, the checkpoint is none that they can load, or an
+        argument is out of its range.
     """
     check_installed()
-    path = resolve(path)
+    _, keys = arguments.seeds_and_keys(seed, None, 1)
     # Late: torch is there only now.
     from flux_jax.reference import Reference
 
@@ -157,8 +156,7 @@ def compare(
         grid=grid,
         side=side,
         schedule=make_schedule(checkpoint.scheduler, num_inference_steps, grid[0] * grid[1]),
-        seed=seed,
-        prompt=prompt,
+        key=keys[0],
     )
     theirs = Reference(checkpoint.path, dtype)
     embeds = yield from _compare_text(path, checkpoint, theirs, settings)
@@ -212,7 +210,7 @@ def _compare_text(path: str | Path, checkpoint: Checkpoint, theirs: Any, setting
     tokenizer, tokenizer_2 = (
         load_tokenizer(checkpoint.tokenizer_paths[name]) for name in ("tokenizer", "tokenizer_2")
     )
-    limit, prompts = LIMITS[settings.dtype], [settings.prompt]
+    limit, prompts = LIMITS[settings.dtype], [PROMPT]
     ids = tokenize(tokenizer, prompts, max_length(tokenizer, 77), encoder="CLIP")
     pooled = ours("text_encoder", ids), theirs.clip(ids)
     yield Finding("text_encoder (CLIP)", relative_error(*pooled), limit)
@@ -220,7 +218,7 @@ def _compare_text(path: str | Path, checkpoint: Checkpoint, theirs: Any, setting
     states = ours("text_encoder_2", ids), theirs.t5(ids)
     yield Finding("text_encoder_2 (T5)", relative_error(*states), limit)
     return tuple(
-        PromptEmbeds(prompts=(settings.prompt,), prompt_embeds=t5, pooled_prompt_embeds=clip)
+        PromptEmbeds(prompts=(PROMPT,), prompt_embeds=t5, pooled_prompt_embeds=clip)
         for t5, clip in zip(map(jnp.asarray, states), map(jnp.asarray, pooled), strict=True)
     )
 
@@ -242,8 +240,7 @@ def _compare_transformer(
     """Yields findings, returns (ours, theirs): the latents that each side's sampling ended in."""
     rows, columns = settings.grid
     channels = checkpoint.modules["vae"].config.latent_channels
-    key = jax.random.key(settings.seed, impl="threefry2x32")
-    start = noise(key, rows * PATCH, columns * PATCH, channels)[None]
+    start = noise(settings.key, rows * PATCH, columns * PATCH, channels)[None]
     velocities, their_latents = theirs.transformer(
         np.asarray(start),
         settings.grid,
@@ -281,9 +278,9 @@ def _compare_vae(
     their_mean, their_image = theirs.vae(image, latents)
     limit = LIMITS[settings.dtype]
     yield Finding("vae, encode", relative_error(_ENCODE.bind(vae)(image), their_mean), limit)
-    yield Finding("vae, decode", relative_error(_DECODE.bind(vae)(latents), their_image), limit)
+    yield Finding("vae, decode", relative_error(DECODE.bind(vae)(latents), their_image), limit)
     our_picture = to_uint8(decode(vae, our_latents, settings.grid, tiled=False))
-    their_picture = to_uint8(np.clip(their_image * np.float32(0.5) + np.float32(0.5), 0, 1))
+    their_picture = to_uint8(to_unit_range(their_image))
     # In bfloat16 each side rounds the latents of every step its own way.
     limit = PSNR_LIMIT if settings.dtype == "float32" else None
     yield Finding("image", psnr(our_picture, their_picture), limit, "dB")
@@ -309,4 +306,3 @@ def _encoded(encoder: Any, ids: jax.Array) -> jax.Array:
 _TEXT = ModuleFunction(_encoded)
 _VELOCITY = ModuleFunction(lambda transformer, *inputs: transformer(*inputs))
 _ENCODE = ModuleFunction(lambda vae, image: vae.moments(image)[0])
-_DECODE = ModuleFunction(lambda vae, latents: vae.decode(latents))

@@ -8,7 +8,6 @@ encoders and the autoencoder follow transformers' `T5Config` and `CLIPTextConfig
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from flux_jax.errors import UserError
 
@@ -58,10 +57,12 @@ class FluxConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def mlp_hidden(self) -> int:
+        """Hidden width of the MLPs."""
         return int(self.hidden_size * self.mlp_ratio)
 
     @classmethod
@@ -90,7 +91,19 @@ class FluxConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """The encoder of T5 v1.1 (gated GELU, no weight tying, no biases)."""
+    """The encoder of T5 v1.1 (gated GELU, no weight tying, no biases).
+
+    Attributes:
+      vocab_size: rows of the embedding table; the tokenizer may use fewer.
+      d_model: width of the residual stream and of the result.
+      d_kv: width of an attention head; `num_heads * d_kv` need not be `d_model`.
+      d_ff: hidden width of the MLPs.
+      num_layers, num_heads: blocks, and attention heads of each.
+      relative_attention_num_buckets: relative positions that have a bias of their own, before and
+        after together.
+      relative_attention_max_distance: from here on positions share the last bucket.
+      layer_norm_epsilon: of the RMS norms.
+    """
 
     vocab_size: int = 32_128
     d_model: int = 4096
@@ -115,7 +128,19 @@ class T5Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """The text tower of CLIP."""
+    """The text tower of CLIP.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      hidden_size: width of the residual stream and of the result.
+      intermediate_size: hidden width of the MLPs.
+      num_hidden_layers, num_attention_heads: blocks, and attention heads of each.
+      max_position_embeddings: the most tokens of a prompt, special ones included.
+      hidden_act: of the MLPs, "quick_gelu" or "gelu".
+      layer_norm_eps: of the layer norms.
+      eos_token_id: the token whose final state is the pooled embedding; 2 stands for the largest id
+        of a prompt, as in older configurations.
+    """
 
     vocab_size: int = 49_408
     hidden_size: int = 768
@@ -149,6 +174,13 @@ class AutoencoderConfig:
     """The KL autoencoder: images to latents of 1/8 the size and back.
 
     Attributes:
+      in_channels, out_channels: of the images.
+      latent_channels: of the latents.
+      block_out_channels: channels at each resolution, from the image's own to the lowest; each
+        halves the sides.
+      layers_per_block: residual blocks of the encoder at each resolution; the decoder has one more.
+      norm_num_groups: groups of the group norms; divides every entry of `block_out_channels`.
+      mid_block_add_attention: whether there is attention at the lowest resolution.
       sample_size: the image height and width it was trained for, in pixels.
       scaling_factor, shift_factor: model latents are `(raw - shift_factor) * scaling_factor`.
     """
@@ -176,7 +208,7 @@ class AutoencoderConfig:
     @property
     def downscale(self) -> int:
         """Image pixels per latent pixel along one side."""
-        return int(math.pow(2, len(self.block_out_channels) - 1))
+        return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def flux(cls) -> AutoencoderConfig:
@@ -199,10 +231,12 @@ class SchedulerConfig:
     """The flow-matching Euler sampler's noise schedule (diffusers' names).
 
     Attributes:
+      num_train_timesteps: levels that the model was trained with; the scale of its time.
       shift: constant shift of the schedule, used when `use_dynamic_shifting` is off.
       use_dynamic_shifting: whether the shift grows with the number of image tokens (dev).
       base_shift, max_shift: the shift exponents at `base_image_seq_len` and `max_image_seq_len`
         tokens, interpolated linearly between and beyond.
+      time_shift_type: "exponential" or "linear": what the dynamic shift does with its exponent.
     """
 
     num_train_timesteps: int = 1000
@@ -216,8 +250,10 @@ class SchedulerConfig:
 
     @classmethod
     def dev(cls) -> SchedulerConfig:
+        """FLUX.1-dev: shifted the more, the larger the image."""
         return cls()
 
     @classmethod
     def schnell(cls) -> SchedulerConfig:
+        """FLUX.1-schnell: levels evenly spaced."""
         return cls(shift=1.0, use_dynamic_shifting=False)

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux_jax.errors import UserError
+from flux_jax.files import make_folder
 from flux_jax.metadata import (
     GenerationRecord,
     check_png_path,
@@ -95,15 +96,17 @@ def draw(
         drawn = np.zeros(len(jobs), bool)
         if processes.first:
             stack.enter_context(_claimed(out))
-            _make_folders({(out / job.file).parent for job in jobs})
+            for folder in {(out / job.file).parent for job in jobs}:
+                make_folder(folder)
             drawn[:] = [wanted.is_drawn(out / job.file, job, replace) for job in jobs]
         # One process looks: on a network's disk each might see something else.
         drawn = np.asarray(processes.from_first(drawn))
         if not out.is_dir():
             raise UserError(f"{out} must be on a disk that all processes share")
         missing = [job for job, done in zip(jobs, drawn, strict=True) if not done]
-        shown = _Progress(missing, out, len(jobs), disable=not (progress and processes.first))
-        for _ in wanted.draw(missing[processes.index :: processes.count], out, encode):
+        shares = [missing[index :: processes.count] for index in range(processes.count)]
+        shown = _Progress(shares, out, len(jobs), disable=not (progress and processes.first))
+        for _ in wanted.draw(shares[processes.index], out, encode):
             shown.look()
         processes.wait("images")
         shown.look()
@@ -119,7 +122,7 @@ class _Wanted:
         self._settings = {name: value for name, value in settings.items() if value is not None}
         self._negative = self._settings.pop("negative_prompt", None)
         self._plan = plan = pipe.plan(**self._settings)
-        if plan.true_cfg_scale <= 1:
+        if not plan.takes_negative:
             self._negative = None
         self._shared = {
             "num_inference_steps": plan.schedule.num_steps,
@@ -129,7 +132,7 @@ class _Wanted:
             "guidance_scale": plan.guidance_scale,
             "negative_prompt": self._negative,
             "true_cfg_scale": 1.0 if self._negative is None else plan.true_cfg_scale,
-            "dtype": str(pipe.transformer.img_in.weight.dtype),
+            "dtype": str(pipe.transformer.dtype),
             "fingerprint": pipe.fingerprint(),
         }
 
@@ -205,19 +208,23 @@ def _finish(writing: list[Future[None]]) -> None:
 class _Progress:
     """A bar of the images that are there, whoever drew them."""
 
-    def __init__(self, missing: Sequence[Job], out: Path, total: int, *, disable: bool):
-        self._bar = tqdm(total=total, initial=total - len(missing), disable=disable, unit="image")
-        # An image that is to be replaced counts once it is another file.
-        self._before = (
-            {} if disable else {path: _stamp(path) for path in (out / job.file for job in missing)}
-        )
+    def __init__(self, shares: Sequence[Sequence[Job]], out: Path, total: int, *, disable: bool):
+        """The missing images, as the processes share them, of `total` in all."""
+        missing = sum(map(len, shares))
+        self._bar = tqdm(total=total, initial=total - missing, disable=disable, unit="image")
+        # What each process has still to draw, the next one last. An image that is to be replaced
+        # counts once it is another file.
+        self._waiting: list[list[tuple[Path, int | None]]] = []
+        if not disable:
+            paths = [[out / job.file for job in reversed(share)] for share in shares]
+            self._waiting = [[(path, _stamp(path)) for path in share] for share in paths]
 
     def look(self) -> None:
-        """Count what has come."""
-        new = [path for path, before in self._before.items() if _stamp(path) != before]
-        for path in new:
-            del self._before[path]
-        self._bar.update(len(new))
+        """Count what has come: each process draws in order, so only its next ones are looked at."""
+        for share in self._waiting:
+            while share and _stamp(share[-1][0]) != share[-1][1]:
+                share.pop()
+                self._bar.update()
 
     def close(self) -> None:
         self._bar.close()
@@ -230,14 +237,6 @@ def _stamp(path: Path) -> int | None:
         return None
 
 
-def _make_folders(folders: set[Path]) -> None:
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[None]:
     """Keep other runs out of the folder; the end of the process lets go of it too.
@@ -245,7 +244,7 @@ def _claimed(out: Path) -> Iterator[None]:
     Raises:
       UserError: another run is drawing into it.
     """
-    _make_folders({out})
+    make_folder(out)
     handle = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # Some network disks lock no folders.

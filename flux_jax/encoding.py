@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, Sharding
 from jax.tree_util import DictKey
 from jaxtyping import Array, Float, Int
 
@@ -26,7 +26,7 @@ from flux_jax.configs import T5Config
 from flux_jax.fingerprint import digest
 from flux_jax.functional import BoundFunction, ModuleFunction
 from flux_jax.layers import Embedding
-from flux_jax.sharding import place_shapes
+from flux_jax.sharding import mesh_of, place_shapes
 from flux_jax.t5 import RMSNorm, T5Block, T5Encoder, position_bias
 from flux_jax.tree import to_flat
 
@@ -147,15 +147,13 @@ class StreamedT5:
         """An encoder whose arrays stay in host memory from now on."""
         flat = to_flat(module)
         first = flat["final_norm.weight"]
-        sharding = first.sharding if isinstance(first, jax.Array) else None
-        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         # Copies: on a CPU NumPy would only look at the arrays, and keep them.
         host = {path: np.array(value) for path, value in flat.items()}
         return cls(
             module.config,
             lambda: contextlib.nullcontext(host.__getitem__),
             dtype=first.dtype,
-            mesh=mesh if isinstance(mesh, Mesh) else None,
+            mesh=mesh_of(first),
         )
 
     def on(self, mesh: Mesh) -> StreamedT5:

@@ -19,6 +19,7 @@ from flux_jax.composition.prompts import CATEGORIES, EvalPrompt, load_prompts
 from flux_jax.composition.score import Scores, score_images
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
+from flux_jax.files import write_whole
 from flux_jax.metadata import GenerationRecord, read_png
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import PromptEmbeds
@@ -134,7 +135,8 @@ def evaluate(
         records=records,
         drawn=drawn,
     )
-    (out / "report.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    report = json.dumps(result.to_dict(), indent=1) + "\n"
+    write_whole(out / "report.json", report.encode())
     return result
 
 

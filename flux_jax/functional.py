@@ -23,6 +23,8 @@ class BoundFunction:
     """A compiled function with its module's arrays filled in.
 
     Attributes:
+      program: the compiled function of (arrays, arguments).
+      leaves: the module's arrays.
       sharding: where its arguments must be (host arrays are brought there) and its results are:
         one device, or all of a mesh alike.
       arguments: of each argument, where it is split over the mesh instead.

@@ -80,7 +80,7 @@ def decode(
             "the image came out as NaN or infinity: the weights or the latents overflow "
             f"{vae.decoder.conv_in.weight.dtype}; try dtype float32"
         )
-    return np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
+    return to_unit_range(decoded)
 
 
 def decode_bytes(config: AutoencoderConfig, pixels: int) -> int:
@@ -96,6 +96,11 @@ def decode_bytes(config: AutoencoderConfig, pixels: int) -> int:
 def is_tiled(pixels: int, tiled: bool | None) -> bool:
     """Whether an image is decoded in tiles where memory is not short; `tiled` as in `decode`."""
     return pixels > WHOLE_DECODE_PIXELS if tiled is None else tiled
+
+
+def to_unit_range(decoded: Float[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
+    """The autoencoder's [-1, 1] to [0, 1], clipped; float32."""
+    return np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
 
 
 def to_uint8(images: Float[np.ndarray, "*B H W C"]) -> UInt8[np.ndarray, "*B H W C"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from flux_jax import arguments, attention
@@ -58,7 +57,7 @@ def suit_mesh(transformer: FluxTransformer) -> None:
 
 
 def _splits_weights(transformer: FluxTransformer) -> bool:
-    mesh = getattr(transformer.img_in.weight.get_value().sharding, "mesh", None)
+    mesh = transformer.mesh
     return mesh is not None and any(axis_size(mesh, axis) > 1 for axis in ("fsdp", "tensor"))
 
 
@@ -67,22 +66,22 @@ def _check_kernels(transformer: FluxTransformer, kernels: str) -> None:
     from pallas_kernels.backends import BACKENDS, why_not
 
     arguments.choice("kernels", kernels, BACKENDS)
-    weight = transformer.img_in.weight[...]
     if kernels != "jax" and _splits_weights(transformer):
         raise UserError(
             f"kernels={kernels!r} cannot run on weights that are split over fsdp or tensor: XLA "
             "partitions plain JAX; use kernels='jax' or None, or a mesh of data and sequence"
         )
-    reason = why_not(kernels, next(iter(weight.devices())), weight.dtype, weight.dtype, 16)
+    dtype = transformer.dtype
+    reason = why_not(kernels, transformer.device, dtype, dtype, 16)
     if reason is not None:
         raise UserError(f"kernels={kernels!r} cannot run here: {reason}; use 'jax' or None")
 
 
 def _check_attention(transformer: FluxTransformer, name: str) -> None:
     arguments.choice("attention", name, attention.IMPLEMENTATIONS)
-    config, dtype = transformer.config, transformer.img_in.weight.dtype
+    config = transformer.config
     # Any length that suits them all.
-    shape = jax.ShapeDtypeStruct((1, 256, config.num_heads, config.head_dim), jnp.dtype(dtype))
+    shape = jax.ShapeDtypeStruct((1, 256, config.num_heads, config.head_dim), transformer.dtype)
     reason = attention.why_not(name, shape, shape, masked=False)
     if reason is not None:
         raise UserError(f"attention={name!r} cannot run here: {reason}")

@@ -176,13 +176,12 @@ class LayerNorm(nnx.Module):
         features: int,
         *,
         eps: float,
-        axes: Axes = ("embed",),
         dtype: DType = jnp.bfloat16,
         rngs: nnx.Rngs,
     ):
         self.eps = eps
-        self.weight = param(jax.nn.initializers.ones, rngs, (features,), dtype, axes)
-        self.bias = param(jax.nn.initializers.zeros, rngs, (features,), dtype, axes)
+        self.weight = param(jax.nn.initializers.ones, rngs, (features,), dtype, ("embed",))
+        self.bias = param(jax.nn.initializers.zeros, rngs, (features,), dtype, ("embed",))
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
         normed = layer_norm(x.astype(jnp.float32), self.eps)

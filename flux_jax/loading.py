@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flux_jax import arguments, stages
-from flux_jax.assets import SHIPPED, shipped_path
 from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint, stored_component
 from flux_jax.encoding import StreamedT5
 from flux_jax.errors import UserError
@@ -25,11 +24,6 @@ from flux_jax.tokenization import load_tokenizer, max_length
 _TEXT = ("text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _IMAGE = ("transformer", "vae")
-
-
-def resolve(model: str | Path) -> str | Path:
-    """`model` as `load_checkpoint` takes it: a shipped model's name becomes its folder."""
-    return shipped_path(str(model)) if str(model) in SHIPPED else model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +64,7 @@ def check_request(
     Raises:
       UserError: an argument out of its range, or a checkpoint that lacks a part of a pipeline.
     """
-    found = inspect_checkpoint(resolve(model))
+    found = inspect_checkpoint(model)
     missing = [name for name in (*_TEXT, *_IMAGE) if name not in found.components]
     missing += [name for name in _TOKENIZERS if name not in found.tokenizer_paths]
     if missing or found.scheduler is None:
@@ -115,10 +109,10 @@ def load_text_encoders(
       UserError: a checkpoint without an encoder or tokenizer, or another placement.
     """
     arguments.choice("text_encoders", placement, PLACEMENTS)
-    source, dtype = resolve(path), check_dtype(dtype)
+    dtype = check_dtype(dtype)
     streamed = {}
     if placement in (AUTO, STREAMED):
-        stored = stored_component(source, "text_encoder_2", dtype=dtype)
+        stored = stored_component(path, "text_encoder_2", dtype=dtype)
         if placement == AUTO:
             placement = RESIDENT if mesh is not None or fits(stored.nbytes) else STREAMED
         if placement == STREAMED:
@@ -126,7 +120,7 @@ def load_text_encoders(
             t5 = StreamedT5(config, stored.open, dtype=dtype, mesh=mesh)
             streamed = {"text_encoder_2": t5}
     wanted = [name for name in _TEXT if name not in streamed]
-    checkpoint = load_checkpoint(source, components=wanted, dtype=dtype, mesh=mesh)
+    checkpoint = load_checkpoint(path, components=wanted, dtype=dtype, mesh=mesh)
     missing = [name for name in _TOKENIZERS if name not in checkpoint.tokenizer_paths]
     if missing:
         raise UserError(f"{path} has no {' and no '.join(missing)}, which prompts need")
@@ -155,9 +149,7 @@ def load_image_parts(
       UserError: a checkpoint without one of them.
     """
     wanted = [name for name in _IMAGE if name not in given]
-    checkpoint = load_checkpoint(
-        resolve(path), components=wanted, dtype=check_dtype(dtype), mesh=mesh
-    )
+    checkpoint = load_checkpoint(path, components=wanted, dtype=check_dtype(dtype), mesh=mesh)
     if checkpoint.scheduler is None:
         raise UserError(f"{path} has no scheduler configuration (scheduler/scheduler_config.json)")
     return {"scheduler": checkpoint.scheduler, **checkpoint.modules, **given}

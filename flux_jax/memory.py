@@ -39,6 +39,7 @@ class StageMemory:
 
     @property
     def peak(self) -> int:
+        """All of it together."""
         return self.weights + self.work + self.held
 
 

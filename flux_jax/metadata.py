@@ -6,7 +6,6 @@ the same for people, in the form that image browsers for other generators alread
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -16,6 +15,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from flux_jax.errors import UserError
+from flux_jax.files import write_whole
 
 FORMAT_VERSION = 1
 _CHUNK, _READABLE_CHUNK = "flux_jax", "parameters"
@@ -124,16 +124,7 @@ def save_png(image: Image.Image, path: str | Path, record: GenerationRecord | No
     # use them again in the next one.
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", pnginfo=chunks)
-    path = Path(path)
-    # One name for all times: what a killed process left is written over by the next.
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(encoded.getvalue())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    write_whole(Path(path), encoded.getvalue())
 
 
 def check_png_path(path: str | Path) -> None:
@@ -142,6 +133,14 @@ def check_png_path(path: str | Path) -> None:
         raise UserError(f"{path} must end in .png, the format that keeps the image exactly")
 
 
+# What Pillow raises for a file that is no image, damaged, or too large to be decoded.
+_UNREADABLE = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)
 # What every PNG begins with, and the chunk that it ends with: length, type and checksum.
 _BEGINNING = b"\x89PNG\r\n\x1a\n"
 _END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -180,7 +179,7 @@ def read_png(path: str | Path, *, pixels: bool = True) -> GenerationRecord:
             text = image.info.get(_CHUNK)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
     if text is None:
         raise UserError(

@@ -41,6 +41,7 @@ class Preview:
     Attributes:
       latents: packed predicted clean latents (B, I, P) float32, on the device.
       indices: which images of the call these B are.
+      decode: such latents to images in [0, 1], (B, H, W, 3) float32.
     """
 
     latents: Float[Array, "B I P"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 
 from flux_jax.autoencoder import Autoencoder
+from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.latents import PATCH
-from flux_jax.prompts import TextEncoders
+from flux_jax.prompts import PromptEmbeds, TextEncoders
 from flux_jax.transformer import FluxTransformer
 
 
@@ -46,3 +47,24 @@ def check_widths(
                 f"{component} gives {width} channels where the transformer's {field} is "
                 f"{getattr(config, field)}: they do not belong together"
             )
+
+
+def check_embeds(name: str, embeds: PromptEmbeds, config: FluxConfig) -> None:
+    """See that encoded prompts are as wide as the transformer reads them.
+
+    Args:
+      name: of the argument.
+      embeds: the prompts.
+      config: of the transformer.
+
+    Raises:
+      UserError: they are of another model.
+    """
+    found = embeds.prompt_embeds.shape[-1], embeds.pooled_prompt_embeds.shape[-1]
+    expected = config.context_in_dim, config.vec_in_dim
+    if found != expected:
+        raise UserError(
+            f"{name} was encoded for another model: its embeddings are {found[0]} and {found[1]} "
+            f"wide, this transformer's context_in_dim and vec_in_dim are {expected[0]} and "
+            f"{expected[1]}"
+        )

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from flux_jax.fingerprint import component_digest, fingerprint
 from flux_jax.kernels import suit_mesh, use_kernels
 from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
-from flux_jax.parts import check_devices, check_widths
+from flux_jax.parts import check_devices, check_embeds, check_widths
 from flux_jax.plan import Plan, initial_noise, make_plan, sequence_length
 from flux_jax.prompt_rows import Prompt, embed_rows, prompt_rows
 from flux_jax.prompts import PromptEmbeds, TextEncoders
@@ -84,9 +83,9 @@ class FluxPipeline:
         if mesh is not None:
             check_devices(mesh)
             spread(transformer, mesh)
-            suit_mesh(transformer)
             spread(vae, mesh)
             text_encoders.move_to(mesh)
+        suit_mesh(transformer)
         self.offload_modulation = offload_modulation
         self.vae_tiling = vae_tiling
         self.name = name
@@ -183,9 +182,8 @@ class FluxPipeline:
           UserError: the text encoders were freed or never given.
         """
         length = sequence_length(self.transformer.config, self._token_limit, max_sequence_length)
-        return self.text_encoders.encode(
-            arguments.texts("prompt", prompt), max_sequence_length=length
-        )
+        texts = arguments.texts("prompt", prompt)
+        return self.text_encoders.encode(texts, max_sequence_length=length)
 
     def free_text_encoders(self) -> None:
         """Drop both text encoders and their memory; calls then need `encode_prompt`'s results."""
@@ -222,9 +220,7 @@ class FluxPipeline:
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
         """The devices that the transformer lies on, if they are a mesh."""
-        sharding = self.transformer.img_in.weight.get_value().sharding
-        mesh = getattr(sharding, "mesh", None)
-        return mesh if isinstance(mesh, jax.sharding.Mesh) else None
+        return self.transformer.mesh
 
     @property
     def _token_limit(self) -> int:
@@ -283,6 +279,9 @@ class FluxPipeline:
           UserError: an argument that cannot be used; names it and what would do.
         """
         arguments.choice("output_type", output_type, ("pil", "np", "latent"))
+        for name, given in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if isinstance(given, PromptEmbeds):
+                check_embeds(name, given, self.transformer.config)
         plan = self.plan(
             height=height,
             width=width,
@@ -372,7 +371,6 @@ class FluxPipeline:
         negative: PromptEmbeds | None,
         plan: Plan,
     ) -> tuple[GenerationRecord, ...]:
-        weight = jax.tree.leaves(nnx.state(self.transformer, nnx.Param))[0]
         return tuple(
             GenerationRecord(
                 prompt=embeds.prompts[i],
@@ -386,9 +384,9 @@ class FluxPipeline:
                 true_cfg_scale=1.0 if negative is None else plan.true_cfg_scale,
                 batch_size=plan.device_batch_size,
                 model=self.name,
-                dtype=str(self.transformer.img_in.weight.dtype),
+                dtype=str(self.transformer.dtype),
                 version=flux_jax.__version__,
-                platform=next(iter(weight.devices())).platform,
+                platform=self.transformer.device.platform,
             )
             for i, seed in enumerate(seeds)
         )

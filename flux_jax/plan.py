@@ -68,6 +68,11 @@ class Plan:
         return self.batch_size // self.parts
 
     @property
+    def takes_negative(self) -> bool:
+        """Whether a negative prompt has an effect."""
+        return self.true_cfg_scale > 1
+
+    @property
     def token_shape(self) -> tuple[int, int]:
         """Image tokens, and channels of each."""
         return self.grid[0] * self.grid[1], self.latent_shape[2] * PATCH * PATCH
@@ -108,7 +113,7 @@ def make_plan(
     Args:
       transformer, vae, scheduler: the models' configurations.
       token_limit: the most tokens T5's tokenizer gives.
-      height, width, ...: as in the pipeline's call.
+      height, width, and the rest: as in the pipeline's call.
       mesh: sizes of the axes of the devices' mesh, if there is one.
 
     Raises:
@@ -158,6 +163,8 @@ def initial_noise(
 
     Args:
       seed, key, latents: as in the pipeline's call; at most one of them.
+      count: number of images.
+      plan: the call.
 
     Returns:
       (seeds, noise): each image's seed or None, and a function from indices of images to their

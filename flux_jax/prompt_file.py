@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flux_jax.errors import UserError
+from flux_jax.files import read_text
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -13,20 +14,8 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
       UserError: the file is absent, is not text, or holds no prompt.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the prompt file {path} is not UTF-8 text (byte {error.start}); "
-            f"it must hold one prompt a line"
-        ) from None
-    if "\x00" in text:
-        raise UserError(f"the prompt file {path} is not text: it has zero bytes")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    # Not `splitlines`: it also splits at characters that stand within captions, as U+2028.
+    prompts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; it must hold one prompt a line")
     return prompts

@@ -23,7 +23,7 @@ def prompt_rows(
     """
     count = _length("prompt", prompt)
     rows = [row for row in range(count) for _ in range(plan.images_per_prompt)]
-    if negative is None or plan.true_cfg_scale <= 1:
+    if negative is None or not plan.takes_negative:
         return rows, None
     negatives = _length("negative_prompt", negative)
     if negatives not in (1, count):

@@ -32,14 +32,25 @@ class PromptEmbeds:
     """Encoded prompts, accepted by the pipeline wherever a prompt is.
 
     Attributes:
-      prompts: the P texts.
+      prompts: the P texts, at least one.
       prompt_embeds: (P, T, C) from T5, padding included.
       pooled_prompt_embeds: (P, V) from CLIP.
+
+    Raises:
+      UserError: no prompt, or another number of rows than of prompts.
     """
 
     prompts: tuple[str, ...]
     prompt_embeds: Float[Array, "P T C"]
     pooled_prompt_embeds: Float[Array, "P V"]
+
+    def __post_init__(self) -> None:
+        rows = len(self.prompt_embeds), len(self.pooled_prompt_embeds)
+        if not self.prompts or rows != (len(self.prompts), len(self.prompts)):
+            raise UserError(
+                "prompts, prompt_embeds and pooled_prompt_embeds must have a row for each prompt, "
+                f"at least one; got {len(self.prompts)}, {rows[0]} and {rows[1]}"
+            )
 
     def take(self, rows: Sequence[int]) -> PromptEmbeds:
         """The prompts at `rows`, in that order."""
@@ -174,31 +185,40 @@ class TextEncoders:
         return [module for module in self.modules().values() if isinstance(module, nnx.Module)]
 
     def encode(
-        self, prompts: Sequence[str], *, max_sequence_length: int | None = None, batch_size: int = 1
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_sequence_length: int | None = None,
+        batch_size: int = 1,
     ) -> PromptEmbeds:
         """Embeddings of P prompts; one that occurs several times is encoded once.
 
         Streamed weights are read once for all of them.
 
         Args:
-          prompts: P texts.
+          prompts: P texts; one alone may stand for itself.
           max_sequence_length: tokens of T5, padding included; its tokenizer's limit by default.
             CLIP always takes its own length.
           batch_size: prompts encoded at a time.
 
         Raises:
-          UserError: an encoder was freed, or an encoder or tokenizer never given.
+          UserError: an encoder was freed, or an encoder or tokenizer never given; or an argument
+            that cannot be used.
         """
+        texts = arguments.texts("prompts", prompts)
+        batch_size = arguments.integer("batch_size", batch_size)
         clip, t5 = self.text_encoder, self.text_encoder_2
         if clip is None or t5 is None or self.tokenizer is None or self.tokenizer_2 is None:
             raise UserError(
                 "this pipeline has no text encoders (freed, or not loaded): pass prompts encoded "
                 "by encode_prompt before"
             )
-        unique = list(dict.fromkeys(prompts))
+        unique = list(dict.fromkeys(texts))
         clip_length = clip.config.max_position_embeddings
         clip_ids = tokenize(self.tokenizer, unique, clip_length, encoder="CLIP")
-        length = max_sequence_length or max_length(self.tokenizer_2)
+        length = max_length(self.tokenizer_2)
+        if max_sequence_length is not None:
+            length = arguments.integer("max_sequence_length", max_sequence_length)
         t5_ids = tokenize(self.tokenizer_2, unique, length, encoder="T5")
         with contextlib.nullcontext() if self._waiting is None else self._waiting.on_device():
             clip_states = CLIP.bind(clip)
@@ -212,7 +232,8 @@ class TextEncoders:
             if self._waiting is not None:
                 jax.block_until_ready((embeds.prompt_embeds, embeds.pooled_prompt_embeds))
                 del clip_states
-        return embeds.take([unique.index(prompt) for prompt in prompts])
+        rows = {text: row for row, text in enumerate(unique)}
+        return embeds.take([rows[text] for text in texts])
 
 
 def _t5_states(encoder: T5Encoder | StreamedT5, batches: list[np.ndarray]) -> list[Array]:

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+# Of the sinusoids, as in the reference's `timestep_embedding`.
+_MAX_PERIOD = 10_000.0
+
 Rotation = tuple[Float[Array, "L D2"], Float[Array, "L D2"]]
 
 
@@ -54,9 +57,7 @@ def rotate(x: Float[Array, "B L H D"], rotation: Rotation) -> Float[Array, "B L 
     return (x32 * both + swapped * signed).astype(x.dtype)
 
 
-def sinusoidal_embedding(
-    values: Num[Array, " B"], width: int = 256, *, max_period: float = 10_000.0
-) -> Float[Array, "B width"]:
+def sinusoidal_embedding(values: Num[Array, " B"], width: int) -> Float[Array, "B width"]:
     """cos and sin of `1000 * values` at `width / 2` frequencies, float32.
 
     Args:
@@ -64,7 +65,7 @@ def sinusoidal_embedding(
       width: even.
     """
     half = width // 2
-    frequencies = np.exp(-math.log(max_period) * np.arange(half) / half).astype(np.float32)
+    frequencies = np.exp(-math.log(_MAX_PERIOD) * np.arange(half) / half).astype(np.float32)
     angles = 1000.0 * values.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
     return jnp.concatenate((jnp.cos(angles), jnp.sin(angles)), axis=-1)
 

@@ -32,6 +32,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
+        """S."""
         return len(self.timesteps)
 
 

@@ -64,10 +64,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for name, size in vars(self).items():
-            whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
-            if not whole and not (name == "data" and size is None):
-                raise UserError(f"mesh axis {name} must be a whole number above 0, got {size!r}")
+        _check_sizes(vars(self))
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh; see `make_mesh`."""
@@ -78,6 +75,13 @@ class MeshConfig:
             tensor=self.tensor,
             devices=devices,
         )
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    for name, size in sizes.items():
+        whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        if not whole and not (name == "data" and size is None):
+            raise UserError(f"mesh axis {name} must be a whole number above 0, got {size!r}")
 
 
 def read_mesh(text: str) -> MeshConfig:
@@ -117,8 +121,10 @@ def make_mesh(
         part in the mesh.
 
     Raises:
-      UserError: fewer devices are there, or a process would have none of the mesh's.
+      UserError: a size that is none, fewer devices are there, or a process would have none of the
+        mesh's.
     """
+    _check_sizes({"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor})
     everybody = devices is None
     devices = jax.devices() if devices is None else devices
     inner = fsdp * sequence * tensor
@@ -143,6 +149,12 @@ def make_mesh(
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """Of an axis that a mesh need not have."""
     return mesh.shape.get(axis, 1)
+
+
+def mesh_of(array: Any) -> Mesh | None:
+    """The mesh that an array, or a shape with its placement, lies on; None if it is on none."""
+    mesh = getattr(getattr(array, "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def partition_spec(
@@ -180,21 +192,18 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def constrain(
-    x: Shaped[Array, "*shape"], axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES
-) -> Shaped[Array, "*shape"]:
+def constrain(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shaped[Array, "*shape"]:
     """Tell the compiler where an activation lies; without `mesh_in_scope`, x as it is.
 
     Args:
       x: an activation.
-      axes: the logical name of each dimension.
-      rules: logical name to mesh axis.
+      axes: the logical name of each dimension, as in `DEFAULT_RULES`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     # Under `pmap` and `shard_map` an axis is the caller's, and x already a part.
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh, rules))
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
 
 
 def gathered(
@@ -242,10 +251,10 @@ def shardings(state: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def spread(module: nnx.Module, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> None:
+def spread(module: nnx.Module, mesh: Mesh) -> None:
     """Move a module's parameters to where they go on a mesh."""
     state = nnx.state(module)
-    nnx.update(module, jax.device_put(state, shardings(state, mesh, rules)))
+    nnx.update(module, jax.device_put(state, shardings(state, mesh)))
 
 
 def flat_shardings(
@@ -262,17 +271,16 @@ def flat_shardings(
     return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(tree)}
 
 
-def place_shapes(module: nnx.Module, mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> None:
+def place_shapes(module: nnx.Module, mesh: Mesh | None) -> None:
     """Note in an abstract module's shapes where its arrays would be.
 
     Args:
       module: from `nnx.eval_shape`; it is changed.
       mesh: the device mesh; None for the first device.
-      rules: logical name to mesh axis.
     """
     state = nnx.state(module, nnx.Param)
     one = SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(lambda _: one, state) if mesh is None else shardings(state, mesh, rules)
+    places = jax.tree.map(lambda _: one, state) if mesh is None else shardings(state, mesh)
     placed = jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
         state,

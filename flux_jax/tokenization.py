@@ -39,7 +39,8 @@ def load_tokenizer(folder: Path) -> Any:
     tokenizer_class = getattr(transformers, name if name in _CLASSES else "AutoTokenizer")
     try:
         return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    # Whatever a damaged file makes of it: `tokenizers` raises plain `Exception`.
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"no usable tokenizer in {folder}: {reason}") from error
 

@@ -1,7 +1,7 @@
 """The FLUX.1 transformer, after `src/flux/model.py` and `modules/layers.py` of Black Forest Labs.
 
 Attribute names are the reference's, so a parameter's path is its name in `flux1-dev.safetensors`,
-but for three places where the reference has an anonymous sequence (marked `# BFL:`).
+but for two kinds of place where the reference has an anonymous sequence (marked `# BFL:`).
 
 The modulation vectors depend on the time, the guidance and the pooled prompt alone. They are
 computed apart from the blocks (`modulations`), so that a sampler can compute them for all steps
@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flux_jax.attention import Implementation, attention
@@ -23,7 +25,7 @@ from flux_jax.configs import FluxConfig
 from flux_jax.inputs import EPS, Input, Joined, Modulated
 from flux_jax.layers import DType, Linear, param, rms_norm
 from flux_jax.rope import Rotation, rotary_angles, rotate, sinusoidal_embedding
-from flux_jax.sharding import constrain
+from flux_jax.sharding import constrain, mesh_of
 
 _TIME_CHANNELS = 256
 # Of the residual streams: examples over devices. Without it the compiler may rather split the
@@ -268,6 +270,27 @@ class FluxTransformer(nnx.Module):
             [SingleStreamBlock(config, **kwargs) for _ in range(config.depth_single_blocks)]
         )
         self.final_layer = LastLayer(config, **kwargs)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the parameters, and so of the computation."""
+        return self._any.dtype
+
+    @property
+    def device(self) -> jax.Device:
+        """Where the parameters are; on a mesh, one of its devices."""
+        return next(iter(self._any.devices()))
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that the parameters lie on, if they are a mesh."""
+        return mesh_of(self._any)
+
+    @property
+    def _any(self) -> Any:
+        # A bias: any weight may be packed (`ternary`).
+        assert self.img_in.bias is not None
+        return self.img_in.bias.get_value()
 
     def conditioning(
         self,

@@ -12,6 +12,12 @@ SHIPPED = {TEACHER: "tiny", STUDENT: "tiny_ternary"}
 DEFAULT_MODEL = STUDENT
 
 
+def resolve(model: str | Path) -> str | Path:
+    """`model`; or, where nothing of that name is on the disk, the folder of the shipped model."""
+    shipped = str(model) in SHIPPED and not Path(model).exists()
+    return shipped_path(str(model)) if shipped else model
+
+
 def shipped_path(name: str) -> Path:
     """The folder of a model that ships with the package, in diffusers' layout.
 

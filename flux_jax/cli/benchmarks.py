@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ from flux_jax.cli import common
 
 if TYPE_CHECKING:
     from flux_jax.scorers.layout import Layout
+    from flux_jax.scorers.run import Drawn
 
 Models = Annotated[
     list[str] | None,
@@ -39,23 +40,6 @@ Out = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Image i of each prompt takes SEED + i.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default="28; schnell: 4")]
-Guidance = Annotated[float, typer.Option(help="Guidance scale (not schnell).")]
-Side = Annotated[
-    int | None, typer.Option(help="Pixels, a multiple of 16.", show_default="the model's own")
-]
-Length = Annotated[
-    int | None,
-    typer.Option(help="Tokens of the prompt that T5 reads.", show_default="the model's own"),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Images drawn together, over all devices; above one a device, a seed's image is the "
-        "same to rounding only.",
-        show_default="one a device",
-    ),
-]
 NumImages = Annotated[
     int | None, typer.Option(help="Images of each prompt.", show_default="as published")
 ]
@@ -114,84 +98,73 @@ def _command(benchmark: str) -> Callable[..., None]:
         model: Models = None,
         num_images: NumImages = None,
         seed: Seed = 0,
-        steps: Steps = None,
-        guidance: Guidance = 3.5,
-        height: Side = None,
-        width: Side = None,
-        max_sequence_length: Length = None,
-        batch_size: BatchSize = None,
+        steps: common.Steps = None,
+        guidance: common.Guidance = 3.5,
+        height: common.Side = None,
+        width: common.Side = None,
+        max_sequence_length: common.Length = None,
+        batch_size: common.BatchSize = None,
         dtype: common.DType = "bf16",
         mesh: common.MeshOption = None,
         distributed: common.Distributed = False,
         json: common.Json = False,
         quiet: common.Quiet = False,
     ) -> None:
-        with common.command():
-            from flux_jax import arguments
-            from flux_jax.processes import Processes, joined_processes
-            from flux_jax.scorers.run import Task, draw_model, folder_names
+        # Late: JAX takes a second, and --help should not.
+        from flux_jax import arguments
+        from flux_jax.compile_cache import enable_compilation_cache
+        from flux_jax.processes import Processes, joined_processes
+        from flux_jax.scorers.run import Task, draw_model, folder_names
 
-            found = _layout(benchmark)
-            samples = found.samples if num_images is None else num_images
-            found.check(arguments.integer("num_images", samples))
-            settings = {
-                "num_inference_steps": steps,
-                "guidance_scale": guidance,
-                "height": height,
-                "width": width,
-                "max_sequence_length": max_sequence_length,
-                "batch_size": batch_size,
-            }
-            task = Task(
-                layout=found,
-                prompts=prompts,
-                items=found.read(prompts),
-                samples=samples,
-                seed=arguments.integer("seed", seed, least=0),
-                settings={key: value for key, value in settings.items() if value is not None},
-            )
-            models = model or [DEFAULT_MODEL]
-            names = folder_names(models)
-            name = common.dtype_name(dtype)
-            job = joined_processes() if distributed else contextlib.nullcontext(Processes())
-            with job as processes:
-                devices = common.mesh_of_this_process(mesh)
-                reports = [
-                    draw_model(
-                        task,
-                        each,
-                        out / folder,
-                        dtype=name,
-                        mesh=devices,
-                        progress=not quiet,
-                        processes=processes,
-                    )
-                    for each, folder in zip(models, names, strict=True)
-                ]
-            if not processes.first:
-                return
-            if json:
-                common.print_json(
-                    {
-                        "benchmark": found.title,
-                        "source": found.source,
-                        "models": [
-                            {**vars(report), "folder": str(report.folder)} for report in reports
-                        ],
-                    }
-                )
-                return
-            for report in reports:
-                if not quiet:
-                    counts = f"{report.images} images, {report.drawn} drawn now"
-                    typer.echo(
-                        f"{report.folder}  {counts}; in a checkout of {found.source}:", err=True
-                    )
-                for line in report.commands:
-                    typer.echo(line)
+        enable_compilation_cache()
+        layout = _layout(benchmark)
+        samples = layout.samples if num_images is None else num_images
+        layout.check(arguments.integer("num_images", samples))
+        settings = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "height": height,
+            "width": width,
+            "max_sequence_length": max_sequence_length,
+            "batch_size": batch_size,
+        }
+        task = Task(
+            layout=layout,
+            prompts=prompts,
+            items=layout.read(prompts),
+            samples=samples,
+            seed=arguments.integer("seed", seed, least=0),
+            settings={name: value for name, value in settings.items() if value is not None},
+        )
+        models = model or [DEFAULT_MODEL]
+        folders = folder_names(models)
+        options = {"dtype": common.dtype_name(dtype), "progress": not quiet}
+        job = joined_processes() if distributed else contextlib.nullcontext(Processes())
+        with job as processes:
+            devices = common.mesh_of_this_process(mesh)
+            reports = [
+                draw_model(task, each, out / folder, mesh=devices, processes=processes, **options)
+                for each, folder in zip(models, folders, strict=True)
+            ]
+        if processes.first:
+            _tell(layout, reports, as_json=json, quiet=quiet)
 
     command.__doc__ = _HELP[benchmark]
     return command
+
+
+def _tell(layout: Layout, reports: Sequence[Drawn], *, as_json: bool, quiet: bool) -> None:
+    """What was drawn, and the commands that score it."""
+    if as_json:
+        models = [{**vars(report), "folder": str(report.folder)} for report in reports]
+        common.print_json({"benchmark": layout.title, "source": layout.source, "models": models})
+        return
+    for report in reports:
+        if not quiet:
+            counts = f"{report.images} images, {report.drawn} drawn now"
+            typer.echo(f"{report.folder}  {counts}; in a checkout of {layout.source}:", err=True)
+        for line in report.commands:
+            typer.echo(line)
 
 
 COMMANDS = {benchmark: _command(benchmark) for benchmark in _HELP}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,17 @@ from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.errors import UserError
 from pallas_kernels.command_line import Json as Json
 from pallas_kernels.command_line import Quiet as Quiet
+from pallas_kernels.command_line import check_folder_of
 from pallas_kernels.command_line import print_json as print_json
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from flux_jax.pipeline import FluxPipeline
+    from flux_jax.plan import Plan
     from flux_jax.prompts import PromptEmbeds
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 
@@ -37,6 +42,23 @@ Model = Annotated[
     ),
 ]
 DType = Annotated[str, typer.Option(help="bf16 or fp32: the weights' type and the computation's.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default="28; schnell: 4")]
+Guidance = Annotated[float, typer.Option(help="Guidance scale (not schnell).")]
+Side = Annotated[
+    int | None, typer.Option(help="Pixels, a multiple of 16.", show_default="the model's own")
+]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Tokens of the prompt that T5 reads.", show_default="the model's own"),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Images drawn together, over all devices; above one a device, a seed's image is the "
+        "same to rounding only.",
+        show_default="one a device",
+    ),
+]
 MeshOption = Annotated[
     str | None,
     typer.Option(
@@ -82,13 +104,25 @@ def mesh_of_this_process(text: str | None) -> Mesh | None:
     return read_mesh(text).make(jax.local_devices())
 
 
-@contextlib.contextmanager
-def command() -> Iterator[None]:
-    """Around every command here: the programs that it compiles are kept for the next."""
-    from flux_jax.compile_cache import enable_compilation_cache
+def check_png_target(path: Path) -> None:
+    """Refuse, before anything is computed, a PNG that could not be written in the end.
 
-    enable_compilation_cache()
-    yield
+    Raises:
+      UserError: the path does not end in .png, is a folder, or its folder does not exist.
+    """
+    from flux_jax.metadata import check_png_path
+
+    check_png_path(path)
+    check_folder_of("--out", path)
+
+
+def negative_prompt(settings: Mapping[str, Any], plan: Plan) -> str | None:
+    """The negative prompt if it has an effect; a warning if one is given that has none."""
+    negative = settings.get("negative_prompt")
+    if negative is not None and not plan.takes_negative:
+        logger.warning("--negative has no effect without --true-cfg above 1")
+        return None
+    return negative
 
 
 class Stopwatch:
@@ -99,6 +133,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Time a block; what goes by the same name is added up."""
         start = time.perf_counter()
         yield
         elapsed = time.perf_counter() - start
@@ -156,9 +191,7 @@ def load_and_encode(
         model, settings, images=len(prompts), num_images_per_prompt=num_images, mesh=mesh
     )
     path, length = request.path, request.plan.max_sequence_length
-    negative = settings.get("negative_prompt")
-    if settings.get("true_cfg_scale", 1.0) <= 1:
-        negative = None
+    negative = negative_prompt(settings, request.plan)
     batch_size = request.plan.device_batch_size
 
     def encode(texts: list[str]) -> PromptEmbeds:

@@ -46,24 +46,25 @@ def compare(
       python -m flux_jax compare tiny
       python -m flux_jax compare black-forest-labs/FLUX.1-dev --dtype bf16 --steps 28
     """
-    passed = True
-    with common.command():
-        from flux_jax import compare as comparison
+    # Late: JAX takes a second, and --help should not.
+    from flux_jax import compare as comparison
+    from flux_jax.compile_cache import enable_compilation_cache
 
-        found = []
-        for finding in comparison.compare(
-            model,
-            dtype=common.dtype_name(dtype),
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            seed=seed,
-        ):
-            found.append(finding)
-            if not json:
-                typer.echo(comparison.format_line(finding))
-        passed = all(finding.passed for finding in found)
-        if json:
-            common.print_json(comparison.report(model, dtype, found))
+    enable_compilation_cache()
+    found = []
+    for finding in comparison.compare(
+        model,
+        dtype=common.dtype_name(dtype),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        seed=seed,
+    ):
+        found.append(finding)
+        if not json:
+            typer.echo(comparison.format_line(finding))
+    passed = all(finding.passed for finding in found)
+    if json:
+        common.print_json(comparison.report(model, dtype, found))
     if not passed:
         raise typer.Exit(1)

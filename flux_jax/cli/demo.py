@@ -9,7 +9,6 @@ import typer
 
 from flux_jax.assets import STUDENT, TEACHER, shipped_path
 from flux_jax.cli import common
-from pallas_kernels.command_line import check_folder_of
 
 PROMPT = "a red circle above a blue square"
 # Each picture is shown this large; the models draw 128 x 128.
@@ -32,50 +31,49 @@ def demo(
       python -m flux_jax demo
       python -m flux_jax demo "two green stars" --seed 3 --out stars.png
     """
-    with common.command():
-        # Late: JAX takes a second, and --help should not.
-        from flux_jax.images import psnr
-        from flux_jax.metadata import check_png_path
+    # Late: JAX takes a second, and --help should not.
+    from flux_jax.compile_cache import enable_compilation_cache
+    from flux_jax.images import psnr
+    from flux_jax.metadata import save_png
 
-        check_png_path(out)
-        check_folder_of("--out", out)
-        pictures, seconds, sizes = {}, {}, {}
-        for name in (TEACHER, STUDENT):
-            watch = common.Stopwatch()
-            loaded = common.load_and_encode(
-                name, {"prompt": prompt, "seed": seed}, dtype="bfloat16", with_fingerprint=False
-            )
-            with watch.stage("draw"):
-                output = loaded.pipe(
-                    loaded.prompts, seed=seed, output_type="np", progress=not quiet
-                )
-            pictures[name], seconds[name] = output.images[0], watch.seconds["draw"]
-            sizes[name] = transformer_bytes(shipped_path(name))
-        apart = float(psnr(pictures[STUDENT][None], pictures[TEACHER][None])[0])
-        captions = {
-            TEACHER: f"bf16, {sizes[TEACHER] / 1e6:.1f} MB",
-            STUDENT: f"1.58 bit, {sizes[STUDENT] / 1e6:.1f} MB",
-        }
-        side_by_side(pictures, captions).save(out)
-        if json:
-            common.print_json(
-                {
-                    "file": str(out),
-                    "prompt": prompt,
-                    "seed": seed,
-                    "transformer_bytes": sizes,
-                    "seconds": seconds,
-                    "psnr_db": round(apart, 2),
-                }
-            )
-        elif not quiet:
-            smaller = sizes[TEACHER] / sizes[STUDENT]
-            typer.echo(f"{out}  teacher | student, seed {seed}: {prompt}")
-            typer.echo(
-                f"transformer on disk: {sizes[TEACHER] / 1e6:.2f} MB in bf16, "
-                f"{sizes[STUDENT] / 1e6:.2f} MB at 1.58 bits ({smaller:.1f} times smaller); "
-                f"the pictures are {apart:.1f} dB apart"
-            )
+    common.check_png_target(out)
+    enable_compilation_cache()
+    pictures, seconds, sizes = {}, {}, {}
+    for name in (TEACHER, STUDENT):
+        watch = common.Stopwatch()
+        folder = shipped_path(name)
+        loaded = common.load_and_encode(
+            str(folder), {"prompt": prompt, "seed": seed}, dtype="bfloat16", with_fingerprint=False
+        )
+        with watch.stage("draw"):
+            output = loaded.pipe(loaded.prompts, seed=seed, output_type="np", progress=not quiet)
+        pictures[name], seconds[name] = output.images[0], watch.seconds["draw"]
+        sizes[name] = transformer_bytes(folder)
+    apart = float(psnr(pictures[STUDENT][None], pictures[TEACHER][None])[0])
+    captions = {
+        TEACHER: f"bf16, {sizes[TEACHER] / 1e6:.1f} MB",
+        STUDENT: f"1.58 bit, {sizes[STUDENT] / 1e6:.1f} MB",
+    }
+    save_png(side_by_side(pictures, captions), out)
+    if json:
+        common.print_json(
+            {
+                "file": str(out),
+                "prompt": prompt,
+                "seed": seed,
+                "transformer_bytes": sizes,
+                "seconds": seconds,
+                "psnr_db": round(apart, 2),
+            }
+        )
+    elif not quiet:
+        smaller = sizes[TEACHER] / sizes[STUDENT]
+        typer.echo(f"{out}  teacher | student, seed {seed}: {prompt}")
+        typer.echo(
+            f"transformer on disk: {sizes[TEACHER] / 1e6:.2f} MB in bf16, "
+            f"{sizes[STUDENT] / 1e6:.2f} MB at 1.58 bits ({smaller:.1f} times smaller); "
+            f"the pictures are {apart:.1f} dB apart"
+        )
 
 
 def transformer_bytes(folder: Path) -> int:

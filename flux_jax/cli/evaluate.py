@@ -38,10 +38,8 @@ def composition(
         int | None,
         typer.Option(help="Only the first LIMIT prompts of each category.", show_default="all"),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps.", show_default="28; schnell: 4")
-    ] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale (not schnell).")] = 3.5,
+    steps: common.Steps = None,
+    guidance: common.Guidance = 3.5,
     seed: Annotated[int, typer.Option(help="Prompt i takes SEED + i.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images drawn together.")] = 16,
     dtype: common.DType = "bf16",
@@ -59,34 +57,36 @@ def composition(
       python -m flux_jax evaluate composition --out evaluation
       python -m flux_jax evaluate composition --model FOLDER --limit 10 --steps 14 --json
     """
-    with common.command():
-        from flux_jax import evaluate as scoring
-        from flux_jax.composition.score import format_table
+    # Late: JAX takes a second, and --help should not.
+    from flux_jax import evaluate as scoring
+    from flux_jax.compile_cache import enable_compilation_cache
+    from flux_jax.composition.score import format_table
 
-        prompts = scoring.select_prompts(limit)
-        name = DEFAULT_MODEL if model is None else model
-        settings: dict[str, Any] = {
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "batch_size": batch_size,
-        }
-        request = {"prompt": [prompt.prompt for prompt in prompts], "seed": seed, **settings}
-        loaded = common.load_and_encode(name, request, dtype=common.dtype_name(dtype))
-        result = scoring.evaluate(
-            loaded.pipe,
-            out,
-            prompts=prompts,
-            embeds=loaded.prompts,
-            seed=seed,
-            progress=not quiet,
-            **settings,
-        )
-        if json:
-            common.print_json({"model": name, **result.to_dict()})
-            return
-        typer.echo(format_table(result.scores))
-        if not quiet:
-            typer.echo(f"images and report: {out}", err=True)
+    enable_compilation_cache()
+    prompts = scoring.select_prompts(limit)
+    name = DEFAULT_MODEL if model is None else model
+    settings: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "batch_size": batch_size,
+    }
+    request = {"prompt": [prompt.prompt for prompt in prompts], "seed": seed, **settings}
+    loaded = common.load_and_encode(name, request, dtype=common.dtype_name(dtype))
+    result = scoring.evaluate(
+        loaded.pipe,
+        out,
+        prompts=prompts,
+        embeds=loaded.prompts,
+        seed=seed,
+        progress=not quiet,
+        **settings,
+    )
+    if json:
+        common.print_json({"model": name, **result.to_dict()})
+        return
+    typer.echo(format_table(result.scores))
+    if not quiet:
+        typer.echo(f"images and report: {out}", err=True)
 
 
 for name, command in benchmarks.COMMANDS.items():

@@ -13,7 +13,6 @@ from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
 from flux_jax.cli.many import generate_many
 from flux_jax.errors import UserError
-from pallas_kernels.command_line import check_folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +47,9 @@ def generate(
             help="Image i takes SEED + i.", show_default="a new one, reported; with --prompts 0"
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps.", show_default="28; schnell: 4")
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 16.", show_default="the model's own")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 16.", show_default="the model's own")
-    ] = None,
+    steps: common.Steps = None,
+    height: common.Side = None,
+    width: common.Side = None,
     guidance: Annotated[
         float | None,
         typer.Option(help="How closely to follow the prompt (not schnell).", show_default="3.5"),
@@ -69,19 +62,9 @@ def generate(
         typer.Option(help="Strength of that, above 1; doubles the time.", show_default="1"),
     ] = None,
     num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
-    max_sequence_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens of the prompt that T5 reads.", show_default="the model's own"),
-    ] = None,
+    max_sequence_length: common.Length = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32.", show_default="bf16")] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Images drawn together, over all devices; above one a device, a seed's image is "
-            "the same to rounding only.",
-            show_default="one a device",
-        ),
-    ] = None,
+    batch_size: common.BatchSize = None,
     replay: Annotated[
         Path | None,
         typer.Option(
@@ -118,57 +101,41 @@ def generate(
       python -m flux_jax generate "a lighthouse" --model FOLDER --mesh sequence=4
       python -m flux_jax generate --prompts prompts.txt --out images --mesh data=4
     """
-    with common.command():
-        explicit = {
-            "prompt": prompts or None,
-            "negative_prompt": negative,
-            "seed": seed,
-            "num_inference_steps": steps,
-            "height": height,
-            "width": width,
-            "guidance_scale": guidance,
-            "true_cfg_scale": true_cfg,
-            "max_sequence_length": max_sequence_length,
-            "batch_size": batch_size,
-            "model": model,
-            "dtype": None if dtype is None else common.dtype_name(dtype),
-        }
-        given = {name: value for name, value in explicit.items() if value is not None}
-        if prompt_file is not None:
-            for name, used in {
-                "PROMPT": bool(prompts),
-                "--replay": replay is not None,
-                # What is drawn is known again by its record.
-                "--no-metadata": not metadata,
-            }.items():
-                if used:
-                    raise UserError(f"--prompts goes without {name}")
-            if out.suffix.lower() == ".png":
-                raise UserError(f"--prompts draws into a folder: give one with --out, got {out}")
-            generate_many(
-                prompt_file,
-                out,
-                given,
-                num_images=num_images,
-                mesh=mesh,
-                distributed=distributed,
-                as_json=json,
-                quiet=quiet,
-            )
-            return
+    explicit = {
+        "prompt": prompts or None,
+        "negative_prompt": negative,
+        "seed": seed,
+        "num_inference_steps": steps,
+        "height": height,
+        "width": width,
+        "guidance_scale": guidance,
+        "true_cfg_scale": true_cfg,
+        "max_sequence_length": max_sequence_length,
+        "batch_size": batch_size,
+        "model": model,
+        "dtype": None if dtype is None else common.dtype_name(dtype),
+    }
+    given = {name: value for name, value in explicit.items() if value is not None}
+    shared: dict[str, Any] = {
+        "num_images": num_images,
+        "mesh": mesh,
+        "offload_modulation": offload_modulation,
+        "as_json": json,
+        "quiet": quiet,
+    }
+    if prompt_file is None:
         if distributed:
             raise UserError("--distributed goes with --prompts: the processes share its lines")
-        _generate(
-            given,
-            out=out,
-            num_images=num_images,
-            mesh=mesh,
-            replay=replay,
-            metadata=metadata,
-            offload_modulation=offload_modulation,
-            as_json=json,
-            quiet=quiet,
-        )
+        _generate(given, out=out, replay=replay, metadata=metadata, **shared)
+        return
+    # What is drawn is known again by its record.
+    others = {"PROMPT": prompts, "--replay": replay, "--no-metadata": not metadata}
+    for name, used in others.items():
+        if used:
+            raise UserError(f"--prompts goes without {name}")
+    if out.suffix.lower() == ".png":
+        raise UserError(f"--prompts draws into a folder: give one with --out, got {out}")
+    generate_many(prompt_file, out, given, distributed=distributed, **shared)
 
 
 def _generate(
@@ -184,15 +151,14 @@ def _generate(
     quiet: bool,
 ) -> None:
     # Late: JAX takes a second, and --help should not.
-    from flux_jax.metadata import check_png_path, save_png
+    from flux_jax.compile_cache import enable_compilation_cache
+    from flux_jax.metadata import save_png
 
-    check_png_path(out)
-    check_folder_of("--out", out)
+    common.check_png_target(out)
     settings, expected = _settings(explicit, replay)
     model, dtype = settings.pop("model"), settings.pop("dtype")
-    if "negative_prompt" in settings and settings.get("true_cfg_scale", 1.0) <= 1:
-        logger.warning("--negative has no effect without --true-cfg above 1")
 
+    enable_compilation_cache()
     watch = common.Stopwatch()
     with watch.stage("load and encode"):
         loaded = common.load_and_encode(
@@ -229,9 +195,15 @@ def _generate(
             {"file": str(path), "prompt": record.prompt, "seed": record.seed}
             for path, record in zip(paths, output.records, strict=True)
         ]
-        report = {"images": images, "model": model, "fingerprint": loaded.fingerprint}
-        memory = {"peak_device_bytes": common.peak_device_bytes()}
-        common.print_json({**report, "seconds": watch.seconds, **memory})
+        common.print_json(
+            {
+                "images": images,
+                "model": model,
+                "fingerprint": loaded.fingerprint,
+                "seconds": watch.seconds,
+                "peak_device_bytes": common.peak_device_bytes(),
+            }
+        )
     elif not quiet:
         for path, record in zip(paths, output.records, strict=True):
             typer.echo(f"{path}  seed {record.seed}")

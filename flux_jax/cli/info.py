@@ -59,21 +59,20 @@ def info(
       python -m flux_jax info FOLDER --json
       python -m flux_jax info black-forest-labs/FLUX.1-dev --memory --height 768
     """
-    with common.command():
-        content = describe(model)
-        if memory:
-            content["memory"] = _memory(
-                model,
-                {"height": height, "width": width, "batch_size": batch_size},
-                dtype=common.dtype_name(dtype),
-                text_encoders=text_encoders,
-                offload_modulation=offload_modulation,
-                tiled=tiled or None,
-            )
-        if json:
-            common.print_json(content)
-        else:
-            typer.echo("\n".join(_lines(content)))
+    content = describe(model)
+    if memory:
+        content["memory"] = _memory(
+            model,
+            {"height": height, "width": width, "batch_size": batch_size},
+            dtype=common.dtype_name(dtype),
+            text_encoders=text_encoders,
+            offload_modulation=offload_modulation,
+            tiled=tiled or None,
+        )
+    if json:
+        common.print_json(content)
+    else:
+        typer.echo("\n".join(_lines(content)))
 
 
 def describe(model: str) -> dict[str, Any]:
@@ -83,9 +82,8 @@ def describe(model: str) -> dict[str, Any]:
       UserError: no checkpoint that can be read.
     """
     from flux_jax.checkpoint import inspect_checkpoint
-    from flux_jax.loading import resolve
 
-    found = inspect_checkpoint(resolve(model))
+    found = inspect_checkpoint(model)
     components = {
         name: {
             "parameters": part.parameters,
@@ -110,9 +108,11 @@ def _memory(model: str, settings: dict[str, Any], *, dtype: str, **choices: Any)
     """Bytes of each stage of a call, and the largest; `choices` are those of `stage_memory`."""
     import jax
 
+    from flux_jax.compile_cache import enable_compilation_cache
     from flux_jax.loading import check_request
     from flux_jax.memory import stage_memory
 
+    enable_compilation_cache()
     request = check_request(model, settings, images=1, num_images_per_prompt=1)
     models = {name: make(jax.numpy.dtype(dtype)) for name, make in request.abstract.items()}
     stages = stage_memory(models, request.plan, **choices)

@@ -24,6 +24,7 @@ def generate_many(
     num_images: int,
     mesh: str | None,
     distributed: bool,
+    offload_modulation: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -36,6 +37,7 @@ def generate_many(
       num_images: images of each prompt; image i of all takes seed + i.
       mesh: as in `common.MeshOption`.
       distributed: whether to join the other processes of this job.
+      offload_modulation: as in `FluxPipeline`.
       as_json, quiet: as for every command.
 
     Raises:
@@ -43,6 +45,7 @@ def generate_many(
     """
     # Late: JAX takes a second, and --help should not.
     from flux_jax import arguments, drawing, loading
+    from flux_jax.compile_cache import enable_compilation_cache
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.processes import Processes, joined_processes
     from flux_jax.prompt_file import read_prompts
@@ -63,6 +66,7 @@ def generate_many(
         for line, prompt in enumerate(prompts)
         for number in range(count)
     ]
+    enable_compilation_cache()
     watch = common.Stopwatch()
     job = joined_processes() if distributed else contextlib.nullcontext(Processes())
     with job as processes:
@@ -72,9 +76,16 @@ def generate_many(
             request = loading.check_request(
                 model, checked, images=1, num_images_per_prompt=1, mesh=devices
             )
+            if processes.first:
+                # For its warning; `drawing` leaves out what has no effect.
+                common.negative_prompt(settings, request.plan)
             # Prompts are encoded by and by: T5 stays in its files meanwhile.
             pipe = FluxPipeline.from_pretrained(
-                request.path, dtype=dtype, mesh=devices, text_encoders=STREAMED
+                request.path,
+                dtype=dtype,
+                mesh=devices,
+                text_encoders=STREAMED,
+                offload_modulation=offload_modulation,
             )
             pipe.name = model
         with watch.stage("draw"):
@@ -84,9 +95,16 @@ def generate_many(
         if not processes.first:
             return
         if as_json:
-            report = {"out": str(out), "images": len(jobs), "drawn": drawn, "model": model}
-            weights = {"fingerprint": pipe.fingerprint(), "seconds": watch.seconds}
-            memory = {"peak_device_bytes": common.peak_device_bytes()}
-            common.print_json({**report, **weights, **memory})
+            common.print_json(
+                {
+                    "out": str(out),
+                    "images": len(jobs),
+                    "drawn": drawn,
+                    "model": model,
+                    "fingerprint": pipe.fingerprint(),
+                    "seconds": watch.seconds,
+                    "peak_device_bytes": common.peak_device_bytes(),
+                }
+            )
         elif not quiet:
             typer.echo(f"{out}  {len(jobs)} images, {drawn} drawn now")

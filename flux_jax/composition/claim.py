@@ -24,7 +24,7 @@ def _check(name: str, value: str | None, allowed: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """So many objects of one shape; colour and size are None where nothing is said of them."""
+    """`count` objects of one shape; `color` and `size` are None where nothing is said of them."""
 
     shape: str
     count: int = 1

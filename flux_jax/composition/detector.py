@@ -65,7 +65,7 @@ class DetectedObject:
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """What is seen in one picture. `background` is None if it is no colour of the palette."""
+    """The `objects` seen in one picture. `background` is None if it is no colour of the palette."""
 
     objects: tuple[DetectedObject, ...]
     background: str | None

@@ -36,6 +36,11 @@ SMALL_RADII = (13, 14)
 LARGEST_RADIUS = (22, 22, 20, 19)
 LARGE_FROM = (19, 19, 18, 18)
 
+# Tries a scene; a round costs time only for scenes still without a place. From `FREE_ROUNDS` on,
+# every other round puts each object in a quarter of its own: four large objects hardly ever find
+# their places by chance.
+ROUNDS, FREE_ROUNDS = 500, 40
+
 
 def relations(
     offset: Float[np.ndarray, "*B 2"], sides: Float[np.ndarray, "*#B 2"]
@@ -117,8 +122,6 @@ def place(
     rng: np.random.Generator,
     *,
     keep_held_out_unseen: bool,
-    rounds: int = 500,
-    free_rounds: int = 40,
 ) -> Bool[np.ndarray, " B"]:
     """Draw the positions of all objects, in place, until they fit.
 
@@ -127,18 +130,15 @@ def place(
         relation: index into `RELATIONS` between slots 0 and 1, or -1.
         rng: the only source of randomness.
         keep_held_out_unseen: refuse scenes with a held-out arrangement.
-        rounds: tries a scene; a round costs time only for scenes still without a place.
-        free_rounds: from this round on, every other one puts each object in a quarter of its own:
-            four large objects hardly ever find their places by chance.
 
     Returns:
         Which scenes found a place. The others must not be used.
     """
     todo = np.arange(len(relation))
-    for attempt in range(rounds):
+    for attempt in range(ROUNDS):
         if not len(todo):
             break
-        corners = attempt >= free_rounds and attempt % 2 == 1
+        corners = attempt >= FREE_ROUNDS and attempt % 2 == 1
         low, high = _ranges(scenes.radius[todo].astype(np.int32), rng, corners=corners)
         scenes.x[todo], scenes.y[todo] = rng.integers(low, high, endpoint=True)
         tried = scenes.take(todo)

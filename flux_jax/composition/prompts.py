@@ -41,7 +41,7 @@ NUMBERS = ("", "a", "two", "three", "four")
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPrompt:
-    """One evaluation prompt.
+    """One evaluation prompt of one of `CATEGORIES`; a picture of it must show what `spec` claims.
 
     `held_out` is "string" (only this wording is new), "pair" (it names a colour and shape that
     never meet in training) or "arrangement" (two shapes that never stand so in training).
@@ -165,12 +165,12 @@ def _distinct(
             yield EvalPrompt(prompt=prompt, category=category, spec=claim, held_out=kind)
 
 
-def generate_prompts(seed: int = 0) -> list[EvalPrompt]:
-    """The prompts of the committed file (seed 0): 120 a category, no string twice."""
+def generate_prompts() -> list[EvalPrompt]:
+    """The prompts of the committed file: 120 a category, no string twice."""
     taken: set[str] = set()
     prompts: list[EvalPrompt] = []
     for category in CATEGORIES:
-        rng = random.Random(f"{seed}/{category}")
+        rng = random.Random(f"0/{category}")
         kind = _HELD_OUT_KIND.get(category)
         marked = WITH_HELD_OUT if kind else 0
         prompts += _distinct(category, "string", PER_CATEGORY - marked, rng, taken)

@@ -20,10 +20,10 @@ BACKGROUND_NAMES = tuple(BACKGROUNDS)
 
 @dataclass(frozen=True, kw_only=True)
 class SceneObject:
-    """One drawn shape.
+    """One drawn shape, in the box of sides 2 `radius` around (`x`, `y`), in canvas units.
 
-    Invariants: shape and colour are words of the vocabulary; the box centre +- radius lies on the
-    canvas. Raises ValueError otherwise.
+    Invariants: `shape` and `color` are words of the vocabulary; the box lies on the canvas. Raises
+    ValueError otherwise.
     """
 
     shape: str

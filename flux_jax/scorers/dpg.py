@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flux_jax.errors import UserError
+from flux_jax.files import read_text
 from flux_jax.scorers.grids import write_grid
-from flux_jax.scorers.layout import Item, Layout, read_text
+from flux_jax.scorers.layout import Item, Layout
 
 COLUMNS = 2
 

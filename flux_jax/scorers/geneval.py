@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flux_jax.errors import UserError
+from flux_jax.files import write_whole
 from flux_jax.scorers.grids import write_grid
 from flux_jax.scorers.layout import Item, Layout, lines_of
 
@@ -47,10 +48,7 @@ class GenEval(Layout):
 
     def finish(self, folder: Path, item: Item, parts: Sequence[Path]) -> None:
         place = folder / item.name
-        try:
-            (place / "metadata.jsonl").write_text(json.dumps(item.metadata))
-        except OSError as error:
-            raise UserError(f"cannot write {place}: {error.strerror}") from error
+        write_whole(place / "metadata.jsonl", json.dumps(item.metadata).encode())
         write_grid(place / "grid.png", parts, columns=len(parts))
 
     def commands(self, folder: Path, prompts: Path, *, samples: int, side: int) -> list[str]:

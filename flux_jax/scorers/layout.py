@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_jax.errors import UserError
+from flux_jax.files import read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,28 +87,13 @@ class Layout(abc.ABC):
         del folder, item, parts
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file.
-
-    Raises:
-      UserError: it is not there, or is no UTF-8.
-    """
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: is not UTF-8 text") from None
-
-
 def lines_of(path: Path) -> list[str]:
     """The lines of a UTF-8 file without their ends; what is empty at the end is no line.
 
     Raises:
       UserError: it cannot be read, is empty, or has an empty line in the middle.
     """
-    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    lines = read_text(path).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:

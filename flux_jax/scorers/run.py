@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +20,10 @@ from jax.sharding import Mesh
 from flux_jax import loading
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
+from flux_jax.files import make_folder, write_whole
 from flux_jax.pipeline import FluxPipeline
+from flux_jax.plan import Plan
 from flux_jax.processes import Processes
-from flux_jax.prompts import PromptEmbeds
 from flux_jax.residence import STREAMED
 from flux_jax.scorers.layout import Item, Layout
 
@@ -132,38 +132,15 @@ def draw_model(
         request.path, dtype=dtype, mesh=mesh, text_encoders=STREAMED
     )
     pipe.name = model
-    manifest = {
-        "benchmark": task.layout.title,
-        "layout": task.layout.source,
-        "prompts": len(task.items),
-        "prompts_sha256": _digest(task.items),
-        "samples": task.samples,
-        "seed": task.seed,
-        "model": model,
-        "fingerprint": pipe.fingerprint(),
-        "dtype": dtype,
-        "num_inference_steps": plan.schedule.num_steps,
-        "guidance_scale": plan.guidance_scale,
-        "height": plan.height,
-        "width": plan.width,
-        "max_sequence_length": plan.max_sequence_length,
-    }
+    manifest = _manifest(task, plan, model=model, fingerprint=pipe.fingerprint(), dtype=dtype)
     if processes.first:
         _claim(folder, manifest)
     processes.wait("manifest")
-
-    def encode(texts: Sequence[str]) -> PromptEmbeds:
-        """Each prompt once, however many pictures it has."""
-        once = list(dict.fromkeys(texts))
-        embeds = pipe.encode_prompt(once, max_sequence_length=plan.max_sequence_length)
-        return embeds.take([once.index(text) for text in texts])
-
     drawn = draw(
         pipe,
         jobs,
         folder,
         settings=task.settings,
-        encode=encode,
         progress=progress,
         processes=processes,
     )
@@ -193,6 +170,24 @@ def _finish(task: Task, folder: Path, processes: Processes) -> None:
     processes.wait("layout")
 
 
+def _manifest(task: Task, plan: Plan, **weights: str) -> dict[str, Any]:
+    """What a folder's pictures are of, and all that they depend on."""
+    return {
+        "benchmark": task.layout.title,
+        "layout": task.layout.source,
+        "prompts": len(task.items),
+        "prompts_sha256": _digest(task.items),
+        "samples": task.samples,
+        "seed": task.seed,
+        **weights,
+        "num_inference_steps": plan.schedule.num_steps,
+        "guidance_scale": plan.guidance_scale,
+        "height": plan.height,
+        "width": plan.width,
+        "max_sequence_length": plan.max_sequence_length,
+    }
+
+
 def _digest(items: Sequence[Item]) -> str:
     """Of names and prompts, wherever the file lies."""
     text = json.dumps([[item.name, item.prompt, item.metadata] for item in items])
@@ -217,6 +212,8 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
         return
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(before, dict):
+        raise UserError(f"{path} is no manifest of ours: choose another folder")
     for name, value in manifest.items():
         # The same weights may lie elsewhere by now.
         if name != "model" and before.get(name) != value:
@@ -227,10 +224,5 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
-    partial = folder / f".{MANIFEST}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(manifest, indent=1) + "\n")
-        os.replace(partial, folder / MANIFEST)
-    except OSError as error:
-        raise UserError(f"cannot write {folder / MANIFEST}: {error.strerror}") from error
+    make_folder(folder)
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

@@ -105,7 +105,7 @@ def calibrate(
         --out OUT --batch-size 4 --accumulate 4
     """
     # Late: JAX takes a second, and --help should not.
-    from flux_jax.loading import resolve
+    from flux_jax.assets import resolve
     from flux_jax.prompt_file import read_prompts
     from ternary.calibration.run import (
         calibrate_checkpoint,

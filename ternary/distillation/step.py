@@ -165,7 +165,7 @@ class StepFunction:
     def _velocity(
         self, model: FluxTransformer, states: States, text: PromptRows, *, blocks: bool, remat: bool
     ) -> tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]]:
-        dtype = model.img_in.weight.dtype
+        dtype = model.dtype
         grid = jnp.asarray(image_ids(*self._grid))
         words = jnp.asarray(text_ids(text.txt.shape[1]))
         guidance = states.guidance if self._guided else None

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from flux_jax.assets import SHIPPED
-from flux_jax.loading import resolve
 from ternary.storage import files
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.format import WEIGHT
@@ -95,7 +94,7 @@ def inspect_student(
         if local:
             assert teacher is not None
             granularity = checkpoint.description.quant.granularity
-            with files.open_pipeline(resolve(teacher)) as pipeline:
+            with files.open_pipeline(teacher) as pipeline:
                 for name in checkpoint.layers:
                     on_layer(total)
                     if pipeline.shapes.get(name + WEIGHT) == checkpoint.shapes[name + WEIGHT]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flux_jax import loading
+from flux_jax import assets, loading
 from flux_jax.errors import UserError
 from ternary.config import QuantConfig
 from ternary.policy import Policy
@@ -204,7 +204,7 @@ def find_student(run: Run, named: str | None) -> Path | None:
     """
     if named is None:
         return run.student
-    folder = Path(loading.resolve(named))
+    folder = Path(assets.resolve(named))
     if not folder.is_dir():
         raise UserError(f"--student {named}: no such folder")
     return folder

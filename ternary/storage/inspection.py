@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_jax.loading import resolve
+from flux_jax.assets import resolve
 from ternary.policy import coverage
 from ternary.storage.checkpoint import TernaryCheckpoint, open_checkpoint
 from ternary.storage.format import CODES, WEIGHT

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from flux_jax.errors import UserError
-from flux_jax.loading import resolve
 from ternary.config import QuantConfig
 from ternary.policy import Coverage, Policy, coverage, select
 from ternary.storage import files
@@ -52,7 +51,7 @@ def quantize_checkpoint(
         raise UserError("rounding without training makes no low-rank branch; rank must be 0")
     dst = Path(dst)
     files.check_target(dst, force=force)
-    with files.open_pipeline(resolve(src)) as pipeline:
+    with files.open_pipeline(src) as pipeline:
         shapes = pipeline.shapes
         candidates = [
             name.removesuffix(WEIGHT)

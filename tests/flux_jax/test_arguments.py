@@ -43,6 +43,12 @@ def test_key(value):
         arguments.seeds_and_keys(None, value, 1)
 
 
+@pytest.mark.parametrize("value", ["noise", [[0.0], [1.0, 2.0]], object()])
+def test_latents(value):
+    with pytest.raises(UserError, match="latents must be an array of numbers: "):
+        arguments.initial_latents(value, (1, 4, 16))
+
+
 def test_largest_seed_is_not_cut():
     seeds, keys = arguments.seeds_and_keys(2**32 - 2, None, 2)
     assert seeds == (2**32 - 2, 2**32 - 1)

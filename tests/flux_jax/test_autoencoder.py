@@ -12,7 +12,6 @@ from flax import nnx
 
 from flux_jax import attention as attention_module
 from flux_jax.autoencoder import AttnBlock, Autoencoder, Decoder
-from flux_jax.components import abstract_module
 from flux_jax.configs import AutoencoderConfig
 from flux_jax.functional import ModuleFunction
 from flux_jax.tiling import tile_starts
@@ -37,22 +36,6 @@ def autoencoder() -> Autoencoder:
 def latents(batch: int, height: int, width: int, channels: int = 4) -> jax.Array:
     shape = (batch, height, width, channels)
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
-
-
-def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, path)): value for path, value in flat}
-
-
-def test_flux_has_the_parameters_of_ae_safetensors():
-    found = parameters(abstract_module("vae", AutoencoderConfig.flux()))
-    assert len(found) == 244
-    assert sum(int(np.prod(value.shape)) for value in found.values()) == 83_819_683
-
-
-def test_every_parameter_names_its_axes():
-    for name, value in parameters(abstract_module("vae", CONFIG)).items():
-        assert len(value.get_metadata("axes")) == len(value.shape), name
 
 
 def test_sizes_of_latents_and_images(autoencoder):

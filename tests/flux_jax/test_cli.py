@@ -128,6 +128,12 @@ def test_a_seed_is_drawn_and_reported(folder, tmp_path):
     assert result.stdout.split()[-1] == str(read_png(tmp_path / "image.png").seed)
 
 
+def test_modulation_weights_that_wait_on_the_host_change_nothing(folder, tmp_path):
+    draw(folder, tmp_path / "a.png", "a red circle", "--seed", 3)
+    draw(folder, tmp_path / "b.png", "a red circle", "--seed", 3, "--offload-modulation")
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -168,12 +174,6 @@ def test_evaluate(folder, tmp_path):
 # -- info ----------------------------------------------------------------------------------------
 
 
-def test_modulation_weights_that_wait_on_the_host_change_nothing(folder, tmp_path):
-    draw(folder, tmp_path / "a.png", "a red circle", "--seed", 3)
-    draw(folder, tmp_path / "b.png", "a red circle", "--seed", 3, "--offload-modulation")
-    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
-
-
 def test_info(folder):
     report = json.loads(run("info", folder, "--json").stdout)
     parts = report["components"]
@@ -188,6 +188,15 @@ def test_info(folder):
     assert f"{report['parameters']:,}" in text
     assert "transformer: in_channels=16" in text
     assert "tokenizers: tokenizer, tokenizer_2" in text
+
+
+def test_a_folder_comes_before_the_shipped_model_of_its_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = json.loads(run("info", "tiny", "--json").stdout)
+    (tmp_path / "tiny").symlink_to(folder)
+    found = json.loads(run("info", "tiny", "--json").stdout)
+    assert found["path"] == "tiny"
+    assert found["parameters"] < shipped["parameters"]
 
 
 def test_info_tells_the_memory(folder):

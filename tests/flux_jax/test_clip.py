@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from flux_jax.clip import CLIPTextEncoder
-from flux_jax.components import abstract_module
 from flux_jax.configs import CLIPTextConfig
 from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
@@ -25,22 +24,6 @@ CONFIG = CLIPTextConfig(
     max_position_embeddings=12,
 )
 encode = ModuleFunction(CLIPTextEncoder.__call__)
-
-
-def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, path)): value for path, value in flat}
-
-
-def test_large_has_the_parameters_of_clip_vit_large_patch14():
-    found = parameters(abstract_module("text_encoder", CLIPTextConfig.large()))
-    assert len(found) == 196
-    assert sum(int(np.prod(value.shape)) for value in found.values()) == 123_060_480
-
-
-def test_every_parameter_names_its_axes():
-    for name, value in parameters(abstract_module("text_encoder", CONFIG)).items():
-        assert len(value.get_metadata("axes")) == len(value.shape), name
 
 
 def test_a_token_sees_only_those_before_it():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flux_jax.assets import STUDENT, TEACHER, shipped_path
-from flux_jax.cli import app
+from flux_jax.cli import app, common
 from flux_jax.cli.demo import CAPTION, MARGIN, SIDE
 from flux_jax.composition.claim import Claim, Group
 from flux_jax.composition.detector import detect
@@ -47,6 +48,19 @@ def test_teacher_and_student_both_show_what_the_prompt_says(tmp_path):
     error = np.mean((halves[0] - halves[1]) ** 2)
     # Measured on the pictures as they were drawn; here they went through a resize and back.
     assert report["psnr_db"] == pytest.approx(10 * np.log10(255**2 / error), abs=1.0)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    class Pipe:
+        def __call__(self, *_, **__):
+            return SimpleNamespace(images=np.random.default_rng(0).random((1, 8, 8, 3)))
+
+    loaded = SimpleNamespace(pipe=Pipe(), prompts=None)
+    monkeypatch.setattr(common, "load_and_encode", lambda *_, **__: loaded)
+    (tmp_path / "demo.png").mkdir()
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo.png")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: cannot write {tmp_path / 'demo.png'}: ")
 
 
 def test_no_folder_to_write_to(tmp_path):

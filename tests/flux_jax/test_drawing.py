@@ -115,6 +115,23 @@ def test_one_run_at_a_time(pipe, jobs, tmp_path):
     assert draw(pipe, jobs[:1], tmp_path, settings=SETTINGS, progress=False) == 1
 
 
+def test_the_bar_looks_at_few_files(jobs, tmp_path, monkeypatch):
+    """At the next ones of each process, however many are missing."""
+    looks = []
+    stamp = drawing._stamp
+    monkeypatch.setattr(drawing, "_stamp", lambda path: looks.append(path) or stamp(path))
+    many = [Job(prompt="a", seed=i, file=f"{i}.png") for i in range(50)]
+    shares = [many[::2], many[1::2]]
+    shown = drawing._Progress(shares, tmp_path, 60, disable=False)
+    for done, job in enumerate(many, 1):
+        (tmp_path / job.file).touch()
+        shown.look()
+        assert shown._bar.n == 10 + done
+    shown.close()
+    # Before, when it comes, and the next one of each process at every look.
+    assert len(looks) <= 2 * 50 + 2 * 50
+
+
 @pytest.mark.parametrize(
     ("file", "error", "message"),
     [("a.jpg", UserError, "must end in .png"), ("0/0.png", ValueError, "two jobs")],

@@ -23,7 +23,7 @@ from flux_jax.prompts import TextEncoders
 from flux_jax.sharding import make_mesh
 from flux_jax.tree import to_flat
 from tests.random_module import random_module
-from tests.small_pipeline import CLIP, T5, small_pipeline, tokenizers
+from tests.small_pipeline import CLIP, T5, small_folder, small_pipeline, tokenizers
 
 PROMPTS = ["a red circle above a blue square", "two green stars", "a cube"]
 LAYERS = 5
@@ -196,9 +196,25 @@ def test_bad_placements_are_named():
         TextEncoders(placement="auto")
 
 
-def test_a_damaged_file_is_reported_from_the_reading_thread(tmp_path):
-    from tests.small_pipeline import small_folder
+def test_what_is_encoded():
+    """One text is one prompt, not its letters; one that occurs twice has two rows."""
+    encoders = small_pipeline().text_encoders
+    one = encoders.encode(PROMPTS[2])
+    assert one.prompts == (PROMPTS[2],)
+    several = encoders.encode([*PROMPTS, PROMPTS[2]])
+    assert several.prompts == (*PROMPTS, PROMPTS[2])
+    for row in (2, 3):
+        np.testing.assert_array_equal(several.prompt_embeds[row], one.prompt_embeds[0])
+    for options, message in (
+        ({"prompts": []}, "prompts must be a text or a non-empty list of texts"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"max_sequence_length": 0}, "max_sequence_length must be a whole number of at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoders.encode(**{"prompts": PROMPTS, **options})
 
+
+def test_a_damaged_file_is_reported_from_the_reading_thread(tmp_path):
     folder = small_folder(tmp_path / "m")
     stored = stored_component(folder, "text_encoder_2", dtype="float32")
     streamed = StreamedT5(stored.config, stored.open, dtype="float32")

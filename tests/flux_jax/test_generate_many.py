@@ -12,6 +12,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from flux_jax import pipeline, residence
 from flux_jax.cli import app
 from flux_jax.metadata import read_png
 from tests.jobs import finish, start
@@ -86,7 +87,7 @@ def test_several_images_of_each_prompt(inputs, tmp_path):
         (("a cube",), "--prompts goes without PROMPT"),
         (("--replay", "image.png"), "--prompts goes without --replay"),
         (("--no-metadata",), "--prompts goes without --no-metadata"),
-        (("--prompts", "absent.txt"), "cannot read the prompt file absent.txt"),
+        (("--prompts", "absent.txt"), "cannot read absent.txt"),
         (("--seed", -1), "seed must be a whole number of at least 0, got -1"),
         (
             ("--out", "image.png"),
@@ -99,6 +100,25 @@ def test_refusals(inputs, tmp_path, arguments, message):
     result = run(*inputs, "--out", tmp_path / "out", *arguments, code=2)
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_modulation_weights_wait_on_the_host_where_asked(inputs, whole, tmp_path, monkeypatch):
+    waiting = []
+
+    def spy(layers):
+        waiting.append(layers)
+        return residence.HostWeights(layers)
+
+    monkeypatch.setattr(pipeline, "HostWeights", spy)
+    run(*inputs, "--out", tmp_path, "--offload-modulation")
+    assert len(waiting) == 1
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_negative_prompt_without_effect_is_told(inputs, whole, caplog):
+    caplog.clear()
+    run(*inputs, "--out", whole, "--negative", "a star")
+    assert "--negative has no effect without --true-cfg above 1" in caplog.text
 
 
 def test_processes_need_a_file_of_prompts():

@@ -2,17 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
+from flux_jax.components import abstract_module
+from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 from flux_jax.kernels import use_kernels
+from flux_jax.pipeline import FluxPipeline
 from flux_jax.sharding import make_mesh, spread
 from ternary.config import QuantConfig
 from ternary.layers import TernaryLinear
 from ternary.policy import Policy, linears, replace_linears, select
 from tests.random_module import random_module
-from tests.small_pipeline import TRANSFORMER
+from tests.small_pipeline import TRANSFORMER, VAE, small_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +78,31 @@ def test_split_weights_are_left_to_plain_jax(model):
     assert {layer.backend for layer in linears(whole, TernaryLinear).values()} == {None}
     with pytest.raises(UserError, match="kernels='mosaic' cannot run here: it needs an NVIDIA GPU"):
         use_kernels(whole, kernels="mosaic")
+
+
+def pipeline_of(transformer):
+    vae = abstract_module("vae", VAE)
+    return FluxPipeline(transformer=transformer, vae=vae, scheduler=SchedulerConfig.dev())
+
+
+def test_a_pipeline_of_parts_on_a_mesh_suits_it(model):
+    """However the weights came to be split: `generate --mesh tensor=2` loads them so."""
+    use_kernels(model)
+    split = spread_copy(model, tensor=2)
+    pipeline_of(split)
+    assert {layer.backend for layer in linears(split, TernaryLinear).values()} == {"jax"}
+
+
+def test_every_linear_may_be_ternary(model):
+    """Also those at the ends, which a pipeline asks for its dtype and its devices."""
+    everything = random_module("transformer", TRANSFORMER, jnp.bfloat16)
+    names = select(list(linears(everything)), Policy(include=("*",)))
+    replace_linears(everything, names, lambda _, one: TernaryLinear.from_linear(one, QuantConfig()))
+    use_kernels(everything, kernels="jax", attention_by="xla")
+    pipe = pipeline_of(everything)
+    assert pipe.mesh is None
+    embeds = small_pipeline(dtype=jnp.bfloat16).encode_prompt("a red circle")
+    out = pipe(embeds, seed=0, num_inference_steps=1, output_type="latent", progress=False)
+    assert np.isfinite(out.images).all()
+    assert (out.records[0].dtype, out.records[0].platform) == ("bfloat16", "cpu")
+    assert pipeline_of(spread_copy(everything, data=2)).mesh is not None

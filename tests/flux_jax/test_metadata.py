@@ -111,6 +111,13 @@ def test_files_that_are_no_images(tmp_path):
             read_png(cut)
 
 
+def test_an_image_that_is_too_large_to_be_decoded(tmp_path, monkeypatch):
+    save_png(IMAGE.resize((64, 64)), tmp_path / "large.png", RECORD)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match="large.png cannot be read as an image"):
+        read_png(tmp_path / "large.png")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from flux_jax import denoise, fingerprint, images
+from flux_jax import denoise, images
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
-from flux_jax.latents import pack, unpack
+from flux_jax.latents import pack
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
 from flux_jax.residence import modulation_layers
@@ -373,32 +373,6 @@ def test_a_changed_model_is_used_at_once():
     assert not np.array_equal(before, after)
 
 
-def test_fingerprint_tells_weights_apart(pipe):
-    assert pipe.fingerprint() == small_pipeline().fingerprint()
-    assert pipe.fingerprint() != small_pipeline(seed=1).fingerprint()
-    # One weight in one component, and the order of two equal sums.
-    changed = small_pipeline()
-    bias = changed.vae.decoder.conv_out.bias
-    bias.set_value(bias.get_value()[::-1])
-    assert pipe.fingerprint() != changed.fingerprint()
-
-
-def test_fingerprint_does_not_depend_on_the_dtype(pipe):
-    assert small_pipeline(dtype=jnp.bfloat16).fingerprint() == pipe.fingerprint()
-
-
-def test_checksums_on_the_host_and_on_the_device_agree():
-    random = np.random.default_rng(0)
-    for array in (
-        random.standard_normal((7, 5, 3)).astype(np.float32),
-        jnp.asarray(random.standard_normal(33), jnp.bfloat16),
-        random.integers(0, 255, (4, 9), dtype=np.uint8),
-        np.float32(2.5),
-    ):
-        on_host = fingerprint._checksum_on_host(np.asarray(array))
-        assert on_host == int(fingerprint._checksum(jnp.asarray(array)))
-
-
 def test_widths_must_fit(pipe):
     config = dataclasses.replace(pipe.vae.config, latent_channels=8)
     vae = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
@@ -466,22 +440,23 @@ def test_refusals(pipe, options, message):
         pipe(RED, **{"num_inference_steps": 1, "progress": False, **options})
 
 
-def test_pack_puts_channels_before_the_square():
-    grid = jnp.arange(4.0 * 6 * 2).reshape(1, 4, 6, 2)
-    tokens = pack(grid)
-    assert tokens.shape == (1, 6, 8)
-    # The token in row 1, column 2: its square's first channel, then the second.
-    square = grid[0, 2:4, 4:6]
-    np.testing.assert_array_equal(tokens[0, 5], [*square[..., 0].ravel(), *square[..., 1].ravel()])
-    np.testing.assert_array_equal(unpack(tokens, 4, 6), grid)
-
-
 def test_schedule_depends_on_the_size(pipe):
     """The resolution-dependent shift is computed from the image asked for."""
     records = [pipe(RED, seed=0, height=size, **STEPS) for size in (16, 32)]
     assert [r.records[0].height for r in records] == [16, 32]
     shifts = [make_schedule(pipe.scheduler, 3, tokens).sigmas[1] for tokens in (2, 4)]
     assert shifts[0] < shifts[1]
+
+
+def test_encoded_prompts_must_fit(pipe):
+    embeds = pipe.encode_prompt(RED)
+    wide = dataclasses.replace(embeds, prompt_embeds=jnp.zeros((1, 12, 40)))
+    for name, prompts in (("prompt", (wide, None)), ("negative_prompt", (RED, wide))):
+        with pytest.raises(UserError, match=f"^{name} was encoded for another model: .* are 40 "):
+            pipe(prompts[0], negative_prompt=prompts[1], seed=0, true_cfg_scale=2.0, **STEPS)
+    for rows in ([], [0, 0]):
+        with pytest.raises(UserError, match=f"a row for each prompt, .*got {len(rows)}, 1 and 1"):
+            dataclasses.replace(embeds, prompts=(RED,) * len(rows))
 
 
 def test_pipeline_without_text_encoders_takes_encoded_prompts(pipe):

@@ -128,12 +128,12 @@ def test_rounding_to_bytes_is_theirs(pipes):
     """Including what lies exactly between two bytes."""
     from diffusers.image_processor import VaeImageProcessor
 
-    from flux_jax.images import to_pil
+    from flux_jax.images import to_pil, to_unit_range
 
     values = np.linspace(-1.2, 1.2, 4 * 511, dtype=np.float32).reshape(1, 1, -1, 1)
     decoded = np.repeat(np.repeat(values, 2, axis=1), 3, axis=3)
     theirs = VaeImageProcessor().postprocess(torch.from_numpy(decoded.transpose(0, 3, 1, 2)))
-    ours = to_pil(np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1))
+    ours = to_pil(to_unit_range(decoded))
     np.testing.assert_array_equal(np.asarray(ours[0]), np.asarray(theirs[0]))
 
 
@@ -150,7 +150,7 @@ def test_compare_finds_a_difference(folder, monkeypatch):
     def faulty(vae, latents):
         return vae.decode(latents) * 1.001
 
-    monkeypatch.setattr(our_compare, "_DECODE", ModuleFunction(faulty))
+    monkeypatch.setattr(our_compare, "DECODE", ModuleFunction(faulty))
     result = CliRunner().invoke(app, ["compare", str(folder), "--steps", "1"])
     failed = [line for line in result.stdout.splitlines() if "FAILED" in line]
     assert [line.split("  ")[0] for line in failed] == ["vae, decode"]
@@ -166,8 +166,11 @@ def test_compare_report_is_json():
     assert report["passed"] is False
 
 
-def test_compare_refuses_another_layout(tmp_path):
-    result = CliRunner().invoke(app, ["compare", str(tmp_path)])
+@pytest.mark.parametrize("arguments", [[], ["--seed", "-1"], ["--steps", "0"]])
+def test_compare_refuses_in_one_line(folder, tmp_path, arguments):
+    """A folder that is no pipeline, or arguments that `generate` would not take either."""
+    model = folder if arguments else tmp_path
+    result = CliRunner().invoke(app, ["compare", str(model), *arguments])
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1

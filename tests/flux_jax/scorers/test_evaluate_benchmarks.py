@@ -214,6 +214,8 @@ def test_inputs_are_refused(files, model, tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "mine.txt").write_text("")
     assert "is not empty and has no manifest.json" in refused("dpg", *dpg)
+    (tmp_path / "small" / "manifest.json").write_text("[]")
+    assert "manifest.json is no manifest of ours" in refused("dpg", *dpg)
 
 
 def command(files, model, out):

@@ -1,0 +1,74 @@
+"""Files as people have them: marks, ends of lines, what is no text; and files written whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from flux_jax.errors import UserError
+from flux_jax.files import make_folder, read_text, write_whole
+from flux_jax.prompt_file import read_prompts
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a cat\na dog\u2028asleep\n",
+        "a cat\r\na dog\u2028asleep\r\n",
+        "\ufeffa cat\r\na dog\u2028asleep",
+        "\n  a cat \n\n a dog\u2028asleep\t\n \n",
+    ],
+    ids=["unix", "windows", "mark", "blanks"],
+)
+def test_a_prompt_a_line(tmp_path, content):
+    """A line ends where an editor ends it, not at a separator within a caption."""
+    path = write(tmp_path / "prompts.txt", content.encode())
+    assert read_prompts(path) == ["a cat", "a dog\u2028asleep"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a cat\na d\xffg", "prompts.txt, line 2: is not UTF-8 text"),
+        (b"a cat\n\na\0dog", "prompts.txt, line 3: is not UTF-8 text"),
+        (b"", "prompts.txt is empty; it must hold one prompt a line"),
+        (b" \r\n\n", "prompts.txt is empty; it must hold one prompt a line"),
+    ],
+)
+def test_what_is_no_file_of_prompts(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read_prompts(write(tmp_path / "prompts.txt", content))
+
+
+def test_what_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*absent.txt: No such file"):
+        read_text(tmp_path / "absent.txt")
+    with pytest.raises(UserError, match="cannot read .*: Is a directory"):
+        read_text(tmp_path)
+
+
+def test_a_file_is_written_whole_or_left(tmp_path):
+    path = tmp_path / "file"
+    (tmp_path / ".file.partial").write_bytes(b"of a killed process, and longer")
+    write_whole(path, b"one")
+    write_whole(path, b"two")
+    assert path.read_bytes() == b"two"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot write .*folder: Is a directory"):
+        write_whole(tmp_path / "folder", b"three")
+    with pytest.raises(UserError, match="cannot write .*none/file: No such file"):
+        write_whole(tmp_path / "none" / "file", b"three")
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_folders(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the folder .*file: File exists"):
+        make_folder(tmp_path / "file")

@@ -1,0 +1,53 @@
+"""From logical axes to the axes of a mesh, and meshes that cannot be."""
+
+from __future__ import annotations
+
+import pytest
+from jax.sharding import PartitionSpec
+
+from flux_jax.errors import UserError
+from flux_jax.sharding import make_mesh, partition_spec
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        ((8, 6), ("heads", "embed"), ("tensor", "fsdp")),
+        # What an axis does not divide is replicated.
+        ((7, 6), ("heads", "embed"), (None, "fsdp")),
+        ((8, 6), ("conv_out", None), (None, None)),
+        # Several mesh axes for one dimension; together they must divide it.
+        ((4, 3), ("batch", None), (("data", "fsdp"), None)),
+        ((2, 3), ("batch", None), (None, None)),
+        # A mesh axis is used once, by the first that names it.
+        ((4, 6), ("mlp", "heads"), ("tensor", None)),
+        ((4, 6), ("batch", "embed"), (("data", "fsdp"), None)),
+        ((4,), None, ()),
+    ],
+)
+def test_partition_spec(shape, axes, expected):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    assert partition_spec(shape, axes, mesh) == PartitionSpec(*expected)
+
+
+def test_an_unknown_axis_is_refused():
+    with pytest.raises(UserError, match="no sharding rule for logical axis 'height'; rules: "):
+        partition_spec((4,), ("height",), make_mesh())
+
+
+@pytest.mark.parametrize("size", [0, -1, True])
+def test_sizes_of_a_mesh(size):
+    for axis in ("data", "fsdp", "sequence", "tensor"):
+        with pytest.raises(UserError, match=f"mesh axis {axis} must be a whole number above 0"):
+            make_mesh(**{axis: size})
+
+
+def test_a_mesh_needs_its_devices():
+    with pytest.raises(UserError, match="a mesh of data=3 tensor=4 needs 12 devices, 8 are here"):
+        make_mesh(data=3, tensor=4)
+    assert dict(make_mesh(data=None, tensor=2).shape) == {
+        "data": 4,
+        "fsdp": 1,
+        "sequence": 1,
+        "tensor": 2,
+    }

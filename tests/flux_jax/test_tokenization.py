@@ -1,0 +1,52 @@
+"""Tokenizers from folders as they may be: damaged, absent, without a limit."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from flux_jax.assets import TEACHER, shipped_path
+from flux_jax.errors import UserError
+from flux_jax.tokenization import load_tokenizer, max_length, tokenize
+
+
+@pytest.mark.parametrize("content", ["{", "null", "[]", '{"model": {}}', "\xff"])
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
+    folder = tmp_path / name
+    shutil.copytree(shipped_path(TEACHER) / name, folder)
+    (folder / "tokenizer.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=f"^no usable tokenizer in {folder}: .") as raised:
+        load_tokenizer(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="tokenizer folder .*absent does not exist"):
+        load_tokenizer(tmp_path / "absent")
+
+
+def test_the_limit_of_a_tokenizer():
+    # transformers says "no limit" so.
+    for none in (SimpleNamespace(), SimpleNamespace(model_max_length=int(1e30))):
+        assert max_length(none) == 512
+        assert max_length(none, 77) == 77
+    assert max_length(SimpleNamespace(model_max_length=256)) == 256
+
+
+def test_ids_are_padded_or_cut_to_the_length(caplog):
+    tokenizer = load_tokenizer(shipped_path(TEACHER) / "tokenizer_2")
+    short, long = "a red circle", "a red circle above a blue square"
+    whole = tokenizer([short, long])["input_ids"]
+    length = len(whole[0]) + 2
+    assert len(whole[1]) > length
+    ids = tokenize(tokenizer, [short, long], length, encoder="T5")
+    padding = [tokenizer.pad_token_id] * 2
+    assert ids[0].tolist() == [*whole[0], *padding]
+    # The end token stays; a warning quotes what is not seen.
+    assert ids[1].tolist() == [*whole[1][: length - 1], whole[1][-1]]
+    (told,) = caplog.messages
+    assert told.startswith(f"T5 reads {length - 1} tokens and this prompt has {len(whole[1]) - 1}")
+    assert repr(tokenizer.decode(whole[1][length - 1 : -1])) in told
