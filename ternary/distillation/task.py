@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from flux_jax.prompt_file import read_prompts
 from flux_jax.tree import Flat
 from ternary.distillation.run_config import RunConfig, differences, to_yaml
 from ternary.storage.latents import load_latents
+from ternary.storage.run_folder import write_whole, writing
 
 # Prompts that carry a composition score come with the package.
 COMPOSITION = "composition"
@@ -90,10 +92,10 @@ def open_folder(out: Path, task: Task, config: RunConfig) -> None:
     settings["held_out_prompts"] = settings.pop("held_out")
     text = to_yaml(config, **settings)
     path = out / "run.yaml"
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            before, now = yaml.safe_load(path.read_text()), yaml.safe_load(text)
+            before, now = _stored_settings(path), yaml.safe_load(text)
             changed = differences({**before, "mesh": None}, {**now, "mesh": None})
             if changed:
                 raise UserError(
@@ -103,9 +105,17 @@ def open_folder(out: Path, task: Task, config: RunConfig) -> None:
         elif any(out.iterdir()):
             raise UserError(f"{out} is not empty and holds no run: name another folder")
         else:
-            path.write_text(text)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+            write_whole(path, text)
+
+
+def _stored_settings(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: restore it, or name another folder")
+    return content
 
 
 def calibrated_start(folder: Path, params: Flat, config: RunConfig) -> Flat:
@@ -119,23 +129,22 @@ def calibrated_start(folder: Path, params: Flat, config: RunConfig) -> Flat:
     Raises:
       UserError: they are of another student.
     """
-    flat, quant, policy = load_latents(folder)
-    if (quant, policy) != (config.quant, config.policy):
-        found = differences(
-            {"quant": dataclasses.asdict(quant), "policy": dataclasses.asdict(policy)},
-            {
-                "quant": dataclasses.asdict(config.quant),
-                "policy": dataclasses.asdict(config.policy),
-            },
+    latents, quant, policy = load_latents(folder)
+    with latents:
+        found, wanted = (
+            {"quant": dataclasses.asdict(q), "policy": dataclasses.asdict(p)}
+            for q, p in ((quant, policy), (config.quant, config.policy))
         )
-        raise UserError(f"{folder} was calibrated for another student ({'; '.join(found)})")
-    shapes = {name: tuple(value.shape) for name, value in params.items()}
-    if {name: tuple(flat.spec(name).shape) for name in flat} != shapes:
-        raise UserError(f"{folder} was calibrated for another transformer than the teacher's")
-    arrays: Flat = {}
-    for name, wanted in params.items():
-        host = flat[name]
-        arrays[name] = jax.make_array_from_callback(
-            host.shape, wanted.sharding, lambda index, host=host: host[index]
-        )
-    return arrays
+        if found != wanted:
+            changed = "; ".join(differences(found, wanted))
+            raise UserError(f"{folder} was calibrated for another student ({changed})")
+        shapes = {name: tuple(value.shape) for name, value in params.items()}
+        if {name: tuple(latents.spec(name).shape) for name in latents} != shapes:
+            raise UserError(f"{folder} was calibrated for another transformer than the teacher's")
+        arrays: Flat = {}
+        for name, shape in params.items():
+            host = latents[name]
+            arrays[name] = jax.make_array_from_callback(
+                host.shape, shape.sharding, lambda index, host=host: host[index]
+            )
+        return arrays
