@@ -97,7 +97,7 @@ def distill(
     processes = Processes.here()
     prompts = split_prompts(task, config)
     if processes.first:
-        open_folder(out, task, config)
+        open_folder(out, task, config, prompts)
     processes.wait("the folder")
     with claimed(out) if processes.first else contextlib.nullcontext():
         run = _Run(task, out, config, prompts, mesh, processes, progress)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,10 @@ class Prompts:
     held_out: list[str]
     judged: list[EvalPrompt]
 
+    def fingerprint(self) -> str:
+        """A short name for the texts: states name their prompts by row."""
+        return f"{zlib.crc32(json.dumps([self.train, self.held_out]).encode()):08x}"
+
 
 def split_prompts(task: Task, config: RunConfig) -> Prompts:
     """Training and held-out prompts; the two share none.
@@ -81,8 +87,13 @@ def split_prompts(task: Task, config: RunConfig) -> Prompts:
     return Prompts(train=train, held_out=held_out, judged=judged)
 
 
-def open_folder(out: Path, task: Task, config: RunConfig) -> None:
+def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> None:
     """Make a run's folder, or see that it holds this very run, on whichever mesh.
+
+    Args:
+      out: the folder.
+      task, config: what the run is about, and its settings.
+      prompts: those of the task; a run does not go on with others.
 
     Raises:
       UserError: it was begun with other settings, or cannot be written to.
@@ -90,13 +101,16 @@ def open_folder(out: Path, task: Task, config: RunConfig) -> None:
     settings = {name: None if v is None else str(v) for name, v in vars(task).items()}
     # `held_out` is a setting too: how many to keep from training where no file is given.
     settings["held_out_prompts"] = settings.pop("held_out")
+    settings["prompts_crc32"] = prompts.fingerprint()
     text = to_yaml(config, **settings)
     path = out / "run.yaml"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
             before, now = _stored_settings(path), yaml.safe_load(text)
-            changed = differences({**before, "mesh": None}, {**now, "mesh": None})
+            # A run may go on on another mesh; one of an earlier version does not name its texts.
+            before = {"prompts_crc32": now["prompts_crc32"], **before, "mesh": None}
+            changed = differences(before, {**now, "mesh": None})
             if changed:
                 raise UserError(
                     f"{out} holds a run with other settings ({'; '.join(changed[:4])}): go on "

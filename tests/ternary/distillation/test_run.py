@@ -230,7 +230,7 @@ def test_a_folder_has_one_run_at_a_time(whole, teacher, prompts, settings):
 def test_tables_that_cannot_be_written_are_one_line(teacher, prompts, settings, tmp_path):
     out = tmp_path / "run"
     task, config = Task(teacher=str(teacher), prompts=prompts), read_run_config(settings)
-    open_folder(out, task, config)
+    open_folder(out, task, config, split_prompts(task, config))
     (out / "metrics.csv").mkdir()
     with pytest.raises(UserError, match="run: cannot be written: Is a directory; the run goes on"):
         distill(task, out, config, mesh=one_device(), progress=False)

@@ -16,36 +16,52 @@ from flux_jax.errors import UserError
 from flux_jax.sharding import MeshConfig, make_mesh
 from ternary.config import QuantConfig
 from ternary.distillation.run_config import RunConfig
-from ternary.distillation.task import Task, calibrated_start, open_folder
+from ternary.distillation.task import Prompts, Task, calibrated_start, open_folder
 from ternary.policy import Policy
 from tests.ternary.latents_folder import write_latents
+
+TEXTS = Prompts(train=["a red circle", "a star"], held_out=["a ring"], judged=[])
 
 
 @pytest.mark.parametrize("before", [None, "held.txt", "composition"])
 def test_a_folder_goes_on_with_its_own_held_out_prompts_alone(tmp_path, before):
     task = Task(teacher="tiny", prompts=Path("prompts.txt"), held_out=before)
     config = RunConfig()
-    open_folder(tmp_path / "run", task, config)
-    open_folder(tmp_path / "run", task, dataclasses.replace(config, mesh=MeshConfig(fsdp=2)))
+    open_folder(tmp_path / "run", task, config, TEXTS)
+    open_folder(tmp_path / "run", task, dataclasses.replace(config, mesh=MeshConfig(fsdp=2)), TEXTS)
     other = dataclasses.replace(task, held_out="other.txt")
     with pytest.raises(UserError, match=f"held_out_prompts: {before} -> other.txt"):
-        open_folder(tmp_path / "run", other, config)
+        open_folder(tmp_path / "run", other, config, TEXTS)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        open_folder(tmp_path, Task(teacher="tiny", prompts=Path("p.txt")), RunConfig())
+        open_folder(tmp_path, Task(teacher="tiny", prompts=Path("p.txt")), RunConfig(), TEXTS)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_folder_goes_on_with_its_own_texts_alone(tmp_path):
+    """The file has its name still, but a line more: every row would be another prompt."""
+    task = Task(teacher="tiny", prompts=Path("prompts.txt"))
+    open_folder(tmp_path / "run", task, RunConfig(), TEXTS)
+    longer = dataclasses.replace(TEXTS, train=["a cube", *TEXTS.train])
+    with pytest.raises(UserError, match="prompts_crc32: .* -> "):
+        open_folder(tmp_path / "run", task, RunConfig(), longer)
+    # A run that was begun before its texts had a name goes on.
+    path = tmp_path / "run" / "run.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("prompts_crc32")))
+    open_folder(tmp_path / "run", task, RunConfig(), longer)
 
 
 @pytest.mark.parametrize("content", [b"", b"- a list", b"\xff", b"a: [", b"3"])
 def test_settings_that_are_damaged_are_no_traceback(tmp_path, content):
     task = Task(teacher="tiny", prompts=Path("p.txt"))
-    open_folder(tmp_path / "run", task, RunConfig())
+    open_folder(tmp_path / "run", task, RunConfig(), TEXTS)
     (tmp_path / "run" / "run.yaml").write_bytes(content)
     with pytest.raises(UserError, match="run.yaml is damaged: restore it, or name another folder"):
-        open_folder(tmp_path / "run", task, RunConfig())
+        open_folder(tmp_path / "run", task, RunConfig(), TEXTS)
 
 
 LATENTS = {
