@@ -38,6 +38,7 @@ from ternary.distillation.task import (
     Task,
     calibrated_start,
     open_folder,
+    open_start,
     split_prompts,
 )
 from ternary.distillation.text_cache import TextTable, cached_embeds
@@ -164,6 +165,9 @@ class _Run:
             images=1,
             num_images_per_prompt=1,
         )
+        if self.task.start is not None and not self.resumed:
+            # Before anything that takes long.
+            open_start(self.task.start, config).close()
         plan = request.plan
         table = self._table = self._embeds(request)
         dtype = jnp.dtype(config.distill.compute_dtype)

@@ -17,7 +17,7 @@ from flux_jax.errors import UserError
 from flux_jax.prompt_file import read_prompts
 from flux_jax.tree import Flat
 from ternary.distillation.run_config import RunConfig, differences, to_yaml
-from ternary.storage.latents import load_latents
+from ternary.storage.latents import Latents, load_latents
 from ternary.storage.run_folder import write_whole, writing
 
 # Prompts that carry a composition score come with the package.
@@ -132,6 +132,23 @@ def _stored_settings(path: Path) -> dict[str, Any]:
     return content
 
 
+def open_start(folder: Path, config: RunConfig) -> Latents:
+    """The latent weights of a calibration, opened; their shapes are not looked at yet.
+
+    Raises:
+      UserError: there are none, or they are of a student that these settings do not describe.
+    """
+    latents, quant, policy = load_latents(folder)
+    found, wanted = (
+        {"quant": dataclasses.asdict(q), "policy": dataclasses.asdict(p)}
+        for q, p in ((quant, policy), (config.quant, config.policy))
+    )
+    if found != wanted:
+        changed = "; ".join(differences(found, wanted))
+        raise UserError(f"{folder} was calibrated for another student ({changed})")
+    return latents
+
+
 def calibrated_start(folder: Path, params: Flat, config: RunConfig) -> Flat:
     """The latent weights of a calibration, for the student that these settings describe.
 
@@ -143,15 +160,7 @@ def calibrated_start(folder: Path, params: Flat, config: RunConfig) -> Flat:
     Raises:
       UserError: they are of another student.
     """
-    latents, quant, policy = load_latents(folder)
-    with latents:
-        found, wanted = (
-            {"quant": dataclasses.asdict(q), "policy": dataclasses.asdict(p)}
-            for q, p in ((quant, policy), (config.quant, config.policy))
-        )
-        if found != wanted:
-            changed = "; ".join(differences(found, wanted))
-            raise UserError(f"{folder} was calibrated for another student ({changed})")
+    with open_start(folder, config) as latents:
         shapes = {name: tuple(value.shape) for name, value in params.items()}
         if {name: tuple(latents.spec(name).shape) for name in latents} != shapes:
             raise UserError(f"{folder} was calibrated for another transformer than the teacher's")

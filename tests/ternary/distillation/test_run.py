@@ -304,6 +304,9 @@ def test_inputs_are_refused(whole, teacher, prompts, settings, tmp_path):
     assert "cannot read the settings" in refused(
         teacher, prompts, tmp_path / "c", "--config", tmp_path / "none.yaml"
     )
+    start = ("--start", tmp_path)
+    assert "has no latents.json" in refused(teacher, prompts, tmp_path / "e", *start)
+    assert not list((tmp_path / "e").glob("embeddings-*"))
     assert "must be a multiple of the 8 devices of data and fsdp, got 3" in refused(
         teacher, prompts, tmp_path / "d", "--set", "batch_size=3"
     )
