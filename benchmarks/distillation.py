@@ -47,8 +47,8 @@ from ternary.distillation.step import PromptSet, StepFunction, TrainState
 from ternary.distillation.trajectory import Trajectories
 from ternary.layers import FakeTernaryLinear
 from ternary.policy import linears
-from ternary.storage.checkpoint import save_checkpoint
 from ternary.storage.latents import load_latents
+from ternary.storage.saving import save_checkpoint
 from ternary.student import freeze_student, make_student
 
 

@@ -28,8 +28,9 @@ from flux_jax.tokenization import DEV_TOKENS
 from ternary.config import QuantConfig
 from ternary.policy import Policy, linears, select
 from ternary.storage.base3 import pack_base3
-from ternary.storage.checkpoint import dense_shapes, write_transformer
+from ternary.storage.checkpoint import dense_shapes
 from ternary.storage.format import CODES, expected_tensors
+from ternary.storage.saving import write_transformer
 
 SHARD_BYTES = 9_990_000_000
 # No multiple of any width, so that no two rows of a weight are alike.

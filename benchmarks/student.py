@@ -28,7 +28,8 @@ from flux_jax.pipeline import FluxPipeline
 from flux_jax.tree import to_flat
 from ternary.layers import TernaryLinear
 from ternary.policy import Policy, linears
-from ternary.storage.checkpoint import open_checkpoint, save_checkpoint
+from ternary.storage.checkpoint import open_checkpoint
+from ternary.storage.saving import save_checkpoint
 from ternary.student import freeze_student, make_student
 
 TEACHER_NAME = "teacher, bf16"

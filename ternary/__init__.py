@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ternary.layers import FakeTernaryLinear as FakeTernaryLinear
     from ternary.layers import TernaryLinear as TernaryLinear
     from ternary.policy import Policy as Policy
-    from ternary.storage.checkpoint import save_checkpoint as save_checkpoint
     from ternary.storage.inspection import inspect_checkpoint as inspect_checkpoint
     from ternary.storage.rounding import quantize_checkpoint as quantize_checkpoint
+    from ternary.storage.saving import save_checkpoint as save_checkpoint
     from ternary.student import freeze_student as freeze_student
     from ternary.student import make_student as make_student
 
@@ -44,7 +44,7 @@ _HOME = {
     "inspect_checkpoint": "storage.inspection",
     "make_student": "student",
     "quantize_checkpoint": "storage.rounding",
-    "save_checkpoint": "storage.checkpoint",
+    "save_checkpoint": "storage.saving",
 }
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+from flux_jax import arguments
 from flux_jax.errors import UserError
 from pallas_kernels import group_count
 
+# In the order of the scale's dimensions: (), (N,), (N, G).
 GRANULARITIES = ("tensor", "channel", "group128")
 ACTIVATION_BITS = (8, 16)
 OPTIMIZERS = ("adamw", "adafactor", "lion")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,16 +37,10 @@ class QuantConfig:
     learned_scale: bool = False
 
     def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise UserError(
-                f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
-            )
+        arguments.choice("granularity", self.granularity, GRANULARITIES)
         if self.activation_bits not in ACTIVATION_BITS:
             raise UserError(f"activation_bits must be 8 or 16, got {self.activation_bits!r}")
-        for name in ("rank", "refit_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise UserError(f"{name} must be an integer of at least 0, got {value!r}")
+        _check_counts(self, "rank", "refit_steps", least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,16 +60,13 @@ class TrajectoryConfig:
     groups: int = 4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sampling_steps", tuple(self.sampling_steps))
-        object.__setattr__(self, "guidance", tuple(self.guidance))
-        if not self.sampling_steps or min(self.sampling_steps) < 1:
-            raise UserError(f"sampling_steps must be positive, got {self.sampling_steps}")
-        if not 0.0 <= self.on_policy <= 1.0:
-            raise UserError(f"on_policy is a share in [0, 1], got {self.on_policy}")
-        if len(self.guidance) != 2 or not 0.0 <= self.guidance[0] <= self.guidance[1]:
-            raise UserError(f"guidance is a range (low, high), got {self.guidance}")
-        if self.groups < 1:
-            raise UserError(f"groups must be at least 1, got {self.groups}")
+        if not self.sampling_steps:
+            raise UserError("sampling_steps must have at least one number of steps, got none")
+        for steps in self.sampling_steps:
+            arguments.integer("sampling_steps", steps)
+        _check_guidance(self.guidance)
+        _check_shares(self, "on_policy")
+        _check_counts(self, "groups")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +77,15 @@ class DistillConfig:
       steps: optimiser steps.
       accumulate: groups of trajectories whose gradients are averaged for one step.
       optimizer: "adamw", or with small state "adafactor" (factored) or "lion" (one bf16 moment).
-      warmup: steps over which the rate rises; `decay`: share of all steps, at their end, over which
-        it falls to zero.
+      learning_rate: at its highest.
+      warmup: steps over which the rate rises.
+      decay: share of all steps, at their end, over which the rate falls to zero.
+      weight_decay: of the matrices.
+      max_grad_norm: a gradient of a larger norm is scaled down to it; infinity for never.
       block_loss: weight of the blocks' outputs, each as squared error over the teacher's square.
       remat: recompute blocks in the gradient.
-      compute_dtype: of the student's passes; the latent weights and the optimiser are float32 or
-        what `master_dtype` says.
+      compute_dtype: of the student's passes.
+      master_dtype: of the latent weights and the optimiser.
       ema: decay of an average of the weights; 0 keeps none.
     """
 
@@ -106,18 +104,19 @@ class DistillConfig:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
+        arguments.choice("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("compute_dtype", "master_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                value = getattr(self, name)
-                raise UserError(f"{name} must be float32 or bfloat16, got {value!r}")
-        if self.steps < 1 or self.accumulate < 1:
-            raise UserError(
-                f"steps and accumulate must be at least 1, got {self.steps} and {self.accumulate}"
-            )
-        if not 0.0 <= self.ema < 1.0:
-            raise UserError(f"ema must be in [0, 1), got {self.ema}")
+            arguments.choice(name, getattr(self, name), DTYPES)
+        _check_counts(self, "steps", "accumulate")
+        _check_counts(self, "warmup", least=0)
+        for name in ("learning_rate", "weight_decay", "block_loss"):
+            arguments.scale(name, getattr(self, name))
+        _check_shares(self, "decay", "ema")
+        if self.ema == 1:
+            raise UserError("ema must be below 1, got 1: the average would never move")
+        # Infinity is no clipping.
+        if not self.max_grad_norm > 0:
+            raise UserError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,14 +160,10 @@ class CalibrateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "guidance", tuple(self.guidance))
-        if isinstance(self.blocks, list):
-            object.__setattr__(self, "blocks", tuple(self.blocks))
-        counts = ("samples", "states_each", "sampling_steps", "batch_size", "accumulate", "steps")
-        for name in counts:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
+        _check_guidance(self.guidance)
+        _check_counts(self, "samples", "states_each", "sampling_steps", "batch_size")
+        # And what `DistillConfig` checks, `accumulate` among it.
+        self.training()
         if self.states_each > self.sampling_steps:
             raise UserError(
                 f"states_each must be at most sampling_steps ({self.sampling_steps}), got "
@@ -178,13 +173,9 @@ class CalibrateConfig:
             raise UserError(
                 f"accumulate must divide batch_size ({self.batch_size}), got {self.accumulate}"
             )
-        if len(self.guidance) != 2 or not 0.0 <= self.guidance[0] <= self.guidance[1]:
-            raise UserError(f"guidance is a range (low, high), got {self.guidance}")
         if isinstance(self.blocks, int) and self.blocks < 0:
             raise UserError(f"blocks must be a number of at least 0, or names, got {self.blocks}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
-        self.training()
+        arguments.integer("seed", self.seed, least=0)
 
     def training(self) -> DistillConfig:
         """One block's training, as a configuration of the optimiser.
@@ -213,3 +204,20 @@ def scale_shape(granularity: str, out_features: int, in_features: int) -> tuple[
         "channel": (out_features,),
         "group128": (out_features, group_count(in_features)),
     }[granularity]
+
+
+def _check_counts(config: Any, *names: str, least: int = 1) -> None:
+    for name in names:
+        arguments.integer(name, getattr(config, name), least=least)
+
+
+def _check_shares(config: Any, *names: str) -> None:
+    for name in names:
+        if arguments.scale(name, getattr(config, name)) > 1:
+            raise UserError(f"{name} must be in [0, 1], got {getattr(config, name)}")
+
+
+def _check_guidance(value: tuple[float, ...]) -> None:
+    bounds = [arguments.scale("guidance", each) for each in value]
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise UserError(f"guidance must be a range (low, high), got {value}")

@@ -30,6 +30,9 @@ from ternary.quantize import (
     ternary_signs,
 )
 
+# float16's smallest positive number.
+_SMALLEST = 2.0**-24
+
 
 class PackedParam(nnx.Param):
     """Packed codes: stored and placed as a parameter, but nothing that a gradient could reach."""
@@ -161,7 +164,7 @@ class FakeTernaryLinear(AnyLinear):
         dtype: DType = jnp.bfloat16,
         master_dtype: DType = jnp.float32,
     ):
-        """All weights zero; `from_linear` gives them values.
+        """All parameters zero; `from_linear` gives them values.
 
         Args:
           master_dtype: of everything that is trained, but for the learned scale (float32).
@@ -270,8 +273,14 @@ def _axes(weight: nnx.Param) -> Axes:
     return weight.get_metadata().get("axes", (None, None))
 
 
-# float16's smallest positive number.
-_SMALLEST = 2.0**-24
+def trained_dtype(name: str, master_dtype: DType) -> DType:
+    """Of a student's parameter in training: the master dtype, or float32 for a learned scale.
+
+    Args:
+      name: of the parameter, by its path.
+      master_dtype: of all others.
+    """
+    return jnp.float32 if name.rpartition(".")[2] == "log_scale" else master_dtype
 
 
 @jax.jit

@@ -31,10 +31,6 @@ class Policy:
     include: tuple[str, ...] = DEFAULT_PATTERNS
     exclude: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "include", tuple(self.include))
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-
 
 def linears(module: nnx.Module, kinds: type | tuple[type, ...] = Linear) -> dict[str, Any]:
     """The linears of a module by dotted path, in the order of their paths."""
@@ -52,22 +48,21 @@ def select(names: Sequence[str], policy: Policy) -> list[str]:
     Raises:
       UserError: a pattern that matches nothing, or nothing is left.
     """
-    for kind in ("include", "exclude"):
-        for pattern in getattr(policy, kind):
-            if not fnmatch.filter(names, pattern):
+
+    def matched(kind: str, patterns: Sequence[str]) -> set[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            fitting = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+            if not fitting:
                 raise UserError(
                     f"{kind} pattern {pattern!r} matches none of the {len(names)} linears; one is "
                     f"called {names[0] if names else '(there are none)'}"
                 )
+            found.update(fitting)
+        return found
 
-    def matches(name: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-    chosen = [
-        name
-        for name in names
-        if matches(name, policy.include) and not matches(name, policy.exclude)
-    ]
+    ternary = matched("include", policy.include) - matched("exclude", policy.exclude)
+    chosen = [name for name in names if name in ternary]
     if not chosen:
         raise UserError(f"the policy leaves no linear to be ternary: {policy}")
     return chosen

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+from flux_jax.errors import UserError
 from flux_jax.layers import Axes
 from flux_jax.sharding import constrain, gathered
 from pallas_kernels import GROUP, group_count, quantize_activations
@@ -44,11 +45,6 @@ def spread_scale(scale: Scale, shape: tuple[int, ...]) -> Float[Array, "N K"]:
     if scale.ndim == 2:
         return jnp.repeat(scale, GROUP, axis=1)[:, : shape[1]]
     return jnp.broadcast_to(scale.reshape((-1, 1)), shape)
-
-
-def absmean_scale(weight: Float[Array, "N K"], granularity: str) -> Scale:
-    """The mean absolute value of what shares a scale, float32, not yet rounded."""
-    return _mean(jnp.abs(weight.astype(jnp.float32)), None, granularity)
 
 
 @functools.partial(jax.jit, static_argnames=("granularity", "refit_steps"))
@@ -140,11 +136,6 @@ def _signs_backward(axes: Axes, saved: tuple[Any, Any], grad: Any) -> tuple[Any,
 straight_through_signs.defvjp(_signs_forward, _signs_backward)
 
 
-def fake_quantize(weight: Float[Array, "N K"], scale: Scale) -> Float[Array, "N K"]:
-    """`scale * signs` in float32, with the straight-through gradient for the weight."""
-    return straight_through_signs(weight, scale) * spread_scale(scale, weight.shape)
-
-
 @jax.custom_vjp
 def straight_through_tokens(
     x: Float[Array, "*B K"],
@@ -170,10 +161,14 @@ def _tokens_backward(saved: tuple[Any, Any], grads: tuple[Any, Any]) -> tuple[An
 straight_through_tokens.defvjp(_tokens_forward, _tokens_backward)
 
 
-def fake_quantize_activations(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
-    """x through int8 with a scale per token and back, in float32; the gradient is the identity."""
-    q, scale = straight_through_tokens(x)
-    return q * jax.lax.stop_gradient(scale)[..., None]
+def check_rank(rank: int, shape: tuple[int, ...]) -> None:
+    """Refuse a low-rank branch that its weight (N, K) has no room for.
+
+    Raises:
+      UserError: a rank beyond the smaller side.
+    """
+    if rank > min(shape):
+        raise UserError(f"rank must be at most {min(shape)} beside a weight {shape}, got {rank}")
 
 
 def low_rank(
@@ -192,11 +187,10 @@ def low_rank(
       (a, b): (R, K) and (N, R), float32.
 
     Raises:
-      ValueError: a rank beyond the matrix.
+      UserError: a rank beyond the matrix.
     """
     rows, columns = residual.shape
-    if rank > min(rows, columns):
-        raise ValueError(f"rank {rank} exceeds the matrix ({rows}, {columns})")
+    check_rank(rank, residual.shape)
     residual = residual.astype(jnp.float32)
     tall = residual if columns <= rows else residual.T
     values, vectors = jnp.linalg.eigh(jnp.matmul(tall.T, tall, precision=jax.lax.Precision.HIGHEST))

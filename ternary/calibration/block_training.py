@@ -27,9 +27,10 @@ from flux_jax.rope import Rotation
 from flux_jax.tree import Flat, split_flat, to_flat
 from ternary.calibration.streaming import OUTPUTS, Part, abstract_part, apply_part
 from ternary.config import CalibrateConfig, QuantConfig
-from ternary.distillation.step import make_optimizer
-from ternary.layers import FakeTernaryLinear
-from ternary.policy import linears, replace_linears
+from ternary.distillation.optimizer import make_optimizer
+from ternary.distillation.step import latent_names, relative_error
+from ternary.layers import FakeTernaryLinear, trained_dtype
+from ternary.policy import replace_linears
 
 
 class PartPrograms:
@@ -96,9 +97,7 @@ class PartPrograms:
         """What makes the part of its parameters, and which of those keep their precision."""
         module = self.twin(kind, layers)
         rebuild, _ = split_flat(module)
-        fake = linears(module, FakeTernaryLinear).keys()
-        latent = frozenset(n for n in to_flat(module) if n.rpartition(".")[0] in fake)
-        return rebuild, latent
+        return rebuild, latent_names(module)
 
     def start(self, part: Part, teacher: Flat, layers: Sequence[str]) -> Flat:
         """The student's parameters before training: the teacher's, rounded in the forward pass.
@@ -117,9 +116,8 @@ class PartPrograms:
             fake = FakeTernaryLinear.from_linear(dense, self.quant, master_dtype=self.master)
             found |= {f"{layer}.{name}": value for name, value in to_flat(fake).items()}
         rest = {n: v for n, v in teacher.items() if n.rpartition(".")[0] not in layers}
-        keep = ".log_scale"
         return {
-            name: jnp.array(value, value.dtype if name.endswith(keep) else self.master)
+            name: jnp.array(value, trained_dtype(name, self.master))
             for name, value in (found | rest).items()
         }
 
@@ -158,8 +156,7 @@ class PartPrograms:
 
         twin = to_flat(self.twin(part.kind, tuple(layers)))
         params = {
-            n: jax.ShapeDtypeStruct(v.shape, jnp.float32 if "log_scale" in n else self.master)
-            for n, v in twin.items()
+            n: jax.ShapeDtypeStruct(v.shape, trained_dtype(n, self.master)) for n, v in twin.items()
         }
         optimizer = jax.eval_shape(self.optimizer.init, params)
         targets = {"img": shape(image_tokens), "txt": shape(text_tokens)}
@@ -240,14 +237,6 @@ class PartPrograms:
 
         return jax.jit(step, donate_argnums=(0, 1))
 
-    def compiled(self) -> dict[tuple[str, str], int]:
-        """How many programs were compiled, by what they do ("_forward", "_step") and kind."""
-        found: dict[tuple[str, str], int] = {}
-        for (what, kind, _), program in self._cache.items():
-            if what != "_split":
-                found[what, kind] = found.get((what, kind), 0) + program._cache_size()
-        return found
-
 
 def dense_linear(weight: Float[Array, "N K"], bias: Float[Array, " N"] | None) -> Linear:
     """A linear of these values.
@@ -273,10 +262,7 @@ def relative_errors(outputs: Flat, targets: Flat, weights: dict[str, Any]) -> Fl
     """Each sample's `|output - target|^2 / |target|^2`, summed over the outputs with weights."""
     total = jnp.float32(0)
     for name, weight in weights.items():
-        ours, theirs = (x[name].astype(jnp.float32) for x in (outputs, targets))
-        axes = tuple(range(1, ours.ndim))
-        error = jnp.sum(jnp.square(ours - theirs), axis=axes)
-        total = total + weight * error / jnp.sum(jnp.square(theirs), axis=axes)
+        total = total + weight * relative_error(outputs[name], targets[name])
     return total
 
 

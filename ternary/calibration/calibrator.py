@@ -46,6 +46,9 @@ from ternary.policy import Policy
 class Listener:
     """Is told how far a calibration is; does nothing by itself."""
 
+    def on_weights(self, done: int, total: int) -> None:
+        """Bytes of the teacher's weights read, of how many."""
+
     def on_states(self, done: int, total: int) -> None:
         """Parts of the teacher passed for the trajectories, of how many."""
 
@@ -90,7 +93,7 @@ class Calibrator:
         self.grid = grid
         self.config = config
         self.progress = progress
-        self.plan = make_plan(weights.config, weights.shapes(), policy, config)
+        self.plan = make_plan(weights.config, weights.shapes(), policy, config, rank=quant.rank)
         rotation = positions(weights, grid, prompts.txt.shape[1])
         self.programs = PartPrograms(weights.config, quant, config, rotation)
 

@@ -11,7 +11,8 @@ from ternary.calibration.streaming import part_name, parts_of
 from ternary.config import CalibrateConfig
 from ternary.distillation.step import PromptSet
 from ternary.policy import Policy, select
-from ternary.storage.format import WEIGHT, Shape
+from ternary.quantize import check_rank
+from ternary.storage.format import WEIGHT, Shape, linears_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,12 @@ class Plan:
 
 
 def make_plan(
-    model: FluxConfig, shapes: Mapping[str, Shape], policy: Policy, config: CalibrateConfig
+    model: FluxConfig,
+    shapes: Mapping[str, Shape],
+    policy: Policy,
+    config: CalibrateConfig,
+    *,
+    rank: int = 0,
 ) -> Plan:
     """Which parts of a transformer are trained, and which linears of each are ternary.
 
@@ -37,14 +43,16 @@ def make_plan(
       shapes: of its parameters.
       policy: which linears are ternary.
       config: which blocks are trained.
+      rank: of the branch beside each ternary weight.
 
     Raises:
-      UserError: a pattern that matches nothing, or a block that is not there or has nothing
-        ternary.
+      UserError: a pattern that matches nothing, a block that is not there or has nothing ternary,
+        or a rank beyond a weight.
     """
     parts = parts_of(model)
-    names = [n.removesuffix(WEIGHT) for n, s in shapes.items() if n.endswith(WEIGHT) if len(s) == 2]
-    chosen = select(names, policy)
+    chosen = select(linears_in(shapes), policy)
+    for name in chosen:
+        check_rank(rank, shapes[name + WEIGHT])
     layers = {
         part.name: tuple(
             name.removeprefix(part.prefix) for name in chosen if part_name(name) == part.name

@@ -10,14 +10,12 @@ Each file is written under another name and renamed when it is whole.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +25,7 @@ from ternary.calibration.streaming import Part
 from ternary.storage import files
 from ternary.storage.format import Stored
 from ternary.storage.latents import Checksums, Latents, write_part
+from ternary.storage.run_folder import write_whole, writing
 from ternary.storage.tensor_file import TensorFile
 
 _RUN = "progress.json"
@@ -59,7 +58,7 @@ class Progress:
         """Make the folder, or find what an earlier run left.
 
         Args:
-          folder: for this run alone.
+          folder: for this run alone; where several could be at work, `run_folder.claimed` before.
           run: all that the result depends on, as JSON values.
 
         Raises:
@@ -86,23 +85,6 @@ class Progress:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_json(_RUN, wanted)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs away for the length of the block.
-
-        Raises:
-          UserError: another one is at work here.
-        """
-        descriptor = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.folder}: another calibration is at work here") from None
-            yield
-        finally:
-            os.close(descriptor)
-
     def finished(self) -> set[str]:
         """Names of the parts that are done."""
         return set(self._finished)
@@ -125,11 +107,8 @@ class Progress:
         Raises:
           UserError: they are damaged.
         """
-        latents = Latents(self.folder, {part.name: self.checksums(part.name)})
-        try:
+        with Latents(self.folder, {part.name: self.checksums(part.name)}) as latents:
             return {name.removeprefix(part.prefix): latents[name] for name in latents}
-        finally:
-            latents.close()
 
     def write(self, part: Part, params: Mapping[str, Any], report: PartReport) -> None:
         """Keep a finished part.
@@ -188,25 +167,10 @@ class Progress:
                 raise UserError(f"{path}: is malformed; remove {self.folder}") from error
 
     def _write_json(self, name: str, content: Any) -> None:
-        waiting = self.folder / f"{name}.partial"
-        with open(waiting, "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        waiting.rename(self.folder / name)
+        write_whole(self.folder / name, json.dumps(content, indent=1) + "\n")
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._explain(error)
-
-    def _explain(self, error: OSError) -> NoReturn:
-        reason = error.strerror or error
-        raise UserError(
-            f"{self.folder}: cannot be written: {reason}; what is finished is kept there"
-        ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self.folder, "; what is finished is kept there")
 
 
 def _show(value: Any) -> str:

@@ -29,9 +29,10 @@ from ternary.config import CalibrateConfig, QuantConfig
 from ternary.distillation.step import PromptSet
 from ternary.policy import Coverage, Policy, coverage
 from ternary.storage import files
-from ternary.storage.checkpoint import stored_layer, write_transformer
 from ternary.storage.format import BFLOAT16
 from ternary.storage.latents import Checksums, write_index, write_part
+from ternary.storage.run_folder import claimed, writing
+from ternary.storage.saving import stored_layer, write_transformer
 
 LATENTS = "latents"
 
@@ -57,7 +58,11 @@ def choose_prompts(prompts: Sequence[str], config: CalibrateConfig) -> list[str]
 
 
 def encode_prompts(
-    src: str | Path, prompts: Sequence[str], *, max_sequence_length: int | None = None
+    src: str | Path,
+    prompts: Sequence[str],
+    *,
+    max_sequence_length: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PromptSet:
     """Prompts through a checkpoint's own text encoders, which are on the device meanwhile.
 
@@ -65,6 +70,7 @@ def encode_prompts(
       src: the checkpoint.
       prompts: the texts.
       max_sequence_length: tokens of T5; the model's own length by default.
+      on_progress: told how many prompts are encoded, of how many.
 
     Returns:
       On the host, bfloat16.
@@ -84,6 +90,7 @@ def encode_prompts(
     for start in range(0, len(prompts), 8):
         embeds = encoders.encode(prompts[start : start + 8], max_sequence_length=length)
         parts.append((np.asarray(embeds.prompt_embeds), np.asarray(embeds.pooled_prompt_embeds)))
+        on_progress(min(start + 8, len(prompts)), len(prompts))
     encoders.free()
     joined: Any = [np.concatenate([part[i] for part in parts]) for i in (0, 1)]
     return PromptSet(*joined)
@@ -119,7 +126,6 @@ def calibrate_checkpoint(
     latents: bool = True,
     force: bool = False,
     listener: Listener | None = None,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> CalibrationResult:
     """Calibrate a checkpoint's transformer; write a ternary pipeline, and its latent weights.
 
@@ -135,19 +141,21 @@ def calibrate_checkpoint(
       grid: image tokens (rows, columns).
       latents: also write `DST/latents`, from which `distill` starts.
       force: replace an existing checkpoint, once the new one is whole.
-      listener: told of the training.
-      on_bytes: told the bytes of the teacher's weights as they are read.
+      listener: told how far it is.
 
     Raises:
       UserError: anything wrong with the source, the target, the prompts or the training.
     """
     files.check_target(dst, force=force)
     check_grid(grid)
+    listener = listener or Listener()
+    folder = Path(f"{os.path.abspath(dst)}.calibration")
     with files.open_pipeline(src) as pipeline:
         # What can be refused is, before 24 GB are read.
-        make_plan(pipeline.config, pipeline.shapes, policy, config)
+        make_plan(pipeline.config, pipeline.shapes, policy, config, rank=quant.rank)
         check_prompts(pipeline.config, prompts)
-        weights = HostWeights.read(pipeline, jnp.dtype(config.compute_dtype), on_bytes)
+        dtype = jnp.dtype(config.compute_dtype)
+        weights = HostWeights.read(pipeline, dtype, listener.on_weights)
         scheduler = pipeline.scheduler or SchedulerConfig.dev()
         run = {
             "transformer": weights_fingerprint(weights),
@@ -157,8 +165,10 @@ def calibrate_checkpoint(
             **dataclasses.asdict(policy),
             **dataclasses.asdict(config),
         }
-        progress = Progress(Path(f"{os.path.abspath(dst)}.calibration"), run)
-        with progress.locked():
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder):
+            progress = Progress(folder, run)
             calibrator = Calibrator(
                 weights, scheduler, prompts, grid, quant, policy, config, progress
             )
@@ -173,7 +183,7 @@ def calibrate_checkpoint(
                 target = stage / LATENTS if latents else None
                 tensors = _write_parts(calibrator, quant, policy, target)
                 write_transformer(stage / "transformer", weights.config, quant, names, tensors, {})
-        shutil.rmtree(progress.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     return CalibrationResult(reports=reports, coverage=coverage(weights.shapes(), names))
 
 
@@ -222,13 +232,13 @@ def _write_latents(calibrator: Calibrator, part: Part, params: Any, folder: Path
 
 
 def weights_fingerprint(weights: HostWeights) -> str:
-    """A short name for a teacher: its shapes and its small tensors."""
+    """A short name for a teacher: its shapes, its vectors, and the first row of each matrix."""
     crc = 0
     for part in weights.parts:
         for name, values in weights.part(part).items():
             crc = zlib.crc32(f"{part.prefix}{name} {values.shape} {values.dtype}".encode(), crc)
-            if values.ndim == 1:
-                crc = zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, crc)
+            row = values if values.ndim == 1 else values[0]
+            crc = zlib.crc32(np.ascontiguousarray(row).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 

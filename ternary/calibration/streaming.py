@@ -9,6 +9,7 @@ samples.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -143,22 +144,28 @@ class HostWeights:
 
     @classmethod
     def read(
-        cls, pipeline: Pipeline, dtype: Any, on_bytes: Callable[[int], None] = lambda nbytes: None
+        cls,
+        pipeline: Pipeline,
+        dtype: Any,
+        on_bytes: Callable[[int, int], None] = lambda done, total: None,
     ) -> HostWeights:
         """All weights of an opened checkpoint.
 
         Args:
           pipeline: where they are.
           dtype: that they shall have, bfloat16 or float32.
-          on_bytes: told the bytes of each tensor.
+          on_bytes: told the bytes that are read, of how many.
 
         Raises:
           UserError: they cannot be read.
         """
-        tensors = {}
+        tensors, dtype = {}, np.dtype(dtype)
+        done = 0
+        total = dtype.itemsize * sum(math.prod(shape) for shape in pipeline.shapes.values())
         for name in pipeline.shapes:
-            tensors[name] = pipeline.read(name).astype(np.dtype(dtype), copy=False)
-            on_bytes(tensors[name].nbytes)
+            tensors[name] = pipeline.read(name).astype(dtype, copy=False)
+            done += tensors[name].nbytes
+            on_bytes(done, total)
         return cls(pipeline.config, tensors)
 
     def part(self, part: Part) -> dict[str, np.ndarray]:

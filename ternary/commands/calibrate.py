@@ -10,48 +10,33 @@ import typer
 
 from flux_jax.errors import UserError
 from pallas_kernels.command_line import Force, Json, Quiet
+from ternary.commands.options import (
+    ActivationBits,
+    Exclude,
+    Granularity,
+    Include,
+    PromptFile,
+    Refit,
+    Teacher,
+)
 from ternary.commands.telling import tell_checkpoint
 
 
 def calibrate(
-    teacher: Annotated[
-        str,
-        typer.Option(
-            help="tiny, a diffusers folder or hub id, a Black Forest Labs file, or a Flax "
-            "checkpoint.",
-            show_default=False,
-        ),
-    ],
-    prompts: Annotated[
-        Path, typer.Option(help="UTF-8 text, one prompt a line.", show_default=False)
-    ],
+    teacher: Teacher,
+    prompts: PromptFile,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder to be made.", show_default=False)
     ],
-    granularity: Annotated[
-        str, typer.Option(help="What shares a scale: tensor, channel, or group128.")
-    ] = "channel",
-    activation_bits: Annotated[
-        int, typer.Option(help="16, or 8 for int8 activations with a scale per token.")
-    ] = 16,
-    refit: Annotated[
-        int, typer.Option(min=0, help="Least-squares refits of the scale after the absolute mean.")
-    ] = 0,
+    granularity: Granularity = "channel",
+    activation_bits: ActivationBits = 16,
+    refit: Refit = 0,
     rank: Annotated[int, typer.Option(min=0, help="Of a 16-bit branch beside each weight.")] = 0,
     learned_scale: Annotated[
         bool, typer.Option("--learned-scale", help="Train the scales beside the weights.")
     ] = False,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Linears to be ternary, by pattern (`*` stands for anything); may be repeated.",
-            show_default="every linear of every block",
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="Linears that stay as they are; may be repeated.", show_default="none"),
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     samples: Annotated[int, typer.Option(help="States at which each block is trained.")] = 256,
     states_each: Annotated[int, typer.Option(help="States from one trajectory.")] = 4,
     sampling_steps: Annotated[int, typer.Option(help="Euler steps of a trajectory.")] = 20,
@@ -144,8 +129,13 @@ def calibrate(
     src = resolve(teacher)
     grid = image_grid(src, height, width)
     texts = choose_prompts(texts, config)
-    encoded = encode_prompts(src, texts, max_sequence_length=max_sequence_length)
     with Bars(config.steps, quiet=quiet) as bars:
+        encoded = encode_prompts(
+            src,
+            texts,
+            max_sequence_length=max_sequence_length,
+            on_progress=lambda done, total: bars.show("prompts", done, total),
+        )
         result = calibrate_checkpoint(
             src,
             out,
@@ -174,7 +164,7 @@ def parse_blocks(text: str | None) -> int | tuple[str, ...] | None:
 
 
 class Bars:
-    """Progress on stderr: a bar for the trajectories, then one for each part, with its loss."""
+    """Progress on stderr: a bar for each stage, then one for each part, with its loss."""
 
     def __init__(self, steps: int, *, quiet: bool):
         self._steps = steps
@@ -195,11 +185,14 @@ class Bars:
         bars = self
 
         class Shown(Listener):
+            def on_weights(self, done: int, total: int) -> None:
+                bars.show("weights", done, total, unit="B")
+
             def on_states(self, done: int, total: int) -> None:
-                bars._show("trajectories", done, total)
+                bars.show("trajectories", done, total)
 
             def on_step(self, part: Any, step: int, loss: float) -> None:
-                bars._show(part.name, step, bars._steps)
+                bars.show(part.name, step, bars._steps)
                 bars._bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
 
             def on_part(self, part: Any, report: Any) -> None:
@@ -211,14 +204,21 @@ class Bars:
 
         return Shown()
 
-    def _show(self, what: str, done: int, total: int) -> None:
+    def show(self, what: str, done: int, total: int, unit: str = "it") -> None:
+        """Set the bar of a stage; the bar of another one ends."""
         from tqdm import tqdm
 
         if what != self._what:
             self._close()
             self._what = what
             self._bar = tqdm(
-                total=total, desc=what, disable=self._quiet, file=sys.stderr, leave=False
+                total=total,
+                desc=what,
+                unit=unit,
+                unit_scale=unit == "B",
+                disable=self._quiet,
+                file=sys.stderr,
+                leave=False,
             )
         self._bar.update(done - self._bar.n)
 

@@ -10,20 +10,12 @@ from typing import Annotated
 import typer
 
 from pallas_kernels.command_line import Json, Quiet, print_json
+from ternary.commands.options import PromptFile, Teacher
 
 
 def distill(
-    teacher: Annotated[
-        str,
-        typer.Option(
-            help="tiny, a diffusers folder or hub id, a Black Forest Labs file, or a Flax "
-            "checkpoint.",
-            show_default=False,
-        ),
-    ],
-    prompts: Annotated[
-        Path, typer.Option(help="UTF-8 text, one prompt a line.", show_default=False)
-    ],
+    teacher: Teacher,
+    prompts: PromptFile,
     out: Annotated[
         Path,
         typer.Option(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from flux_jax.errors import UserError
 from pallas_kernels.command_line import Force, Json, Quiet, check_folder_of, print_json
+from ternary.commands.telling import inspection_bar
 
 
 def report(
@@ -66,8 +66,6 @@ def report(
       python -m ternary report RUN --out report.html --quiet
     """
     # Late: JAX takes a second, and --help should not.
-    from tqdm import tqdm
-
     from ternary.run_report.folder import read_run
     from ternary.run_report.layers import inspect_student
     from ternary.run_report.page import render, write_page
@@ -91,13 +89,8 @@ def report(
         score_run(found, folder, named, limit=limit, progress=not quiet)
     inspected, distances = None, {}
     if folder is not None:
-        with tqdm(desc="inspect", unit=" layers", disable=quiet, file=sys.stderr) as bar:
-
-            def advance(total: int) -> None:
-                bar.total = total
-                bar.update()
-
-            teacher_name = named if isinstance(named, str) else None
+        teacher_name = named if isinstance(named, str) else None
+        with inspection_bar(quiet=quiet) as advance:
             inspected, distances = inspect_student(folder, teacher_name, on_layer=advance)
     now = datetime.datetime.now(datetime.UTC)
     page = render(found, read_evaluations(found), inspected, distances, now=now)

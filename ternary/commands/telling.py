@@ -1,7 +1,10 @@
-"""What the commands that make a ternary checkpoint print at their end."""
+"""What several commands show: the checkpoint that was made, and how far one is inspected."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,3 +28,18 @@ def tell_checkpoint(folder: Path, coverage: Coverage, *, json: bool, quiet: bool
             f"are ternary; {size / 1e6:,.1f} MB, {2 * coverage.total / size:.2f} times smaller "
             "than bf16"
         )
+
+
+@contextlib.contextmanager
+def inspection_bar(*, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr for `inspect_checkpoint` and its like, as what they tell of each layer."""
+    # Late: --help should be quick.
+    from tqdm import tqdm
+
+    with tqdm(desc="inspect", unit=" layers", disable=quiet, file=sys.stderr) as bar:
+
+        def advance(total: int) -> None:
+            bar.total = total
+            bar.update()
+
+        yield advance

@@ -18,6 +18,9 @@ class Table:
       path: the file; rows that it has are kept, but for those beyond `step`.
       columns: names, `step` first.
       step: the last step whose row counts.
+
+    Attributes:
+      last: the last row that was kept, its cells by column; None without any.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], step: int):
@@ -26,6 +29,7 @@ class Table:
         with unfinished.open("w", newline="") as file:
             csv.writer(file).writerows([columns, *rows])
         unfinished.replace(path)
+        self.last = dict(zip(columns, rows[-1], strict=True)) if rows else None
         self._columns = tuple(columns)
         self._file = path.open("a", newline="")
         self._rows = csv.writer(self._file)
@@ -41,7 +45,7 @@ class Table:
 
 
 def _cell(value: Any) -> Any:
-    return repr(value) if isinstance(value, float) else value
+    return repr(float(value)) if isinstance(value, float) else value
 
 
 def _read(path: Path, columns: Sequence[str]) -> list[list[str]]:
@@ -80,9 +84,12 @@ class Board:
         self._writer.close()
 
 
-def first_not_finite(rows: Iterable[Mapping[str, Any]], column: str) -> int | None:
-    """The step of the first row whose value is NaN or infinite."""
+def first_not_finite(
+    rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
+) -> tuple[int, str] | None:
+    """(step, column) of the first value that is NaN or infinite, if there is one."""
     for row in rows:
-        if not math.isfinite(row[column]):
-            return int(row["step"])
+        for column in columns:
+            if not math.isfinite(row[column]):
+                return int(row["step"]), column
     return None

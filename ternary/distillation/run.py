@@ -7,6 +7,7 @@ noise, from step 0 on), `checkpoints/` and, at the end, `student/`, a whole tern
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -29,20 +30,22 @@ from ternary.distillation.held_out import HeldOut
 from ternary.distillation.metrics import first_not_finite
 from ternary.distillation.placement import Freezer, Start, abstract_student
 from ternary.distillation.prompt_feed import PromptFeed
-from ternary.distillation.report import Report
 from ternary.distillation.run_config import RunConfig
+from ternary.distillation.run_log import RunLog
 from ternary.distillation.step import Metrics, StepFunction, TrainState
 from ternary.distillation.task import (
     Prompts,
     Task,
     calibrated_start,
     open_folder,
+    open_start,
     split_prompts,
 )
 from ternary.distillation.text_cache import TextTable, cached_embeds
 from ternary.distillation.training_state import StateStore
 from ternary.distillation.trajectory import Trajectories
-from ternary.storage.checkpoint import save_checkpoint
+from ternary.storage.run_folder import claimed
+from ternary.storage.saving import save_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +83,8 @@ def distill(
       progress: whether to show a progress bar on stderr.
 
     Raises:
-      UserError: input that cannot be used, a loss that is not finite, or a disk that is full; the
-        last good checkpoint is named.
+      UserError: input that cannot be used, another run in the folder, a loss or gradient that is
+        not finite, or a disk that is full; the last good checkpoint is named.
     """
     mesh = config.mesh.make() if mesh is None else mesh
     if axis_size(mesh, "sequence") > 1:
@@ -95,16 +98,17 @@ def distill(
     processes = Processes.here()
     prompts = split_prompts(task, config)
     if processes.first:
-        open_folder(out, task, config)
+        open_folder(out, task, config, prompts)
     processes.wait("the folder")
-    run = _Run(task, out, config, prompts, mesh, processes, progress)
-    try:
-        outcome = run.go()
-    except BaseException:
-        # With others, which may be gone, there is nothing to wait for.
-        run.close(store=processes.count == 1)
-        raise
-    run.close()
+    with claimed(out) if processes.first else contextlib.nullcontext():
+        run = _Run(task, out, config, prompts, mesh, processes, progress)
+        try:
+            outcome = run.go()
+        except BaseException:
+            # With others, which may be gone, there is nothing to wait for.
+            run.close(store=processes.count == 1)
+            raise
+        run.close()
     return outcome
 
 
@@ -126,18 +130,22 @@ class _Run:
         self.store = StateStore(out / "checkpoints", keep=config.checkpoints)
         self.resumed = self.store.latest is not None
         self.done = self.store.latest or 0
-        self.report = Report(
-            out,
-            config,
-            prompts.judged,
-            done=self.store.latest,
-            writes=processes.first,
-            progress=progress,
-        )
+        try:
+            self.log = RunLog(
+                out,
+                config,
+                prompts.judged,
+                done=self.store.latest,
+                writes=processes.first,
+                progress=progress,
+            )
+        except UserError:
+            self.store.close()
+            raise
         self._table: TextTable | None = None
 
     def close(self, *, store: bool = True) -> None:
-        self.report.close()
+        self.log.close()
         if store:
             self.store.close()
         if self._table is not None:
@@ -157,6 +165,9 @@ class _Run:
             images=1,
             num_images_per_prompt=1,
         )
+        if self.task.start is not None and not self.resumed:
+            # Before anything that takes long.
+            open_start(self.task.start, config).close()
         plan = request.plan
         table = self._table = self._embeds(request)
         dtype = jnp.dtype(config.distill.compute_dtype)
@@ -275,9 +286,9 @@ class _Run:
 
         def draw(number: int, state: TrainState) -> None:
             if pictures is not None:
-                self.report.draw(number, freezer(state.ema or state.params), pictures)
+                self.log.draw(number, freezer(state.ema or state.params), pictures)
 
-        self.report.begin()
+        self.log.begin()
         pending: list[Metrics] = []
         if not self.resumed:
             draw(0, state)
@@ -290,7 +301,7 @@ class _Run:
             save = last or self.done % config.checkpoint_every == 0
             look = last or (config.sample_every and self.done % config.sample_every == 0)
             if save or look or len(pending) >= config.log_every:
-                self._log(pending, since)
+                self._look(pending, since)
                 pending = []
             if save:
                 self.store.save(self.done, state)
@@ -301,24 +312,26 @@ class _Run:
         self.store.wait()
         return state
 
-    def _log(self, pending: Sequence[Metrics], since: float) -> None:
+    def _look(self, pending: Sequence[Metrics], since: float) -> None:
         """Report the last steps; stop if one is not finite."""
-        rows = self.report.rows(self.done, pending, since)
-        wrong = first_not_finite(rows, "loss")
+        rows = self.log.rows(self.done, pending, since)
+        # A gradient that is not finite has made the parameters so, which the next loss would show.
+        wrong = first_not_finite(rows, ("loss", "grad_norm"))
         if wrong is not None:
+            step, what = wrong
             self.store.wait()
             raise UserError(
-                f"the loss of step {wrong} is not finite; {self.store.describe_latest()}. Lower "
-                "distill.learning_rate or distill.max_grad_norm"
+                f"the {what} of step {step} is not finite; {self.store.describe_latest()}. Begin "
+                "in another folder with a lower distill.learning_rate or distill.max_grad_norm"
             )
-        self.report.add(rows)
+        self.log.add(rows)
 
     def _outcome(self) -> Outcome:
-        found = self.report.held_out
+        found = self.log.held_out
         return Outcome(
             student=self.out / "student",
             steps=self.done,
-            loss=self.report.loss,
+            loss=self.log.loss,
             median_psnr=found.get("median_psnr_db"),
             score=found.get("score"),
             teacher_score=found.get("teacher_score"),

@@ -9,12 +9,16 @@ from typing import Any, TypeVar
 
 import yaml
 
+from flux_jax import arguments
 from flux_jax.errors import UserError
 from flux_jax.sharding import MeshConfig
 from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig
 from ternary.policy import Policy
 
 T = TypeVar("T")
+
+# Every place of the pool of trajectories keeps the seed, as int32.
+SEED_LIMIT = 2**31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,8 @@ class RunConfig:
       max_sequence_length: T5 tokens of a prompt; None for the model's.
       held_out: prompts of the file that are kept from training, to be drawn; not used where
         held-out prompts are given apart.
-      sample_every: steps between two drawings of the held-out prompts; 0 for the last step alone.
+      sample_every: steps between two drawings of the held-out prompts; 0 for none between those
+        before the first step and after the last.
       sampling_steps, guidance_scale: with which they are drawn.
       sample_batch_size: images drawn together.
       log_every: steps between two looks at the metrics.
@@ -61,14 +66,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every", "checkpoint_every", "checkpoints"):
-            _at_least(name, getattr(self, name), 1)
+            arguments.integer(name, getattr(self, name))
+        for name in ("sampling_steps", "sample_batch_size"):
+            arguments.integer(name, getattr(self, name))
         for name in ("held_out", "sample_every", "seed"):
-            _at_least(name, getattr(self, name), 0)
-
-
-def _at_least(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{name} must be a whole number of at least {low}, got {value!r}")
+            arguments.integer(name, getattr(self, name), least=0)
+        arguments.scale("guidance_scale", self.guidance_scale)
+        if self.seed >= SEED_LIMIT:
+            raise UserError(f"seed must be below 2**31, got {self.seed}")
 
 
 def read_run_config(path: Path | None, changes: Sequence[str] = ()) -> RunConfig:
@@ -136,19 +141,21 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     """`value` if it is of the default's kind; whole numbers serve as floats."""
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    kind: type | tuple[type, ...] = type(default)
-    if default is None:
-        kind = (int, type(None))
-    elif isinstance(default, tuple):
-        kind = (list, tuple)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        # Patterns, of which there may be none, are texts.
+        like = default[0] if default else ""
+        return tuple(_checked(name, item, like) for item in value)
+    kind = (int, type(None)) if default is None else type(default)
+    if not isinstance(value, kind) or (isinstance(value, bool) and not isinstance(default, bool)):
         expected = "a whole number" if default is None else f"like {default!r}"
         raise UserError(f"setting {name!r} must be {expected}, got {value!r}")
-    return tuple(value) if isinstance(value, list) else value
+    return value
 
 
 def _numbers(value: Any) -> Any:
     """YAML 1.1 takes 1e-3 for text; people do not."""
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
     if isinstance(value, str):
         try:
             return float(value)
@@ -159,9 +166,7 @@ def _numbers(value: Any) -> Any:
 
 def to_yaml(config: RunConfig, **more: Any) -> str:
     """The settings as YAML, every one of them; `more` in front."""
-    values = {**more, **dataclasses.asdict(config)}
-    plain = yaml.safe_load(yaml.safe_dump(_lists(values)))
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.safe_dump(_lists({**more, **dataclasses.asdict(config)}), sort_keys=False)
 
 
 def _lists(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -22,8 +23,9 @@ from flux_jax.sharding import flat_shardings, mesh_in_scope
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import Flat, split_flat, to_flat
 from ternary.config import DistillConfig
+from ternary.distillation.optimizer import make_optimizer
 from ternary.distillation.trajectory import Pool, States, Trajectories
-from ternary.layers import FakeTernaryLinear
+from ternary.layers import FakeTernaryLinear, trained_dtype
 from ternary.policy import linears
 
 
@@ -55,7 +57,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       params: the student's parameters, latent weights among them.
-      ema: their average, or an empty dictionary.
+      ema: their average in float32, or an empty dictionary.
       optimizer: its state.
       pool: the trajectories.
       step: steps taken.
@@ -84,40 +86,6 @@ class Metrics(NamedTuple):
     relative: Float[Array, ""]
     blocks: Float[Array, ""]
     grad_norm: Float[Array, ""]
-
-
-def learning_rate(config: DistillConfig) -> optax.Schedule:
-    """Linear warm-up, constant, linear decay to zero."""
-    falling = max(int(config.decay * config.steps), 1)
-    warmup = min(config.warmup, max(config.steps - falling, 1))
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, config.learning_rate, warmup),
-            optax.constant_schedule(config.learning_rate),
-            optax.linear_schedule(config.learning_rate, 0.0, falling),
-        ],
-        [warmup, max(config.steps - falling, warmup)],
-    )
-
-
-def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
-    """The chosen optimiser behind gradient clipping; only matrices are decayed."""
-    rate = learning_rate(config)
-
-    def matrices(params: Flat) -> dict[str, bool]:
-        return {name: value.ndim > 1 for name, value in params.items()}
-
-    if config.optimizer == "adamw":
-        inner = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=matrices)
-    elif config.optimizer == "lion":
-        inner = optax.lion(
-            rate, mu_dtype=jnp.bfloat16, weight_decay=config.weight_decay, mask=matrices
-        )
-    else:
-        inner = optax.adafactor(
-            rate, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None
-        )
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), inner)
 
 
 class StepFunction:
@@ -216,10 +184,10 @@ class StepFunction:
             remat=self.config.remat,
         )
         error = jnp.mean(jnp.square(velocity - wanted))
-        apart = [_relative_error(*pair) for pair in zip(blocks, wanted_blocks, strict=True)]
+        apart = [relative_error(*pair) for pair in zip(blocks, wanted_blocks, strict=True)]
         block_error = jnp.mean(jnp.stack(apart)) if apart else jnp.float32(0)
         loss = error + self.config.block_loss * block_error
-        relative = _relative_error(velocity, wanted)
+        relative = jnp.mean(relative_error(velocity, wanted))
         return loss, (velocity, Metrics(loss, error, relative, block_error, jnp.float32(0)))
 
     def __call__(
@@ -238,7 +206,9 @@ class StepFunction:
             params: Flat = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
         decay = self.config.ema
         ema = (
-            jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+            jax.tree.map(
+                lambda e, p: decay * e + (1.0 - decay) * p.astype(e.dtype), state.ema, params
+            )
             if decay
             else {}
         )
@@ -292,10 +262,12 @@ class StepFunction:
           seed: of the trajectories.
         """
         master = jnp.dtype(self.config.master_dtype)
-        params = {name: jnp.array(value, master) for name, value in params.items()}
+        params = {n: jnp.array(value, trained_dtype(n, master)) for n, value in params.items()}
+        # In bf16 an average would stand still: a step's part of it is below half a unit.
+        ema = {n: jnp.array(value, jnp.float32) for n, value in params.items()}
         return TrainState(
             params=params,
-            ema=jax.tree.map(jnp.copy, params) if self.config.ema else {},
+            ema=ema if self.config.ema else {},
             optimizer=self.optimizer.init(params),
             pool=self.trajectories.start(seed),
             step=jnp.int32(0),
@@ -353,7 +325,7 @@ def pmap_step(step: StepFunction) -> Callable[..., tuple[TrainState, Metrics]]:
     return jax.pmap(step, axis_name=step.axis_name)
 
 
-def latent_names(student: FluxTransformer) -> frozenset[str]:
+def latent_names(student: nnx.Module) -> frozenset[str]:
     """Names of all parameters that belong to a fake-ternary layer."""
     layers = linears(student, FakeTernaryLinear).keys()
     return frozenset(name for name in to_flat(student) if name.rpartition(".")[0] in layers)
@@ -365,8 +337,10 @@ def _text(prompts: PromptSet | PromptRows, states: States) -> PromptRows:
     return PromptRows(*(jnp.take(field, states.prompt, axis=0) for field in prompts))
 
 
-def _relative_error(ours: Float[Array, "B L C"], theirs: Float[Array, "B L C"]) -> Array:
-    """Mean over the rows of `|ours - theirs|^2 / |theirs|^2`: a batch may be split over devices."""
+def relative_error(
+    ours: Float[Array, "B ..."], theirs: Float[Array, "B ..."]
+) -> Float[Array, " B"]:
+    """Each row's `|ours - theirs|^2 / |theirs|^2`, float32: a batch may be split over devices."""
     ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
-    error = jnp.sum(jnp.square(ours - theirs), axis=(1, 2))
-    return jnp.mean(error / jnp.sum(jnp.square(theirs), axis=(1, 2)))
+    axes = tuple(range(1, ours.ndim))
+    return jnp.sum(jnp.square(ours - theirs), axis=axes) / jnp.sum(jnp.square(theirs), axis=axes)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +17,8 @@ from flux_jax.errors import UserError
 from flux_jax.prompt_file import read_prompts
 from flux_jax.tree import Flat
 from ternary.distillation.run_config import RunConfig, differences, to_yaml
-from ternary.storage.latents import load_latents
+from ternary.storage.latents import Latents, load_latents
+from ternary.storage.run_folder import write_whole, writing
 
 # Prompts that carry a composition score come with the package.
 COMPOSITION = "composition"
@@ -53,6 +57,10 @@ class Prompts:
     held_out: list[str]
     judged: list[EvalPrompt]
 
+    def fingerprint(self) -> str:
+        """A short name for the texts: states name their prompts by row."""
+        return f"{zlib.crc32(json.dumps([self.train, self.held_out]).encode()):08x}"
+
 
 def split_prompts(task: Task, config: RunConfig) -> Prompts:
     """Training and held-out prompts; the two share none.
@@ -79,8 +87,13 @@ def split_prompts(task: Task, config: RunConfig) -> Prompts:
     return Prompts(train=train, held_out=held_out, judged=judged)
 
 
-def open_folder(out: Path, task: Task, config: RunConfig) -> None:
+def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> None:
     """Make a run's folder, or see that it holds this very run, on whichever mesh.
+
+    Args:
+      out: the folder.
+      task, config: what the run is about, and its settings.
+      prompts: those of the task; a run does not go on with others.
 
     Raises:
       UserError: it was begun with other settings, or cannot be written to.
@@ -88,13 +101,16 @@ def open_folder(out: Path, task: Task, config: RunConfig) -> None:
     settings = {name: None if v is None else str(v) for name, v in vars(task).items()}
     # `held_out` is a setting too: how many to keep from training where no file is given.
     settings["held_out_prompts"] = settings.pop("held_out")
+    settings["prompts_crc32"] = prompts.fingerprint()
     text = to_yaml(config, **settings)
     path = out / "run.yaml"
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            before, now = yaml.safe_load(path.read_text()), yaml.safe_load(text)
-            changed = differences({**before, "mesh": None}, {**now, "mesh": None})
+            before, now = _stored_settings(path), yaml.safe_load(text)
+            # A run may go on on another mesh; one of an earlier version does not name its texts.
+            before = {"prompts_crc32": now["prompts_crc32"], **before, "mesh": None}
+            changed = differences(before, {**now, "mesh": None})
             if changed:
                 raise UserError(
                     f"{out} holds a run with other settings ({'; '.join(changed[:4])}): go on "
@@ -103,9 +119,34 @@ def open_folder(out: Path, task: Task, config: RunConfig) -> None:
         elif any(out.iterdir()):
             raise UserError(f"{out} is not empty and holds no run: name another folder")
         else:
-            path.write_text(text)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+            write_whole(path, text)
+
+
+def _stored_settings(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: restore it, or name another folder")
+    return content
+
+
+def open_start(folder: Path, config: RunConfig) -> Latents:
+    """The latent weights of a calibration, opened; their shapes are not looked at yet.
+
+    Raises:
+      UserError: there are none, or they are of a student that these settings do not describe.
+    """
+    latents, quant, policy = load_latents(folder)
+    found, wanted = (
+        {"quant": dataclasses.asdict(q), "policy": dataclasses.asdict(p)}
+        for q, p in ((quant, policy), (config.quant, config.policy))
+    )
+    if found != wanted:
+        changed = "; ".join(differences(found, wanted))
+        raise UserError(f"{folder} was calibrated for another student ({changed})")
+    return latents
 
 
 def calibrated_start(folder: Path, params: Flat, config: RunConfig) -> Flat:
@@ -119,23 +160,14 @@ def calibrated_start(folder: Path, params: Flat, config: RunConfig) -> Flat:
     Raises:
       UserError: they are of another student.
     """
-    flat, quant, policy = load_latents(folder)
-    if (quant, policy) != (config.quant, config.policy):
-        found = differences(
-            {"quant": dataclasses.asdict(quant), "policy": dataclasses.asdict(policy)},
-            {
-                "quant": dataclasses.asdict(config.quant),
-                "policy": dataclasses.asdict(config.policy),
-            },
-        )
-        raise UserError(f"{folder} was calibrated for another student ({'; '.join(found)})")
-    shapes = {name: tuple(value.shape) for name, value in params.items()}
-    if {name: tuple(flat.spec(name).shape) for name in flat} != shapes:
-        raise UserError(f"{folder} was calibrated for another transformer than the teacher's")
-    arrays: Flat = {}
-    for name, wanted in params.items():
-        host = flat[name]
-        arrays[name] = jax.make_array_from_callback(
-            host.shape, wanted.sharding, lambda index, host=host: host[index]
-        )
-    return arrays
+    with open_start(folder, config) as latents:
+        shapes = {name: tuple(value.shape) for name, value in params.items()}
+        if {name: tuple(latents.spec(name).shape) for name in latents} != shapes:
+            raise UserError(f"{folder} was calibrated for another transformer than the teacher's")
+        arrays: Flat = {}
+        for name, shape in params.items():
+            host = latents[name]
+            arrays[name] = jax.make_array_from_callback(
+                host.shape, shape.sharding, lambda index, host=host: host[index]
+            )
+        return arrays

@@ -22,6 +22,7 @@ from flux_jax.processes import Processes
 from flux_jax.prompts import PromptEmbeds
 from ternary.storage import files
 from ternary.storage.format import BFLOAT16, Stored
+from ternary.storage.run_folder import writing
 from ternary.storage.tensor_file import TensorFile
 
 # Prompts of one file: what is in host memory at a time while it is written.
@@ -129,16 +130,13 @@ def _write(
 ) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(exist_ok=True)
-        with TensorFile(unfinished, _tensors(len(prompts), shape)) as file:
-            embeds = encode(prompts)
-            file.write("txt", _host(embeds.prompt_embeds))
-            file.write("pooled", _host(embeds.pooled_prompt_embeds))
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the text embeddings {path}: {error.strerror or error}"
-        ) from error
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            with TensorFile(unfinished, _tensors(len(prompts), shape)) as file:
+                embeds = encode(prompts)
+                file.write("txt", _host(embeds.prompt_embeds))
+                file.write("pooled", _host(embeds.pooled_prompt_embeds))
+            os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 

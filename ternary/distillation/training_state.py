@@ -10,9 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from flux_jax.errors import UserError
-
-# Orbax reports every phase of every save at INFO.
-logging.getLogger("absl").setLevel(logging.WARNING)
+from ternary.storage.run_folder import writing
 
 
 class StateStore:
@@ -28,14 +26,12 @@ class StateStore:
     """
 
     def __init__(self, folder: Path, *, keep: int):
+        # Orbax reports every phase of every save at INFO.
+        logging.getLogger("absl").setLevel(logging.WARNING)
         self.folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        try:
+        with writing(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
-        except OSError as error:
-            raise UserError(
-                f"cannot make the folder {self.folder}: {error.strerror or error}"
-            ) from error
 
     @property
     def latest(self) -> int | None:

@@ -92,9 +92,7 @@ def layers(report: Report | None, distances: Mapping[str, Distance]) -> Element 
         ]
         for layer in report.layers
     ]
-    rank = f", low-rank branch of rank {report.rank}" if report.rank else ""
-    summary = f"{len(report.layers)} ternary layers: W1.58A{report.activation_bits}, "
-    summary += f"a scale per {report.granularity}{rank}."
+    summary = f"{report.summary}."
     if not errors:
         summary += " The teacher is not on this machine: the error of the weights is not known."
     return section(

@@ -142,7 +142,7 @@ def _columns(path: Path, missing: list[str]) -> Columns:
         return {}
     kept: list[list[float]] = []
     for row in rows:
-        if len(row) == len(names) and row[0].isdigit():
+        if row and len(row) == len(names) and row[0].isdigit():
             values = [_number(cell) for cell in row]
             if not kept or values[0] > kept[-1][0]:
                 kept.append(values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import string
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -11,7 +10,6 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from flux_jax import __version__
-from flux_jax.errors import UserError
 from ternary.run_report import chart_sections, sections
 from ternary.run_report.folder import Run
 from ternary.run_report.layers import Distance
@@ -19,6 +17,7 @@ from ternary.run_report.markup import element, json_in_html, to_html
 from ternary.run_report.pictures import gallery
 from ternary.run_report.scores import Evaluations, run_scores
 from ternary.storage.inspection import Report
+from ternary.storage.run_folder import write_whole, writing
 
 
 def render(
@@ -72,15 +71,8 @@ def write_page(target: Path, page: str) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        # Characters that no encoding has, as of a broken file name, become question marks.
-        unfinished.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(unfinished, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with writing(target):
+        write_whole(target, page)
 
 
 def _present(parts: Sequence[Element | None]) -> list[Element]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flux_jax.errors import UserError
 from ternary.distillation.held_out import corner
 from ternary.run_report.folder import Run, Sample
 from ternary.run_report.scores import Evaluations
@@ -95,12 +94,14 @@ def _drawn(samples: Sequence[Sample]) -> Gallery | None:
         for key, (teacher, student, note) in cut.items():
             before = pairs.get(key)
             if before is None and len(views) == 1:
-                size = _fit(teacher.size, LONGEST)
-                first = Pair(
-                    prompt=key[0], seed=key[1], teacher=_data(teacher, LONGEST), students={},
-                    notes={}, size=size,
-                )  # fmt: skip
-                before = pairs[key] = first
+                before = pairs[key] = Pair(
+                    prompt=key[0],
+                    seed=key[1],
+                    teacher=_data(teacher, LONGEST),
+                    students={},
+                    notes={},
+                    size=_fit(teacher.size, LONGEST),
+                )
             if before is not None:
                 before.students[view] = _data(student, LONGEST)
                 before.notes[view] = note
@@ -186,7 +187,7 @@ def _open(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, UserError):
+    except (OSError, SyntaxError, ValueError):
         return None
 
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flux_jax import assets, loading
+from flux_jax import arguments, assets, loading
 from flux_jax.errors import UserError
 from ternary.config import QuantConfig
+from ternary.distillation.run_config import RunConfig
 from ternary.policy import Policy
 from ternary.run_report.folder import Run
 from ternary.storage.checkpoint import open_checkpoint
@@ -144,16 +145,18 @@ def score(
 
     prompts = select_prompts(limit)
     texts = [prompt.prompt for prompt in prompts]
-    steps = run.settings.get("sampling_steps")
+    default = RunConfig()
     settings = {
-        "num_inference_steps": steps,
-        "guidance_scale": run.settings.get("guidance_scale", 3.5),
+        "num_inference_steps": run.settings.get("sampling_steps"),
+        "guidance_scale": run.settings.get("guidance_scale", default.guidance_scale),
     }
     request = loading.check_request(
         teacher, {**settings, "prompt": texts}, images=len(texts), num_images_per_prompt=1
     )
     encoders = TextEncoders.from_pretrained(request.path)
-    batch_size = int(run.settings.get("sample_batch_size", 1))
+    batch_size = arguments.integer(
+        "sample_batch_size", run.settings.get("sample_batch_size", default.sample_batch_size)
+    )
     embeds = encoders.encode(
         texts,
         max_sequence_length=request.plan.max_sequence_length,

@@ -16,7 +16,7 @@ from ternary.run_report.scores import Column
 from ternary.storage.inspection import Report
 
 # Settings of the command line, before those of `RunConfig`.
-TASK = ("teacher", "prompts", "held_out", "start")
+TASK = ("teacher", "prompts", "prompts_crc32", "held_out_prompts", "start")
 
 
 def heading(name: str, run: Run) -> Element:

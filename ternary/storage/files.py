@@ -166,8 +166,8 @@ class StoredTensors:
         self._reader.close()
 
 
-def dense_specs(shapes: Mapping[str, Shape], dtype: np.dtype) -> dict[str, Any]:
-    """Shapes as `convert` wants them from a reader."""
+def reader_specs(tensors: Mapping[str, Stored]) -> dict[str, Any]:
+    """Shapes and dtypes as `convert` wants them from a reader."""
     from convert.tensors import Spec
 
-    return {name: Spec(shape, dtype) for name, shape in shapes.items()}
+    return {name: Spec(shape, dtype) for name, (shape, dtype) in tensors.items()}

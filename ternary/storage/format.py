@@ -114,6 +114,15 @@ def read_description(raw: Any, what: str) -> Description:
         raise UserError(f"{what}: quantization_config: a checksum or error is no number") from error
 
 
+def linears_in(dense: Mapping[str, Shape]) -> list[str]:
+    """The linears of a dense model, from the shapes of its parameters."""
+    return [
+        name.removesuffix(WEIGHT)
+        for name, shape in dense.items()
+        if name.endswith(WEIGHT) and len(shape) == 2
+    ]
+
+
 def layers_in(stored: Iterable[str]) -> list[str]:
     """The ternary linears, from the names of the stored tensors."""
     return [name.removesuffix(CODES) for name in stored if name.endswith(CODES)]

@@ -6,14 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flux_jax.assets import resolve
 from ternary.policy import coverage
 from ternary.storage.checkpoint import TernaryCheckpoint, open_checkpoint
-from ternary.storage.format import CODES, WEIGHT
+from ternary.storage.format import CODES, Stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,15 @@ class Report:
     smaller: float
     layers: tuple[LayerReport, ...]
 
+    @property
+    def summary(self) -> str:
+        """How many layers of which kind, in words."""
+        rank = f", a low-rank branch of rank {self.rank}" if self.rank else ""
+        return (
+            f"{len(self.layers)} ternary layers: W1.58A{self.activation_bits}, a scale per "
+            f"{self.granularity}{rank}"
+        )
+
 
 def inspect_checkpoint(
     folder: str | Path, *, on_layer: Callable[[int], None] = lambda total: None
@@ -102,7 +110,6 @@ def _layer(checkpoint: TernaryCheckpoint, name: str) -> LayerReport:
     own = (CODES, ".scale", ".low_rank_a", ".low_rank_b")
     nbytes = sum(_nbytes(checkpoint.stored[name + s]) for s in own if name + s in checkpoint.stored)
     scale = checkpoint.read(f"{name}.scale").astype(np.float32)
-    assert checkpoint.shapes[name + WEIGHT] == codes.shape
     return LayerReport(
         name=name,
         shape=(rows, columns),
@@ -113,7 +120,7 @@ def _layer(checkpoint: TernaryCheckpoint, name: str) -> LayerReport:
     )
 
 
-def _nbytes(stored: Any) -> int:
+def _nbytes(stored: Stored) -> int:
     return math.prod(stored.shape) * stored.dtype.itemsize
 
 
@@ -128,11 +135,9 @@ def table(report: Report) -> list[str]:
             f"{layer.name:{width}}  {shape:>13}  {layer.zeros:6.1%}  {layer.scale:9.6f}  "
             f"{error:>6}  {layer.bits:.3f}"
         )
-    rank = f", rank {report.rank}" if report.rank else ""
     lines += [
         "",
-        f"{len(report.layers)} ternary layers: W1.58A{report.activation_bits}, a scale per "
-        f"{report.granularity}{rank}",
+        report.summary,
         f"{report.ternary_fraction:.2%} of {report.parameters:,} parameters are ternary, "
         f"{report.zeros:.1%} of those are 0",
         f"{report.nbytes / 1e9:.4g} GB, {report.bits_per_parameter:.3f} bits a parameter, "

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from flux_jax.errors import UserError
-from ternary.calibration.streaming import part_name
 from ternary.config import QuantConfig
 from ternary.policy import Policy
 from ternary.storage import files
@@ -36,7 +35,10 @@ Checksums = dict[str, int]
 
 
 class Latents(Mapping[str, np.ndarray]):
-    """Latent weights by name, each read and checked when it is asked for; nothing is kept."""
+    """Latent weights by name, each read and checked when it is asked for; nothing is kept.
+
+    A context manager: the files are closed at the end of its block.
+    """
 
     def __init__(self, folder: Path, checksums: Mapping[str, Checksums]):
         """Open the files of a folder.
@@ -83,36 +85,16 @@ class Latents(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def __enter__(self) -> Latents:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the files."""
         for reader in self._readers.values():
             reader.close()
-
-
-def save_latents(folder: Path, flat: Mapping[str, Any], quant: QuantConfig, policy: Policy) -> None:
-    """Write a student's parameters, one part at a time.
-
-    Args:
-      folder: to be made.
-      flat: float32 or bfloat16 arrays by dotted path; asked for one after another.
-      quant, policy: how the student was made of its teacher.
-
-    Raises:
-      UserError: the folder is there already.
-      OSError: it cannot be written.
-    """
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise UserError(f"{folder}: exists already; remove it, or choose another") from None
-    by_part: dict[str, list[str]] = {}
-    for name in flat:
-        by_part.setdefault(part_name(name), []).append(name)
-    checksums = {
-        part: write_part(folder / f"{part}.safetensors", {n: flat[n] for n in names})
-        for part, names in by_part.items()
-    }
-    write_index(folder, checksums, quant, policy)
 
 
 def write_part(path: Path, tensors: Mapping[str, Any]) -> Checksums:
@@ -150,13 +132,14 @@ def write_index(
 
 
 def load_latents(folder: Path) -> tuple[Latents, QuantConfig, Policy]:
-    """Open a folder that `save_latents` or `python -m ternary calibrate` wrote.
+    """Open the latent weights that `python -m ternary calibrate` wrote.
 
     Args:
       folder: the one with `latents.json`, or the checkpoint that has it under `latents/`.
 
     Returns:
-      (parameters, quant, policy); the parameters are read when they are asked for.
+      (parameters, quant, policy); the parameters are read when they are asked for, from files that
+      the caller closes.
 
     Raises:
       UserError: no such folder, another format or version, or a file that is damaged; a damaged

@@ -10,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
 from flux_jax.errors import UserError
 from pallas_kernels import GROUP, group_count
 from ternary.storage.base3 import base3_width, encode_block
+from ternary.storage.format import BFLOAT16
 from ternary.storage.threads import over_rows
-
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +81,7 @@ def quantize_weight(
 
 def _magnitudes(block: np.ndarray, granularity: str) -> np.ndarray:
     """|w| in float32, (rows, K), or (rows, G, 128) filled with zeros."""
-    if block.dtype == _BFLOAT16:
+    if block.dtype == BFLOAT16:
         bits = block.view(np.uint16) & np.uint16(0x7FFF)
         values = np.left_shift(bits, np.uint32(16), dtype=np.uint32).view(np.float32)
     else:
@@ -128,6 +126,9 @@ def _tensor_scale(weight: np.ndarray, refit_steps: int) -> np.ndarray:
 
     scale = np.zeros((1, 1), np.float32)
     for step in range(refit_steps + 1):
+        if not np.isfinite(scale).all():
+            # A refit would leave out what is NaN, and so hide it.
+            break
         half = scale / 2 if step else None
         parts = over_rows(lambda part, half=half: sums(part, half), rows, columns)
         total, count = (sum(part[i] for part in parts) for i in (0, 1))
@@ -139,7 +140,7 @@ def _codes(block: np.ndarray, half: np.ndarray) -> UInt8[np.ndarray, "N K"]:
     """1 + sign(w) where |w| > half; `half` is (1, 1), (rows, 1) or (rows, G, 1) float32."""
     if half.ndim == 3:
         half = np.repeat(half[..., 0], GROUP, axis=1)[:, : block.shape[1]]
-    if block.dtype == _BFLOAT16:
+    if block.dtype == BFLOAT16:
         # A bf16 magnitude is above `half` exactly if its bits are above those of `half` cut off to
         # bf16. As signed integers negative numbers are below all, as unsigned ones above all.
         limit = (half.view(np.uint32) >> np.uint32(16)).astype(np.uint16)

@@ -12,9 +12,9 @@ from flux_jax.errors import UserError
 from ternary.config import QuantConfig
 from ternary.policy import Coverage, Policy, coverage, select
 from ternary.storage import files
-from ternary.storage.checkpoint import write_transformer
-from ternary.storage.format import BFLOAT16, CODES, WEIGHT
+from ternary.storage.format import BFLOAT16, CODES, WEIGHT, linears_in
 from ternary.storage.pack import quantize_weight
+from ternary.storage.saving import write_transformer
 
 
 def quantize_checkpoint(
@@ -53,12 +53,8 @@ def quantize_checkpoint(
     files.check_target(dst, force=force)
     with files.open_pipeline(src) as pipeline:
         shapes = pipeline.shapes
-        candidates = [
-            name.removesuffix(WEIGHT)
-            for name, shape in shapes.items()
-            if name.endswith(WEIGHT) and len(shape) == 2
-        ]
-        layers = select(candidates, policy)
+        layers = select(linears_in(shapes), policy)
+        chosen = set(layers)
         on_start(sum(2 * math.prod(shape) for shape in shapes.values()))
         errors: dict[str, float] = {}
 
@@ -75,7 +71,6 @@ def quantize_checkpoint(
                     yield name, values.astype(BFLOAT16, copy=False)
                 on_bytes(2 * math.prod(shape))
 
-        chosen = set(layers)
         with files.staged(dst, force=force) as stage:
             pipeline.write_rest(stage)
             write_transformer(

@@ -28,6 +28,7 @@ from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy, linears
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.latents import load_latents
+from ternary.storage.run_folder import claimed
 from ternary.student import make_student
 from tests.small_pipeline import small_folder
 
@@ -62,6 +63,11 @@ def test_the_command_makes_a_pipeline_that_draws(folder, made):
     assert len(losses) == 2
     assert all(float(after) < float(before) for before, after in losses)
     assert "parameters are ternary" in result.stdout
+    # Every stage has its bar.
+    bars = ["prompts", "weights", "trajectories", "double_blocks.0", "single_blocks.0"]
+    places = [result.stderr.find(f"{bar}:") for bar in bars]
+    assert -1 not in places
+    assert places == sorted(places)
     pipe = FluxPipeline.from_pretrained(out)
     assert isinstance(pipe.transformer.double_blocks[0].img_mod.lin, TernaryLinear)
     images = pipe("a red circle", num_inference_steps=2, seed=0, output_type="np").images
@@ -134,6 +140,7 @@ def test_a_part_of_the_blocks_without_latents(folder):
         (("--blocks", "single_blocks.9"), "'single_blocks.9' is no part with ternary linears"),
         (("--height", "33"), "height must be a multiple of"),
         (("--accumulate", "3"), "accumulate must divide batch_size"),
+        (("--rank", "999"), "rank must be at most"),
     ],
 )
 def test_the_command_refuses(folder, more, message):
@@ -142,6 +149,20 @@ def test_the_command_refuses(folder, more, message):
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert not (folder / "refused").exists()
+
+
+def test_a_run_at_work_is_left_alone(folder):
+    """Another call, with other settings even, neither joins in nor changes what is there."""
+    out = folder / "claimed"
+    place = Path(f"{out}.calibration")
+    place.mkdir()
+    (place / "progress.json").write_text("{}")
+    with claimed(place):
+        result = CliRunner().invoke(app, arguments(folder, out, "--quiet", "--seed", "5"))
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {place}: another run is at work here; wait for it\n"
+    assert (place / "progress.json").read_text() == "{}"
+    assert not out.exists()
 
 
 def test_a_target_that_is_there_is_refused_before_any_work(folder, made):

@@ -26,7 +26,7 @@ from ternary.calibration.streaming import (
 )
 from ternary.config import CalibrateConfig
 from ternary.policy import linears
-from ternary.storage.checkpoint import stored_layer
+from ternary.storage.saving import stored_layer
 from tests.ternary.calibration.calibration_parts import (
     FLUX,
     QUANT,

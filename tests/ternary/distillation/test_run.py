@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -22,7 +23,9 @@ from flux_jax.prompts import TextEncoders
 from ternary.cli import app
 from ternary.distillation.run import distill
 from ternary.distillation.run_config import RunConfig, read_run_config
-from ternary.distillation.task import Task, split_prompts
+from ternary.distillation.step import StepFunction
+from ternary.distillation.task import Task, open_folder, split_prompts
+from ternary.storage.run_folder import claimed
 from tests.jobs import with_devices
 from tests.small_pipeline import WORDS, small_folder
 
@@ -197,6 +200,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(teacher, prompts, settings, tmp
         distill(task, tmp_path / "run", config, mesh=one_device(), progress=False)
 
 
+def test_a_gradient_that_is_not_finite_is_not_saved(
+    teacher, prompts, settings, tmp_path, monkeypatch
+):
+    """Its step's loss is finite, but the parameters after it are not."""
+    real = StepFunction.__call__
+
+    def step(self, state, *inputs):
+        after, metrics = real(self, state, *inputs)
+        norm = jnp.where(after.step == 3, jnp.nan, metrics.grad_norm)
+        return after, metrics._replace(grad_norm=norm)
+
+    monkeypatch.setattr(StepFunction, "__call__", step)
+    config = read_run_config(settings, ["checkpoint_every=1", "held_out=0"])
+    task = Task(teacher=str(teacher), prompts=prompts)
+    message = "grad_norm of step 3 is not finite; the last good checkpoint is step 2"
+    with pytest.raises(UserError, match=message):
+        distill(task, tmp_path / "run", config, mesh=one_device(), progress=False)
+    assert not (tmp_path / "run" / "checkpoints" / "3").exists()
+
+
+def test_a_folder_has_one_run_at_a_time(whole, teacher, prompts, settings):
+    out, _ = whole
+    task = Task(teacher=str(teacher), prompts=prompts)
+    with claimed(out), pytest.raises(UserError, match="another run is at work here"):
+        distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
+
+
+def test_tables_that_cannot_be_written_are_one_line(teacher, prompts, settings, tmp_path):
+    out = tmp_path / "run"
+    task, config = Task(teacher=str(teacher), prompts=prompts), read_run_config(settings)
+    open_folder(out, task, config, split_prompts(task, config))
+    (out / "metrics.csv").mkdir()
+    with pytest.raises(UserError, match="run: cannot be written: Is a directory; the run goes on"):
+        distill(task, out, config, mesh=one_device(), progress=False)
+
+
 def test_a_mesh_gives_the_same_losses(teacher, prompts, settings, whole, tmp_path):
     task = Task(teacher=str(teacher), prompts=prompts)
     config = read_run_config(settings, ["distill.steps=9"])
@@ -216,8 +255,11 @@ def test_prompts_are_encoded_once(whole, teacher, prompts, settings, monkeypatch
     monkeypatch.setattr(TextEncoders, "from_pretrained", refuse)
     task = Task(teacher=str(teacher), prompts=prompts)
     before = losses(out)
-    distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
+    again = distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
     assert losses(out) == before
+    # A run that is done ends as it ended.
+    assert again.loss == whole[1].loss
+    assert again.median_psnr == whole[1].median_psnr
 
 
 @pytest.mark.parametrize(
@@ -262,6 +304,9 @@ def test_inputs_are_refused(whole, teacher, prompts, settings, tmp_path):
     assert "cannot read the settings" in refused(
         teacher, prompts, tmp_path / "c", "--config", tmp_path / "none.yaml"
     )
+    start = ("--start", tmp_path)
+    assert "has no latents.json" in refused(teacher, prompts, tmp_path / "e", *start)
+    assert not list((tmp_path / "e").glob("embeddings-*"))
     assert "must be a multiple of the 8 devices of data and fsdp, got 3" in refused(
         teacher, prompts, tmp_path / "d", "--set", "batch_size=3"
     )

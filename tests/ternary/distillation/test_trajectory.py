@@ -5,10 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from flux_jax.configs import SchedulerConfig
-from flux_jax.errors import UserError
 from flux_jax.scheduler import make_schedule
 from ternary.config import TrajectoryConfig
 from ternary.distillation.trajectory import Trajectories
@@ -87,17 +85,3 @@ def test_moving_holds_the_others_still():
 def test_stagger_meets_every_time():
     rules = make()
     assert set(np.asarray(rules.stagger(rules.start(3))).ravel()) == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sampling_steps": ()}, "sampling_steps must be positive"),
-        ({"on_policy": 1.5}, r"on_policy is a share in \[0, 1\], got 1.5"),
-        ({"guidance": (3.0, 1.0)}, "guidance is a range"),
-        ({"groups": 0}, "groups must be at least 1, got 0"),
-    ],
-)
-def test_bad_settings_are_refused(settings, message):
-    with pytest.raises(UserError, match=message):
-        TrajectoryConfig(**settings)

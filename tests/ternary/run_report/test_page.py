@@ -252,6 +252,23 @@ def test_damaged_parts_are_left_out(tmp_path):
     assert list(json.loads(page.scripts[0])) == ["step 0"]
 
 
+def test_a_table_that_begins_with_an_empty_line(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "held_out.csv").write_text("\n\n")
+    assert "held_out.csv has no row yet" in page_of(folder).text
+
+
+def test_what_the_run_is_about_stands_first_among_its_settings(tmp_path):
+    folder = make_run(tmp_path / "run")
+    with (folder / "run.yaml").open("a") as file:
+        file.write("held_out_prompts: composition\n")
+    run = read_run(folder)
+    now = datetime.datetime(2030, 1, 2, 3, 4, tzinfo=datetime.UTC)
+    text = render(run, read_evaluations(run), None, {}, now=now).partition("<h2>Settings</h2>")[2]
+    names = re.findall(r'<th scope="row">(.*?)</th>', text.partition("</table>")[0])
+    assert names == ["held_out_prompts", "prompts", "teacher", "seed", "distill.steps"]
+
+
 def test_pictures_without_a_legend_are_shown_whole(tmp_path):
     folder = make_run(tmp_path / "run")
     for legend in (folder / "samples").glob("*.json"):

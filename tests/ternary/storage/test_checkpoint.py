@@ -26,9 +26,10 @@ from ternary.config import GRANULARITIES, QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy, linears, replace_linears, select
 from ternary.storage import base3
-from ternary.storage.checkpoint import abstract_ternary, open_checkpoint, save_checkpoint
+from ternary.storage.checkpoint import abstract_ternary, dense_shapes, open_checkpoint
 from ternary.storage.format import FILE, expected_tensors
 from ternary.storage.rounding import quantize_checkpoint
+from ternary.storage.saving import save_checkpoint
 from ternary.storage.tensor_file import TensorFile
 from tests.small_pipeline import small_folder
 
@@ -179,8 +180,6 @@ def test_convert_decodes_it(rounded, tmp_path):
 
 def test_full_size_is_nine_times_smaller():
     """FLUX.1-dev, a scale per output, from the shapes alone."""
-    from ternary.storage.checkpoint import dense_shapes
-
     shapes = dense_shapes(FluxConfig.dev())
     layers = select([n.removesuffix(".weight") for n in shapes if n.endswith(".weight")], Policy())
     stored = expected_tensors(shapes, layers, QuantConfig())
@@ -318,6 +317,16 @@ def test_a_missing_file_is_refused(copy):
     (copy / FILE).unlink()
     with pytest.raises(UserError, match=f"{FILE}: cannot be read"):
         transformer(copy.parent)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_scale_that_is_not_finite_is_refused(teacher, tmp_path, value):
+    model = student(teacher, QuantConfig())
+    layer = model.single_blocks[0].linear1
+    layer.weight[...] = layer.weight[...].at[3, 1].set(value)
+    with pytest.raises(UserError, match="layer `single_blocks.0.linear1` has a scale that is not"):
+        save_checkpoint(tmp_path / "m", model, rest=teacher)
+    assert not (tmp_path / "m").exists()
 
 
 def test_layers_of_two_kinds_are_refused(teacher, tmp_path):

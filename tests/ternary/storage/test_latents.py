@@ -11,22 +11,28 @@ import pytest
 from flux_jax.errors import UserError
 from ternary.config import QuantConfig
 from ternary.policy import Policy
-from ternary.storage.latents import INDEX, load_latents, save_latents
+from ternary.storage.latents import INDEX, load_latents
+from tests.ternary.latents_folder import write_latents
 
 QUANT = QuantConfig(granularity="group128", rank=2, refit_steps=3, learned_scale=True)
 POLICY = Policy(include=("double_blocks.*",), exclude=("*.txt_mod.lin",))
 
 
-def flat():
-    rng = np.random.default_rng(0)
-    shapes = {
-        "img_in.weight": (4, 3),
+SHAPES = {
+    "embedders": {"img_in.weight": (4, 3)},
+    "double_blocks.0": {
         "double_blocks.0.img_attn.qkv.weight": (6, 4),
         "double_blocks.0.img_attn.qkv.log_scale": (6, 1),
-        "double_blocks.10.img_attn.qkv.weight": (6, 4),
-        "single_blocks.0.linear1.bias": (5,),
-        "final_layer.linear.weight": (2, 2),
-    }
+    },
+    "double_blocks.10": {"double_blocks.10.img_attn.qkv.weight": (6, 4)},
+    "single_blocks.0": {"single_blocks.0.linear1.bias": (5,)},
+    "final_layer": {"final_layer.linear.weight": (2, 2)},
+}
+
+
+def flat():
+    rng = np.random.default_rng(0)
+    shapes = {name: shape for part in SHAPES.values() for name, shape in part.items()}
     values = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     values["single_blocks.0.linear1.bias"] = values["single_blocks.0.linear1.bias"].astype(
         ml_dtypes.bfloat16
@@ -36,23 +42,24 @@ def flat():
 
 @pytest.fixture
 def folder(tmp_path):
-    path = tmp_path / "checkpoint" / "latents"
-    path.parent.mkdir()
-    save_latents(path, {name: jnp.asarray(v) for name, v in flat().items()}, QUANT, POLICY)
-    return path
+    values = flat()
+    parts = {
+        part: {name: jnp.asarray(values[name]) for name in names} for part, names in SHAPES.items()
+    }
+    return write_latents(tmp_path / "checkpoint" / "latents", parts, QUANT, POLICY)
 
 
 def test_round_trip(folder):
     for place in (folder, folder.parent):
         found, quant, policy = load_latents(place)
         assert (quant, policy) == (QUANT, POLICY)
-        assert set(found) == set(flat())
-        assert len(found) == len(flat())
-        for name, value in flat().items():
-            assert found[name].dtype == value.dtype
-            assert found.spec(name) == (value.shape, value.dtype)
-            np.testing.assert_array_equal(found[name], value)
-        found.close()
+        with found:
+            assert set(found) == set(flat())
+            assert len(found) == len(flat())
+            for name, value in flat().items():
+                assert found[name].dtype == value.dtype
+                assert found.spec(name) == (value.shape, value.dtype)
+                np.testing.assert_array_equal(found[name], value)
 
 
 def test_each_part_is_a_file(folder):
@@ -123,11 +130,6 @@ def test_another_index_is_refused(folder, edit, message):
 def test_a_folder_without_latents_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no latents.json; expected the latents of"):
         load_latents(tmp_path)
-
-
-def test_a_folder_that_is_there_is_refused(folder):
-    with pytest.raises(UserError, match="exists already; remove it, or choose another"):
-        save_latents(folder, flat(), QUANT, POLICY)
 
 
 def test_the_checksums_are_those_of_the_values(folder):

@@ -74,10 +74,11 @@ def test_weights_below_float16_become_zero():
     assert done.relative_error == pytest.approx(1)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
-def test_values_that_no_scale_can_hold_are_refused(granularity, value):
+def test_values_that_no_scale_can_hold_are_refused(granularity, value, steps):
     w = weight(np.dtype(np.float32))
     w[5, 7] = value
     with pytest.raises(UserError, match="tensor `double_blocks.0.x` has values that are not fin"):
-        quantize_weight(w, granularity, what="double_blocks.0.x")
+        quantize_weight(w, granularity, steps, what="double_blocks.0.x")

@@ -20,18 +20,21 @@ from tqdm import tqdm
 from flux_jax import images
 from flux_jax.composition.prompts import EvalPrompt
 from flux_jax.composition.score import Scores, score_images
+from flux_jax.errors import UserError
 from ternary.distillation.held_out import Comparison, HeldOut, grid
 from ternary.distillation.metrics import Board, Table
+from ternary.distillation.optimizer import learning_rate
 from ternary.distillation.run_config import RunConfig
-from ternary.distillation.step import Metrics, learning_rate
+from ternary.distillation.step import Metrics
+from ternary.storage.run_folder import writing
 
 SHOWN = 16
 METRICS = ("step", *Metrics._fields, "learning_rate", "states_per_second")
 HELD_OUT = ("step", "median_psnr_db", "low_psnr_db", "score", "teacher_score")
 
 
-class Report:
-    """One process's part of a run's report.
+class RunLog:
+    """One process's part of what a run writes.
 
     Args:
       out: the run's folder.
@@ -42,8 +45,11 @@ class Report:
       progress: whether to show a progress bar on stderr.
 
     Attributes:
-      loss: of the last step that was looked at.
+      loss: of the last step that was looked at, by an earlier process if by none of this one.
       held_out: the last row of `held_out.csv`, or nothing.
+
+    Raises:
+      UserError: a file that cannot be written; of every method.
     """
 
     def __init__(
@@ -60,19 +66,38 @@ class Report:
         self.held_out: dict[str, Any] = {}
         self._config, self._judged = config, judged
         self._rate = learning_rate(config.distill)
-        self._samples = out / "samples"
+        self._out = out
         self._parts = contextlib.ExitStack()
         self._files: tuple[Table, Table, Board] | None = None
         if writes:
-            step = done or 0
-            # The drawing of step 0 is made before any checkpoint.
-            drawn = Table(out / "held_out.csv", HELD_OUT, -1 if done is None else step)
-            metrics = Table(out / "metrics.csv", METRICS, step)
-            self._files = (metrics, drawn, Board(out / "tensorboard", step))
-            for part in self._files:
-                self._parts.callback(part.close)
+            try:
+                with self._writing():
+                    self._files = self._open(done)
+            except UserError:
+                self.close()
+                raise
         self._bar: tqdm | None = None
         self._shown, self._done = progress and writes, done or 0
+
+    def _open(self, done: int | None) -> tuple[Table, Table, Board]:
+        """The tables, cut back to the last checkpoint; what they say last is known again."""
+        step = done or 0
+        # The drawing of step 0 is made before any checkpoint.
+        drawn = Table(self._out / "held_out.csv", HELD_OUT, -1 if done is None else step)
+        self._parts.callback(drawn.close)
+        metrics = Table(self._out / "metrics.csv", METRICS, step)
+        self._parts.callback(metrics.close)
+        board = Board(self._out / "tensorboard", step)
+        self._parts.callback(board.close)
+        if metrics.last is not None:
+            self.loss = float(metrics.last["loss"])
+        if drawn.last is not None:
+            cells = drawn.last.items()
+            self.held_out = {name: float(cell) if cell else None for name, cell in cells}
+        return metrics, drawn, board
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self._out, "; the run goes on from its last checkpoint")
 
     def begin(self) -> None:
         """Show the progress bar."""
@@ -116,9 +141,10 @@ class Report:
         if self._files is None:
             return
         metrics, _, board = self._files
-        metrics.add(rows)
         means = {n: float(np.mean([row[n] for row in rows])) for n in METRICS if n != "step"}
-        board.scalars(rows[-1]["step"], {f"train/{name}": v for name, v in means.items()})
+        with self._writing():
+            metrics.add(rows)
+            board.scalars(rows[-1]["step"], {f"train/{name}": v for name, v in means.items()})
         if self._bar is not None:
             self._bar.update(len(rows))
             speed = means["states_per_second"]
@@ -141,14 +167,16 @@ class Report:
         _, drawn, board = self._files
         chosen = np.linspace(0, len(found.psnr) - 1, min(SHOWN, len(found.psnr))).astype(int)
         picture = grid(pictures.teacher[chosen], found.images[chosen])
-        self._samples.mkdir(exist_ok=True)
-        picture.save(self._samples / f"step_{step:06d}.png")
         legend = _legend(step, pictures, found, chosen, scores)
-        (self._samples / f"step_{step:06d}.json").write_text(json.dumps(legend, indent=1) + "\n")
-        drawn.add([self.held_out])
         numbers = {n: v for n, v in self.held_out.items() if n != "step" and v is not None}
-        board.scalars(step, {f"held_out/{n}": v for n, v in numbers.items()})
-        board.image(step, "held_out/teacher_and_student", picture)
+        stem = self._out / "samples" / f"step_{step:06d}"
+        with self._writing():
+            stem.parent.mkdir(exist_ok=True)
+            picture.save(stem.with_suffix(".png"))
+            stem.with_suffix(".json").write_text(json.dumps(legend, indent=1) + "\n")
+            drawn.add([self.held_out])
+            board.scalars(step, {f"held_out/{n}": v for n, v in numbers.items()})
+            board.image(step, "held_out/teacher_and_student", picture)
 
     def _score(self, pictures: np.ndarray) -> Scores | None:
         if not self._judged:

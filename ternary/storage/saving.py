@@ -1,0 +1,143 @@
+"""Writing a ternary checkpoint: from a module in memory, or tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from flux_jax.configs import FluxConfig
+from flux_jax.errors import UserError
+from flux_jax.transformer import FluxTransformer
+from flux_jax.tree import to_flat
+from pallas_kernels import unpack_codes
+from ternary.config import GRANULARITIES, QuantConfig
+from ternary.layers import FakeTernaryLinear, TernaryLinear
+from ternary.policy import linears
+from ternary.storage import files
+from ternary.storage.base3 import pack_base3
+from ternary.storage.checkpoint import dense_shapes
+from ternary.storage.format import BFLOAT16, CODES, FILE, Description, expected_tensors
+from ternary.storage.tensor_file import TensorFile
+
+
+def write_transformer(
+    folder: Path,
+    config: FluxConfig,
+    quant: QuantConfig,
+    layers: list[str],
+    tensors: Iterator[tuple[str, np.ndarray]],
+    relative_error: Mapping[str, float],
+) -> None:
+    """Fill a new folder with a transformer.
+
+    Args:
+      folder: to be made.
+      config: of the model.
+      quant: how its layers are quantised.
+      layers: paths of the ternary linears.
+      tensors: every stored tensor once, in any order.
+      relative_error: by layer; it may be filled while the tensors are drawn.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    folder.mkdir()
+    expected = expected_tensors(dense_shapes(config), layers, quant)
+    with TensorFile(folder / FILE, expected) as file:
+        for name, values in tensors:
+            file.write(name, values)
+    description = Description(
+        quant=quant,
+        crc32={name: file.crc32[name] for name in expected},
+        relative_error=relative_error,
+    )
+    content = {**files.config_to_json(config), "quantization_config": description.to_json()}
+    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save_checkpoint(
+    path: Path, transformer: FluxTransformer, *, rest: str | Path, force: bool = False
+) -> None:
+    """Write a ternary pipeline from a transformer in memory.
+
+    Args:
+      path: folder to be made; it appears complete or not at all.
+      transformer: with `TernaryLinear`s or `FakeTernaryLinear`s, all of one `QuantConfig`.
+      rest: checkpoint from which the text encoders, the autoencoder, the scheduler and the
+        tokenizers are copied: usually the teacher's.
+      force: replace an existing checkpoint, once the new one is whole.
+
+    Raises:
+      UserError: no ternary layer, layers of several kinds, a scale that is not finite, or a target
+        that cannot be written.
+    """
+    found = linears(transformer, (TernaryLinear, FakeTernaryLinear))
+    kinds = {_quant_of(layer) for layer in found.values()}
+    if len(kinds) != 1:
+        raise UserError(
+            f"a ternary checkpoint holds layers of one kind, this transformer has {len(kinds)} "
+            "kinds"
+        )
+    quant = kinds.pop()
+    with files.open_pipeline(rest) as pipeline, files.staged(path, force=force) as stage:
+        pipeline.write_rest(stage)
+        tensors = _stored_tensors(transformer, found)
+        write_transformer(
+            stage / "transformer", transformer.config, quant, list(found), tensors, {}
+        )
+
+
+def _quant_of(layer: TernaryLinear | FakeTernaryLinear) -> QuantConfig:
+    """What of a layer's kind is stored."""
+    if isinstance(layer, FakeTernaryLinear):
+        quant = layer.config
+        return QuantConfig(
+            granularity=quant.granularity,
+            activation_bits=quant.activation_bits,
+            rank=quant.rank,
+        )
+    granularity = GRANULARITIES[layer.scale.ndim]
+    rank = 0 if layer.low_rank_a is None else layer.low_rank_a.shape[0]
+    return QuantConfig(granularity=granularity, activation_bits=layer.activation_bits, rank=rank)
+
+
+def _stored_tensors(
+    transformer: FluxTransformer, layers: Mapping[str, TernaryLinear | FakeTernaryLinear]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the checkpoint, one layer at a time."""
+    for path, layer in layers.items():
+        yield from stored_layer(path, layer)
+    for name, value in to_flat(transformer).items():
+        if name.rpartition(".")[0] not in layers:
+            yield name, np.asarray(jnp.asarray(value, jnp.bfloat16))
+
+
+def stored_layer(
+    path: str, layer: TernaryLinear | FakeTernaryLinear
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of one ternary linear, as they are stored.
+
+    Args:
+      path: of the layer in the transformer.
+      layer: a fake-ternary one is frozen.
+
+    Raises:
+      UserError: a scale that is not finite.
+    """
+    frozen = layer.freeze() if isinstance(layer, FakeTernaryLinear) else layer
+    if not np.isfinite(np.asarray(frozen.scale[...])).all():
+        raise UserError(
+            f"layer `{path}` has a scale that is not finite: its weights are not, or are too large "
+            "for a float16 scale"
+        )
+    for name, value in to_flat(frozen).items():
+        if name == "packed":
+            # Unpacked where the array is, which may be a quick device.
+            yield path + CODES, pack_base3(np.asarray(unpack_codes(value, frozen.in_features)))
+        else:
+            dtype = np.float16 if name == "scale" else BFLOAT16
+            yield f"{path}.{name}", np.asarray(value).astype(dtype)
