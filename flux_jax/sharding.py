@@ -206,9 +206,7 @@ def constrain(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shape
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
 
 
-def gathered(
-    x: Shaped[Array, "*shape"], axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES
-) -> Shaped[Array, "*shape"]:
+def gathered(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shaped[Array, "*shape"]:
     """Tell the compiler to bring a parameter together over `fsdp` here, as it now is.
 
     Left to itself it does so where the parameter is used, which may be after a cast to a wider
@@ -216,12 +214,13 @@ def gathered(
 
     Args:
       x: a parameter, or what was made of it element by element.
-      axes: the logical name of each dimension.
-      rules: logical name to mesh axis.
+      axes: the logical name of each dimension, as in `DEFAULT_RULES`.
     """
-    whole = tuple(None if name is not None and rules[name] == "fsdp" else name for name in axes)
+    whole = tuple(
+        None if name is not None and DEFAULT_RULES[name] == "fsdp" else name for name in axes
+    )
     # Both sides: the second alone would have what x is made of brought together.
-    return constrain(constrain(x, axes, rules), whole, rules)
+    return constrain(constrain(x, axes), whole)
 
 
 @contextlib.contextmanager

@@ -236,9 +236,8 @@ class FakeTernaryLinear(AnyLinear):
         x = dense(x).astype(self.dtype)
         scale = self.quantization_scale()
         # Integers of at most 127 are exact in bf16, and so is everything that is summed.
-        signs = straight_through_signs(self.weight[...], scale, _axes(self.weight)).astype(
-            self.dtype
-        )
+        signs: Array = straight_through_signs(self.weight[...], scale, _axes(self.weight))
+        signs = signs.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
         if self.config.activation_bits == 16:
             y = signed_product(x, signs, scale, bias)
