@@ -101,6 +101,11 @@ def convert(
         if value not in known:
             raise UserError(f"{option} must be one of {', '.join(known)}, got {value!r}")
     dst = Path(dst).expanduser()
+    if dst.suffix == SUFFIX and to != "bfl":
+        raise UserError(
+            f"{dst}: names a single file, but {to!r} is a folder; choose to='bfl' (--to bfl), or "
+            "another name"
+        )
     # Before a download of tens of gigabytes.
     atomic.check_target(dst, force=force, replaceable=is_checkpoint)
     src = hub.resolve(src, components, revision=revision)

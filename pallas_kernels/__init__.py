@@ -24,15 +24,21 @@ if TYPE_CHECKING:
     from pallas_kernels.reference import Columns as Columns
     from pallas_kernels.reference import Quantized as Quantized
 
-_PACKING = ("BLOCK_BYTES", "BLOCK_CODES", "GROUP", "group_count")
 _HOME = {
+    "BACKENDS": "backends",
+    "BLOCK_BYTES": "packing",
+    "BLOCK_CODES": "packing",
+    "Columns": "reference",
+    "GROUP": "packing",
+    "Quantized": "reference",
+    "group_count": "packing",
     "normalize_and_quantize": "api",
+    "pack_codes": "packing",
+    "packed_width": "packing",
     "quantize_activations": "api",
     "quantize_columns": "api",
     "ternary_matmul": "api",
-    "BACKENDS": "backends",
-    **dict.fromkeys(("Columns", "Quantized"), "reference"),
-    **dict.fromkeys((*_PACKING, "pack_codes", "packed_width", "unpack_codes"), "packing"),
+    "unpack_codes": "packing",
 }
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

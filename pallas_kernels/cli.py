@@ -165,8 +165,8 @@ def tune(
     device = describe(device_of(None))
     path = table or tile_table.file_of(device.kind)
     if path.exists():
-        # What is no table is refused before the search, not after it.
-        tile_table.read_entries(path)
+        # What is no table of this device is refused before the search, not after it.
+        tile_table.read_entries(path, device.kind)
     entries, failures = [], []
     problems = [
         Problem(m, n, k, width, grouped)

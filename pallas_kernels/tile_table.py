@@ -112,15 +112,27 @@ def _index(path: Path) -> dict[tuple[str, Problem], Entry]:
     return {(entry.backend, entry.problem): entry for entry in read_entries(path)}
 
 
-def read_entries(path: Path) -> list[Entry]:
+def read_entries(path: Path, device_kind: str | None = None) -> list[Entry]:
     """The entries of a table.
+
+    Args:
+      path: of the table.
+      device_kind: whose it must be; None for anybody's.
 
     Raises:
       UserError: the file is not such a table; names the file and what is wrong.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
-        return [_from_json(dict(entry)) for entry in entries]
+        table = json.loads(path.read_text(encoding="utf-8"))
+        entries = [_from_json(dict(entry)) for entry in table["entries"]]
+        if device_kind not in (None, table["device_kind"]):
+            raise UserError(
+                f"{path}: has the tiles of {table['device_kind']!r}, this device is "
+                f"{device_kind!r}; choose another --table"
+            )
+        return entries
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: expected a table of tiles, as `python -m pallas_kernels tune` writes it, "
@@ -143,9 +155,10 @@ def write_entries(device_kind: str, new: list[Entry], path: Path) -> None:
       path: of the table; `file_of` says where the package's own are.
 
     Raises:
-      UserError: what is there is no table, or the file cannot be written; it is then as it was.
+      UserError: what is there is no table of this device, or the file cannot be written; it is then
+        as it was.
     """
-    old = read_entries(path) if path.exists() else []
+    old = read_entries(path, device_kind) if path.exists() else []
     entries = {(entry.backend, entry.problem): entry for entry in [*old, *new]}
     ordered = sorted(entries.values(), key=lambda e: (e.backend, dataclasses.astuple(e.problem)))
     lines = ",\n    ".join(json.dumps(entry.to_json()) for entry in ordered)

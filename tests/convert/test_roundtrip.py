@@ -250,6 +250,14 @@ def test_one_file_holds_one_component(flax, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("to", ["flax", "diffusers"])
+def test_a_folder_does_not_take_the_place_of_a_file(diffusers, tmp_path, to):
+    file = write_tensors(tmp_path / "ae.safetensors", {"x": np.zeros(2, np.float32)})
+    with pytest.raises(UserError, match=f"names a single file, but '{to}' is a folder; .*--to bfl"):
+        convert(diffusers, file, to=to, components=["vae"], force=True)
+    assert file.is_file()
+
+
 def test_the_source_is_never_replaced(flax, tmp_path):
     inner = tmp_path / "all" / "vae.safetensors"
     inner.parent.mkdir()
@@ -258,7 +266,7 @@ def test_the_source_is_never_replaced(flax, tmp_path):
     write_tensors(inner, tensors, {"flux_jax.config": "{}"})
     for src, dst in ((inner, inner), (inner, inner.parent), (flax, flax / ".")):
         with pytest.raises(UserError, match="the target would replace the source"):
-            convert(src, dst, force=True, dtype="fp32")
+            convert(src, dst, force=True, dtype="fp32", to="bfl")
     assert inner.exists()
 
 

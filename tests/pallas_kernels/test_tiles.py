@@ -110,6 +110,14 @@ def test_writing_replaces_and_keeps(tmp_path):
     assert data["entries"][1]["tile"] == {"band": 16}
 
 
+def test_a_table_is_of_one_kind_of_device(tmp_path):
+    path = tmp_path / "gpu.json"
+    tile_table.write_entries("a GPU", [], path)
+    with pytest.raises(UserError, match="has the tiles of 'a GPU', this device is 'another GPU'"):
+        tile_table.write_entries("another GPU", [], path)
+    assert json.loads(path.read_text())["device_kind"] == "a GPU"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("[", "got JSONDecodeError"), ("{}", "got KeyError: 'entries'")],
