@@ -115,6 +115,16 @@ class T5Config:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
 
+    def __post_init__(self) -> None:
+        # Of the buckets of one side, half are of one distance each; the others reach farther.
+        exact = self.relative_attention_num_buckets // 4
+        if not 0 < exact < self.relative_attention_max_distance:
+            raise UserError(
+                "relative_attention_num_buckets must be at least 4, and a quarter of it less than "
+                f"relative_attention_max_distance, got {self.relative_attention_num_buckets} and "
+                f"{self.relative_attention_max_distance}"
+            )
+
     @classmethod
     def xxl(cls) -> T5Config:
         """google/t5-v1_1-xxl, the text encoder of FLUX.1: 4.76 B parameters."""
@@ -247,6 +257,13 @@ class SchedulerConfig:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
     time_shift_type: str = "exponential"
+
+    def __post_init__(self) -> None:
+        if self.base_image_seq_len == self.max_image_seq_len:
+            raise UserError(
+                "base_image_seq_len and max_image_seq_len must differ, for the shift is "
+                f"interpolated between them; got {self.max_image_seq_len} for both"
+            )
 
     @classmethod
     def dev(cls) -> SchedulerConfig:
