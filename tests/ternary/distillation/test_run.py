@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import signal
 import subprocess
@@ -20,14 +21,17 @@ from typer.testing import CliRunner
 from flux_jax.errors import UserError
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
+from flux_jax.tree import to_flat
 from ternary.cli import app
 from ternary.distillation.run import distill
 from ternary.distillation.run_config import RunConfig, read_run_config
 from ternary.distillation.step import StepFunction
 from ternary.distillation.task import Task, open_folder, split_prompts
 from ternary.storage.run_folder import claimed
+from ternary.student import make_student
 from tests.jobs import with_devices
 from tests.small_pipeline import WORDS, small_folder
+from tests.ternary.latents_folder import write_latents
 
 pytestmark = pytest.mark.slow
 
@@ -198,6 +202,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(teacher, prompts, settings, tmp
     task = Task(teacher=str(teacher), prompts=prompts)
     with pytest.raises(UserError, match=r"loss of step [2-9] is not finite; the last good .* step"):
         distill(task, tmp_path / "run", config, mesh=one_device(), progress=False)
+
+
+def test_a_run_starts_from_calibrated_weights(teacher, prompts, settings, whole, tmp_path):
+    """From the teacher's own it is the run without a start; from others it is not."""
+    config = read_run_config(settings)
+    pipe = FluxPipeline.from_pretrained(teacher, dtype="float32")
+    flat = to_flat(make_student(pipe.transformer, config.quant, config.policy))
+    found = []
+    for factor in (1.0, 1.5):
+        weights = {
+            name: np.asarray(value) * np.float32(factor if name.endswith("qkv.weight") else 1)
+            for name, value in flat.items()
+        }
+        folder = tmp_path / f"latents-{factor}"
+        write_latents(folder, {"student": weights}, config.quant, config.policy)
+        out = tmp_path / f"run-{factor}"
+        task = Task(teacher=str(teacher), prompts=prompts, start=folder)
+        some = dataclasses.replace(config, held_out=2, sample_every=0, checkpoint_every=9)
+        distill(task, out, some, mesh=one_device(), progress=False)
+        found.append(losses(out))
+    assert found[0] == losses(whole[0])
+    assert found[1][0] != found[0][0]
 
 
 def test_a_gradient_that_is_not_finite_is_not_saved(
