@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux_jax.errors import UserError
-from flux_jax.files import make_folder
+from flux_jax.files import claimed, make_folder
 from flux_jax.metadata import (
     GenerationRecord,
     check_png_path,
@@ -95,7 +93,8 @@ def draw(
     with contextlib.ExitStack() as stack:
         drawn = np.zeros(len(jobs), bool)
         if processes.first:
-            stack.enter_context(_claimed(out))
+            make_folder(out)
+            stack.enter_context(claimed(out))
             for folder in {(out / job.file).parent for job in jobs}:
                 make_folder(folder)
             drawn[:] = [wanted.is_drawn(out / job.file, job, replace) for job in jobs]
@@ -235,24 +234,3 @@ def _stamp(path: Path) -> int | None:
         return path.stat().st_mtime_ns
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Keep other runs out of the folder; the end of the process lets go of it too.
-
-    Raises:
-      UserError: another run is drawing into it.
-    """
-    make_folder(out)
-    handle = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # Some network disks lock no folders.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another run is drawing into {out}") from None
-        yield
-    finally:
-        os.close(handle)

@@ -1,8 +1,11 @@
-"""Reading text, writing files whole, making folders: what fails is one line with the path."""
+"""Text read, files written whole, folders for one run at a time: a failure is one line."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from flux_jax.errors import UserError
@@ -28,21 +31,71 @@ def read_text(path: Path) -> str:
     raise UserError(f"{path}, line {line}: is not UTF-8 text")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or, if the process is killed, as it was before.
+@contextlib.contextmanager
+def writing(place: Path, kept: str = "") -> Iterator[None]:
+    """A failed write in the block becomes one line.
+
+    Args:
+      place: the file or folder that the line names.
+      kept: what is left, as "; finished parts are kept".
+
+    Raises:
+      UserError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written: {error.strerror or error}{kept}") from error
+
+
+def write_whole(path: Path, content: bytes, kept: str = "") -> None:
+    """Write a file and wait until the disk has it: whole or, if it fails or is killed, as before.
+
+    Args:
+      path: its folder exists.
+      content: all of it.
+      kept: as in `writing`.
 
     Raises:
       UserError: it cannot be written.
     """
     # One name for all times: what a killed process left is written over by the next.
     partial = path.with_name(f".{path.name}.partial")
+    with writing(path, kept):
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder for the length of the block, or of the process.
+
+    Args:
+      folder: of the run; it exists.
+
+    Raises:
+      UserError: another run is at work there.
+    """
+    with writing(folder):
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
+        # Some network disks lock no folders.
         with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another run is at work here; wait for it") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def make_folder(path: Path) -> None:

@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 
 from flux_jax.errors import UserError
+from flux_jax.files import write_whole, writing
 from ternary.calibration.states import Samples
 from ternary.calibration.streaming import Part
 from ternary.storage import files
 from ternary.storage.format import Stored
 from ternary.storage.latents import Checksums, Latents, write_part
-from ternary.storage.run_folder import write_whole, writing
 from ternary.storage.tensor_file import TensorFile
 
 _RUN = "progress.json"
 _SAMPLES = "samples.safetensors"
+_KEPT = "; what is finished is kept there"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Progress:
         """Make the folder, or find what an earlier run left.
 
         Args:
-          folder: for this run alone; where several could be at work, `run_folder.claimed` before.
+          folder: of this run alone; `flux_jax.files.claimed` keeps others out.
           run: all that the result depends on, as JSON values.
 
         Raises:
@@ -167,10 +168,11 @@ class Progress:
                 raise UserError(f"{path}: is malformed; remove {self.folder}") from error
 
     def _write_json(self, name: str, content: Any) -> None:
-        write_whole(self.folder / name, json.dumps(content, indent=1) + "\n")
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(self.folder / name, text.encode(), _KEPT)
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(self.folder, "; what is finished is kept there")
+        return writing(self.folder, _KEPT)
 
 
 def _show(value: Any) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from flux_jax.checkpoint import inspect_checkpoint
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
+from flux_jax.files import claimed, writing
 from flux_jax.latents import PATCH, check_size
 from flux_jax.plan import sequence_length
 from flux_jax.prompts import TextEncoders
@@ -31,7 +32,6 @@ from ternary.policy import Coverage, Policy, coverage
 from ternary.storage import files
 from ternary.storage.format import BFLOAT16
 from ternary.storage.latents import Checksums, write_index, write_part
-from ternary.storage.run_folder import claimed, writing
 from ternary.storage.saving import stored_layer, write_transformer
 
 LATENTS = "latents"

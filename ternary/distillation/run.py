@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flux_jax import loading
 from flux_jax.errors import UserError
+from flux_jax.files import claimed
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.processes import Processes
 from flux_jax.prompts import PromptEmbeds, TextEncoders
@@ -44,7 +45,6 @@ from ternary.distillation.task import (
 from ternary.distillation.text_cache import TextTable, cached_embeds
 from ternary.distillation.training_state import StateStore
 from ternary.distillation.trajectory import Trajectories
-from ternary.storage.run_folder import claimed
 from ternary.storage.saving import save_checkpoint
 
 

@@ -21,12 +21,12 @@ from flux_jax import images
 from flux_jax.composition.prompts import EvalPrompt
 from flux_jax.composition.score import Scores, score_images
 from flux_jax.errors import UserError
+from flux_jax.files import writing
 from ternary.distillation.held_out import Comparison, HeldOut, grid
 from ternary.distillation.metrics import Board, Table
 from ternary.distillation.optimizer import learning_rate
 from ternary.distillation.run_config import RunConfig
 from ternary.distillation.step import Metrics
-from ternary.storage.run_folder import writing
 
 SHOWN = 16
 METRICS = ("step", *Metrics._fields, "learning_rate", "states_per_second")

@@ -14,11 +14,11 @@ import yaml
 
 from flux_jax.composition.prompts import EvalPrompt, load_prompts
 from flux_jax.errors import UserError
+from flux_jax.files import write_whole, writing
 from flux_jax.prompt_file import read_prompts
 from flux_jax.tree import Flat
 from ternary.distillation.run_config import RunConfig, differences, to_yaml
 from ternary.storage.latents import Latents, load_latents
-from ternary.storage.run_folder import write_whole, writing
 
 # Prompts that carry a composition score come with the package.
 COMPOSITION = "composition"
@@ -119,7 +119,7 @@ def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> N
         elif any(out.iterdir()):
             raise UserError(f"{out} is not empty and holds no run: name another folder")
         else:
-            write_whole(path, text)
+            write_whole(path, text.encode())
 
 
 def _stored_settings(path: Path) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from flux_jax.errors import UserError
+from flux_jax.files import writing
 from flux_jax.processes import Processes
 from flux_jax.prompts import PromptEmbeds
 from ternary.storage import files
 from ternary.storage.format import BFLOAT16, Stored
-from ternary.storage.run_folder import writing
 from ternary.storage.tensor_file import TensorFile
 
 # Prompts of one file: what is in host memory at a time while it is written.

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from flux_jax.errors import UserError
-from ternary.storage.run_folder import writing
+from flux_jax.files import writing
 
 
 class StateStore:

@@ -17,7 +17,6 @@ from ternary.run_report.markup import element, json_in_html, to_html
 from ternary.run_report.pictures import gallery
 from ternary.run_report.scores import Evaluations, run_scores
 from ternary.storage.inspection import Report
-from ternary.storage.run_folder import write_whole, writing
 
 
 def render(
@@ -71,8 +70,8 @@ def write_page(target: Path, page: str) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    with writing(target):
-        write_whole(target, page)
+    # Characters that no encoding has, as of a broken file name, become question marks.
+    write_whole(target, page.encode(errors="replace"))
 
 
 def _present(parts: Sequence[Element | None]) -> list[Element]:

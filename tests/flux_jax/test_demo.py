@@ -60,7 +60,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "demo.png").mkdir()
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo.png")])
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: cannot write {tmp_path / 'demo.png'}: ")
+    assert result.stderr.startswith(f"error: {tmp_path / 'demo.png'}: cannot be written: ")
 
 
 def test_no_folder_to_write_to(tmp_path):

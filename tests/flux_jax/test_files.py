@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from flux_jax.errors import UserError
-from flux_jax.files import make_folder, read_text, write_whole
+from flux_jax.files import claimed, make_folder, read_text, write_whole, writing
 from flux_jax.prompt_file import read_prompts
 
 
@@ -58,9 +60,9 @@ def test_a_file_is_written_whole_or_left(tmp_path):
     write_whole(path, b"two")
     assert path.read_bytes() == b"two"
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="cannot write .*folder: Is a directory"):
+    with pytest.raises(UserError, match="folder: cannot be written: Is a directory"):
         write_whole(tmp_path / "folder", b"three")
-    with pytest.raises(UserError, match="cannot write .*none/file: No such file"):
+    with pytest.raises(UserError, match="none/file: cannot be written: No such file"):
         write_whole(tmp_path / "none" / "file", b"three")
     assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -72,3 +74,36 @@ def test_folders(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder .*file: File exists"):
         make_folder(tmp_path / "file")
+
+
+def test_another_run_is_kept_out_until_the_first_is_done(tmp_path):
+    with claimed(tmp_path), pytest.raises(UserError, match="another run is at work here"):
+        with claimed(tmp_path):
+            pass
+    with claimed(tmp_path):
+        pass
+    with pytest.raises(UserError, match="none: cannot be written: No such file"):
+        with claimed(tmp_path / "none"):
+            pass
+
+
+def test_a_failed_write_says_what_is_left(tmp_path):
+    with pytest.raises(UserError, match=r"b.txt: cannot be written: No such file .*; a is kept"):
+        write_whole(tmp_path / "none" / "b.txt", b"b", "; a is kept")
+    with pytest.raises(UserError, match=r"b: cannot be written: No such file .*; a is kept"):
+        with writing(tmp_path / "b", "; a is kept"):
+            (tmp_path / "none" / "b").touch()
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_whole(path, b"one")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="a.txt: cannot be written: No space left"):
+        write_whole(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]

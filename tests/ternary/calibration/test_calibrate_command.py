@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flux_jax.errors import UserError
+from flux_jax.files import claimed
 from flux_jax.loading import load_text_encoders
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.tree import split_flat, to_flat
@@ -28,7 +29,6 @@ from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy, linears
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.latents import load_latents
-from ternary.storage.run_folder import claimed
 from ternary.student import make_student
 from tests.small_pipeline import small_folder
 

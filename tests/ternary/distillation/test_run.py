@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flux_jax.errors import UserError
+from flux_jax.files import claimed
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
 from flux_jax.tree import to_flat
@@ -27,7 +28,6 @@ from ternary.distillation.run import distill
 from ternary.distillation.run_config import RunConfig, read_run_config
 from ternary.distillation.step import StepFunction
 from ternary.distillation.task import Task, open_folder, split_prompts
-from ternary.storage.run_folder import claimed
 from ternary.student import make_student
 from tests.jobs import with_devices
 from tests.small_pipeline import WORDS, small_folder
