@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from flux_jax import __version__
+from flux_jax.files import write_whole
 from ternary.run_report import chart_sections, sections
 from ternary.run_report.folder import Run
 from ternary.run_report.layers import Distance

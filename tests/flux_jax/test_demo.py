@@ -53,11 +53,12 @@ def test_teacher_and_student_both_show_what_the_prompt_says(tmp_path):
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     class Pipe:
         def __call__(self, *_, **__):
+            # Not there before the drawing, when it would be refused at once.
+            (tmp_path / "demo.png").mkdir(exist_ok=True)
             return SimpleNamespace(images=np.random.default_rng(0).random((1, 8, 8, 3)))
 
     loaded = SimpleNamespace(pipe=Pipe(), prompts=None)
     monkeypatch.setattr(common, "load_and_encode", lambda *_, **__: loaded)
-    (tmp_path / "demo.png").mkdir()
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo.png")])
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {tmp_path / 'demo.png'}: cannot be written: ")
