@@ -58,8 +58,9 @@ LAYOUTS = {
         how="Planned on",
         columns=(
             ("held", "held between steps"),
-            ("work", "intermediate values"),
-            ("peak", "peak"),
+            ("weights", "gathered weights, gradients"),
+            ("activations", "activations, on paper"),
+            ("peak", "in all"),
         ),
     ),
     **{

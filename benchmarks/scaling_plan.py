@@ -5,9 +5,15 @@
 Nothing runs: the training step is compiled ahead for simulated CPU devices, from shapes alone, and
 XLA says what a device would hold. Compiled at full width with one and two blocks of each kind, and
 extrapolated to 19 and 38: blocks of a kind are alike, so what a second one adds, each further one
-adds. What is held between steps (latent weights, moments, teacher) is exact. The rest is
-that of XLA's CPU backend, which computes bf16 products in float32, has no fused attention and
-keeps the gathered weights of many blocks at once: no plan for a GPU.
+adds. Three parts:
+
+- held: latent weights, moments, teacher and trajectories, between steps. Exact.
+- weights: what a step holds of them beside that, gathered, or as gradients. Compiled with few
+  tokens, so that it is little else. An upper bound: a CPU computes bf16 products in float32.
+- activations: on paper. XLA's CPU backend drops the barriers that keep a recomputed block in its
+  place, recomputes all of them early, and has no fused attention. What must be there is each
+  block's input, and in the gradient of one block three times what its forward pass holds at its
+  widest: the values, their gradients, and both in float32 on the way.
 """
 
 from __future__ import annotations
@@ -19,8 +25,10 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import paper
 from benchmarks.common import RESULTS, Figure, Out, Result, run
 from benchmarks.machine import GIB
+from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 
 DEVICES = 512
@@ -62,7 +70,6 @@ def planned(
       width: of the model, a multiple of 128; 3072 for FLUX.1-dev.
     """
     from benchmarks.distill_setup import Setup
-    from flux_jax.configs import FluxConfig
     from flux_jax.sharding import make_mesh
     from ternary.config import DistillConfig
 
@@ -98,9 +105,16 @@ def extrapolated(found: dict[tuple[int, int], Bytes], full: tuple[int, int] = FU
     return Bytes(arguments=line("arguments"), work=line("work"))
 
 
+def activation_bytes(config: FluxConfig, step: paper.Step) -> float:
+    """Of a training step whose blocks are recomputed: every block's input, and one block's work."""
+    blocks = config.depth + config.depth_single_blocks
+    inputs = 2.0 * blocks * step.batch * step.tokens * config.hidden_size
+    return inputs + 3.0 * sum(paper.activation_bytes(config, step).values())
+
+
 def main(
-    tokens: Annotated[int, typer.Option(help="Image tokens, a square number.")] = 4096,
-    text: Annotated[int, typer.Option(help="Text tokens.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Image tokens compiled, a square number.")] = 64,
+    text: Annotated[int, typer.Option(help="Text tokens compiled.")] = 64,
     width: Annotated[int, typer.Option(help="Of the model; 3072 for FLUX.1-dev.")] = 3072,
     mesh: Annotated[
         list[str] | None, typer.Option(help=f"Only this row; may be repeated: {'; '.join(MESHES)}.")
@@ -114,9 +128,11 @@ def main(
         raise UserError(f"--mesh: expected one of {'; '.join(MESHES)}, got {unknown[0]}")
     # Before anything imports JAX.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # What nobody will run needs no optimised machine code; memory is laid out before that.
+    # Ordered to save memory, as on a GPU, where a CPU's default is to keep many operations ready.
+    # And what nobody will run needs no optimised machine code; memory is laid out before that.
     os.environ["XLA_FLAGS"] = (
         f"--xla_force_host_platform_device_count={DEVICES} "
+        "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED "
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
     figures: dict[str, Figure] = {}
@@ -125,15 +141,17 @@ def main(
             depth: planned(*depth, MESHES[name], tokens=tokens, text=text, width=width)
             for depth in DEPTHS
         }
-        whole = extrapolated(found)
-        for measure, value in (
-            ("held", whole.arguments),
-            ("work", whole.work),
-            ("peak", whole.arguments + whole.work),
+        whole, activations = extrapolated(found), activation_bytes(FluxConfig.dev(), paper.Step())
+        peak = whole.arguments + whole.work + activations
+        planned_note = "extrapolated from 1 and 2 blocks of each kind, at full width"
+        for measure, value, note in (
+            ("held", whole.arguments, planned_note),
+            ("weights", whole.work, planned_note),
+            ("activations", activations, "on paper, of one state"),
+            ("peak", peak, "the sum"),
         ):
-            note = "extrapolated from 1 and 2 blocks of each kind, at full width"
             figures[f"{name}/{measure}"] = Figure(value=value / GIB, unit="GiB", note=note)
-        print(f"{name}: {(whole.arguments + whole.work) / GIB:.1f} GiB", flush=True)
+        print(f"{name}: {peak / GIB:.1f} GiB", flush=True)
         # Row by row: a plan takes minutes.
         result = Result(benchmark="scaling_plan", device="simulated CPU devices", figures=figures)
         print(f"written: {result.write(out).name}", flush=True)

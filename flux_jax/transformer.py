@@ -316,11 +316,18 @@ class FluxTransformer(nnx.Module):
             vec = vec + self.guidance_in(sinusoidal_embedding(guidance, _TIME_CHANNELS))
         return constrain(vec + self.vector_in(y), ("batch", None))
 
-    def modulations(self, vec: Float[Array, "B C"]) -> Modulations:
-        """Every block's modulation vectors for one conditioning vector."""
+    def modulations(self, vec: Float[Array, "B C"], *, remat: bool = False) -> Modulations:
+        """Every block's modulation vectors for one conditioning vector.
+
+        Args:
+          vec: from `conditioning`.
+          remat: recompute them in the gradient: where weights are gathered or unpacked to be used,
+            those of all blocks, a quarter of the model, would be kept for it.
+        """
+        wrap = jax.checkpoint if remat else (lambda module: module)
         return Modulations(
-            double=tuple((b.img_mod(vec), b.txt_mod(vec)) for b in self.double_blocks),
-            single=tuple(b.modulation(vec) for b in self.single_blocks),
+            double=tuple((wrap(b.img_mod)(vec), wrap(b.txt_mod)(vec)) for b in self.double_blocks),
+            single=tuple(wrap(b.modulation)(vec) for b in self.single_blocks),
             final=self.final_layer.modulation(vec),
         )
 
@@ -391,7 +398,7 @@ class FluxTransformer(nnx.Module):
           (B, I, in_channels), in the parameters' dtype.
         """
         vec = self.conditioning(timesteps, y, guidance)
-        mods = self.modulations(vec)
+        mods = self.modulations(vec, remat=remat)
         return self.velocity(img, img_ids, txt, txt_ids, mods, remat=remat)
 
 

@@ -137,7 +137,8 @@ class StepFunction:
         grid = jnp.asarray(image_ids(*self._grid))
         words = jnp.asarray(text_ids(text.txt.shape[1]))
         guidance = states.guidance if self._guided else None
-        mods = model.modulations(model.conditioning(states.sigma, text.pooled, guidance))
+        vec = model.conditioning(states.sigma, text.pooled, guidance)
+        mods = model.modulations(vec, remat=remat)
         outputs: list[Float[Array, "B L C"]] = []
         velocity = model.velocity(
             states.x.astype(dtype),

@@ -1,9 +1,12 @@
 """The memory plan: its arithmetic, and what it refuses."""
 
+import dataclasses
+
 import pytest
 
-from benchmarks import scaling_plan
+from benchmarks import paper, scaling_plan
 from benchmarks.scaling_plan import Bytes
+from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 
 
@@ -16,6 +19,14 @@ def test_blocks_are_added_to_a_base():
     whole = scaling_plan.extrapolated(found, (19, 38))
     assert whole.arguments == 100 + 10 * 19 + 3 * 38
     assert whole.work == 7 * 19
+
+
+def test_activations_by_hand():
+    config = dataclasses.replace(FluxConfig.dev(), depth=2, depth_single_blocks=3)
+    step = paper.Step()
+    widest = sum(paper.activation_bytes(config, step).values())
+    expected = 5 * 4608 * 3072 * 2 + 3 * widest
+    assert scaling_plan.activation_bytes(config, step) == expected
 
 
 @pytest.mark.parametrize(
