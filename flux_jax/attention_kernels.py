@@ -10,7 +10,6 @@ public name; a JAX that moves it makes `why_not` say so.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +36,8 @@ def why_not(implementation: str, q: Any, k: Any) -> str | None:
         return f"it needs a head width that is a multiple of {least}, at most 128; got {width}"
     if implementation == "cudnn":
         return None
-    if implementation == "tokamax" and importlib.util.find_spec("tokamax") is None:
-        return "tokamax is not installed: pip install tokamax"
+    if implementation == "tokamax" and (missing := missing_tokamax()):
+        return missing
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     if not capability.startswith("9."):
         return f"it needs compute capability 9.x (Hopper), got {capability}"
@@ -50,6 +49,15 @@ def why_not(implementation: str, q: Any, k: Any) -> str | None:
         )
     if implementation == "cudnn_fp8" and not hasattr(_cudnn(), "dot_product_attention"):
         return f"JAX {jax.__version__} has no {_CUDNN}.dot_product_attention"
+    return None
+
+
+def missing_tokamax() -> str | None:
+    """Why tokamax cannot be imported; None if it can."""
+    try:
+        importlib.import_module("tokamax")
+    except ImportError as error:
+        return f"tokamax cannot be imported ({error}): pip install tokamax"
     return None
 
 

@@ -127,8 +127,7 @@ def normalize_and_quantize(
 
 
 def kernel_scale(scale: Scale, n: int, k: int) -> Float[Array, " N"] | Float[Array, "G N"]:
-    """Float32 (N,), or (G, N) with G of whole blocks for a scale per group."""
-    scale = scale.astype(jnp.float32)
+    """(N,), or (G, N) with G of whole blocks for a scale per group; in the scale's own type."""
     if scale.ndim < 2:
         return jnp.broadcast_to(scale.reshape(-1), (n,))
     groups = 4 * packed_width(k) // BLOCK_CODES * (BLOCK_CODES // GROUP)

@@ -5,6 +5,7 @@ Everything that depends on the version of JAX is in this file. Imported late: it
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -35,9 +36,30 @@ def accumulator(shape: tuple[int, int], dtype: Any) -> Any:
     return plgpu.ACC(shape, dtype)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
+    """A reference's values in registers of this layout; on a GPU only.
+
+    Args:
+      ref: in shared or global memory.
+      layout: of the result.
+      optimized: an error where there is no fast way to load it.
+    """
+    if "idx" in _LOAD_NEEDS:
+        return plgpu.load(ref, (), layout=layout, optimized=optimized)
+    return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]
+
+
+# JAX 0.11 warns of an index, 0.10 wants one.
+_LOAD_NEEDS = {
+    name
+    for name, parameter in inspect.signature(plgpu.load).parameters.items()
+    if parameter.default is inspect.Parameter.empty
+}
+
+
 def read(ref: Any, layout: Any, native: bool) -> Any:
     """A reference's values, in registers of this layout."""
-    return plgpu.load(ref, (), layout=layout, optimized=False) if native else ref[...]
+    return load(ref, layout, optimized=False) if native else ref[...]
 
 
 def tiled(rows: int, columns: int, dtype: Any, swizzle: int, leading: tuple[int, ...] = ()) -> Any:
@@ -115,6 +137,7 @@ def spare_operands(groups: int, rows: int, columns: int, tokens: int, dtype: Any
 __all__ = [
     "accumulator",
     "interpret_params",
+    "load",
     "multiply",
     "pl",
     "plgpu",

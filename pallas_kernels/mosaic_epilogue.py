@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_api import pl, plgpu, read, transpose_ref
+from pallas_kernels.mosaic_api import load, pl, plgpu, read, transpose_ref
 from pallas_kernels.reference import GELU_CUBIC, GELU_SLOPE
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -17,7 +17,7 @@ class Operands(NamedTuple):
     """Arrays outside of a kernel, references to them inside; None for what there is not.
 
     Attributes:
-      scale: (N,) float32, or (G, N) for a scale per group.
+      scale: (N,), or (G, N) for a scale per group.
       bias: (N,).
       token_scale: (M,) float32, of int8 activations.
       row_sum: (M,) int32, the sums of int8 activations; if the weight is decoded to codes.
@@ -137,7 +137,7 @@ def add_residual(y: Any, ref: Any, window: Window) -> Any:
     if window.native:
         # Pairs of outputs lie side by side in memory, pairs of tokens in the accumulators.
         turned = plgpu.Layout.WGMMA_TRANSPOSED
-        values = plgpu.load(transpose_ref(at), (), layout=turned, optimized=False)
+        values = load(transpose_ref(at), turned, optimized=False)
         return y + plgpu.layout_cast(values.astype(jnp.float32), LAYOUT)
     return y + at[...].T.astype(jnp.float32)
 

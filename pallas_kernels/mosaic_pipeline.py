@@ -228,6 +228,7 @@ def grouped_sums(plan: Plan, refs: Refs, group: Any, index: Any, window: Window)
             for half in range(tile.planes // 2):
                 g = step * 2 + part * (tile.planes // 2) + half
                 scale = read(refs.operands.scale.at[g, outputs], LAYOUT.reduce(1), plan.native)
+                scale = scale.astype(jnp.float32)
                 wide = window.cast(lax.broadcast_in_dim(scale, plan.shape, (0,)))
                 y = y + group_sum(codes, slot, part, half) * wide
             plgpu.barrier_arrive(refs.x_empty.at[slot])

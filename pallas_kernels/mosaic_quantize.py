@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_api import pl, plgpu
+from pallas_kernels.mosaic_api import load, pl, plgpu
 from pallas_kernels.mosaic_epilogue import tanh_gelu
 from pallas_kernels.reference import MAX_INVERSE, Columns, Quantized
 
@@ -70,14 +70,14 @@ def quantize_rows(
         if not native:
             return ref[...]
         layout = plgpu.Layout.WG_STRIDED((part.size,), vec_size=vector_size(part))
-        return plgpu.load(ref, (), layout=layout)
+        return load(ref, layout)
 
     def body(*refs):
         part_refs, rest = refs[: len(parts)], refs[len(parts) :]
         vector_refs, (q_gmem, scale_gmem, sum_gmem) = rest[: len(vectors)], rest[len(vectors) :]
         block = lax.axis_index("block")
 
-        def load(row):
+        def load_row(row):
             return tuple(
                 read(ref.at[row, pl.ds(part.start, part.size)], part)
                 for ref, part in zip(part_refs, parts, strict=True)
@@ -89,7 +89,7 @@ def quantize_rows(
 
         def row(index, loaded):
             here = block + index * blocks
-            following = load(lax.min(here + blocks, m - 1))
+            following = load_row(lax.min(here + blocks, m - 1))
             values = [value.astype(jnp.float32) for value in loaded]
             values = [
                 tanh_gelu(value) if part.gelu else value
@@ -109,7 +109,7 @@ def quantize_rows(
             return following
 
         mine = lax.div(m - block + blocks - 1, blocks)
-        lax.fori_loop(0, mine, row, load(block))
+        lax.fori_loop(0, mine, row, load_row(block))
 
     call = plgpu.kernel(
         body,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,28 +12,46 @@ import jax
 
 # Inputs are rotated, so that what one call read is gone from the cache when its turn comes again.
 ROTATED_BYTES = 160e6
-MOST_SETS = 12
-# Programs in flight in each timing, so that the device does not wait for the host.
-QUEUED = 2
+# Calls of a program, where their inputs are small: starting it takes the host some 0.1 ms, which
+# calls of a few microseconds must outlast together.
+ENOUGH_SETS, ENOUGH_BYTES = 24, 500e6
+# Work that is queued in each timing, so that the device does not wait for the host.
+QUEUED_SECONDS = 0.01
+MOST_QUEUED = 64
+
+Program = Callable[[Sequence[tuple[Any, ...]]], Any]
 
 
 def input_sets(nbytes: float) -> int:
     """How many sets of inputs of `nbytes` to rotate."""
-    return int(min(max(2, -(-ROTATED_BYTES // max(nbytes, 1))), MOST_SETS))
+    nbytes = max(nbytes, 1)
+    past_the_cache = max(2, math.ceil(ROTATED_BYTES / nbytes))
+    return min(max(past_the_cache, int(ENOUGH_BYTES / nbytes)), ENOUGH_SETS)
+
+
+def compile_calls(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Program:
+    """A program that calls `function` once with each set; outputs are computed in full."""
+    # Under a jit of its own the function is lowered once, however many sets there are.
+    once = jax.jit(function)
+    return jax.jit(lambda sets: [once(*arguments) for arguments in sets]).lower(sets).compile()
 
 
 def median_ms(
-    function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], *, repeats: int
+    function: Callable[..., Any],
+    sets: Sequence[tuple[Any, ...]],
+    *,
+    repeats: int,
+    program: Program | None = None,
 ) -> float:
     """Median time of one call, in milliseconds.
 
-    A program calls the function once with each set; `QUEUED` of them are timed together. Outputs
-    are computed in full.
+    As many runs of a program of calls are timed together as fill `QUEUED_SECONDS`.
 
     Args:
-      function: of arrays; it is compiled here.
+      function: of arrays.
       sets: its arguments, in turn.
       repeats: timings the median is over.
+      program: what `compile_calls` made of both, if it is there.
 
     Raises:
       ValueError: nothing to time.
@@ -42,16 +61,18 @@ def median_ms(
             f"median_ms needs repeats >= 1 and a set of inputs, got repeats={repeats}, "
             f"{len(sets)} sets"
         )
-    program = jax.jit(lambda sets: [function(*arguments) for arguments in sets])
-    for _ in range(2):
-        jax.block_until_ready(program(sets))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        outputs = None
-        for _ in range(QUEUED):
-            outputs = program(sets)
-        jax.block_until_ready(outputs)
-        times.append((time.perf_counter() - start) / (QUEUED * len(sets)))
-        del outputs
+    program = compile_calls(function, sets) if program is None else program
+    jax.block_until_ready(program(sets))
+    alone = _seconds(program, sets, 1)
+    queued = min(max(2, math.ceil(QUEUED_SECONDS / max(alone, 1e-9))), MOST_QUEUED)
+    times = [_seconds(program, sets, queued) / (queued * len(sets)) for _ in range(repeats)]
     return 1e3 * statistics.median(times)
+
+
+def _seconds(program: Program, sets: Sequence[tuple[Any, ...]], queued: int) -> float:
+    start = time.perf_counter()
+    outputs = None
+    for _ in range(queued):
+        outputs = program(sets)
+    jax.block_until_ready(outputs)
+    return time.perf_counter() - start

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ from pallas_kernels.tiles import (
     shared_bytes,
     triton_rule,
 )
-from pallas_kernels.timing import input_sets, median_ms
+from pallas_kernels.timing import compile_calls, input_sets, median_ms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,11 +140,16 @@ def multiplier(backend: str, problem: Problem, device: Device, tile: Any) -> Cal
 
 
 def search(backend: str, problem: Problem, device: Device, *, repeats: int) -> Iterator[Trial]:
-    """Times every candidate, in order."""
+    """Times every candidate, in order; they are compiled side by side before."""
     sets = arguments(problem)
-    for tile in candidates(backend, problem, device):
+    tiles = candidates(backend, problem, device)
+    calls = [multiplier(backend, problem, device, tile) for tile in tiles]
+    # Timed only when nothing is compiled any more: lowering takes the host's time.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = [pool.submit(compile_calls, call, sets) for call in calls]
+    for tile, call, program in zip(tiles, calls, programs, strict=True):
         try:
-            ms = median_ms(multiplier(backend, problem, device, tile), sets, repeats=repeats)
+            ms = median_ms(call, sets, repeats=repeats, program=program.result())
         # A tile beyond the device's registers or shared memory fails in as many ways as there are
         # compilers below; the search goes on, and says which.
         except Exception as error:

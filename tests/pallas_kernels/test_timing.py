@@ -7,11 +7,28 @@ from pallas_kernels import timing
 
 
 def test_median(monkeypatch):
-    # Start and end of three timings of two programs with two calls each.
-    clock = iter([0.0, 4.0, 10.0, 30.0, 40.0, 48.0])
+    # Start and end: of one program, which says that two fill the queue, and of three timings of
+    # two programs with two calls each.
+    clock = iter([0.0, 5.0, 10.0, 14.0, 20.0, 40.0, 50.0, 58.0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing, "QUEUED_SECONDS", 10.0)
     sets = [(jnp.zeros(2),), (jnp.ones(2),)]
     assert timing.median_ms(lambda x: x + 1, sets, repeats=3) == 2000.0
+
+
+@pytest.mark.parametrize(("alone", "queued"), [(1e-3, 10), (4e-3, 3), (1.0, 2), (1e-9, 64)])
+def test_short_programs_are_queued_until_they_outlast_the_host(alone, queued, monkeypatch):
+    runs, clock = [], iter([0.0, alone, 0.0, 1.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    timing.median_ms(lambda x: x, [(0,)], repeats=1, program=lambda sets: runs.append(sets))
+    assert len(runs) == 1 + 1 + queued
+
+
+def test_every_set_is_multiplied():
+    program = timing.compile_calls(lambda x, y: x * y, [(jnp.ones(2), 3.0), (jnp.ones(2), 4.0)])
+    first, second = program([(jnp.ones(2), 5.0), (jnp.ones(2), 6.0)])
+    assert first.tolist() == [5.0, 5.0]
+    assert second.tolist() == [6.0, 6.0]
 
 
 def test_nothing_to_time():
@@ -20,7 +37,7 @@ def test_nothing_to_time():
 
 
 def test_inputs_are_rotated_past_the_cache():
-    assert timing.input_sets(80e6) == 2
-    assert timing.input_sets(50e6) == 4
+    assert timing.input_sets(80e6) == 6
+    assert timing.input_sets(300e6) == 2
     assert timing.input_sets(1e9) == 2
-    assert timing.input_sets(1) == timing.MOST_SETS
+    assert timing.input_sets(1) == timing.ENOUGH_SETS
