@@ -39,7 +39,10 @@ Prepared = tuple[Callable[..., Any], list[Inputs], str]
 
 
 def random_weights(
-    config: FluxConfig, variant: str = "whole", kernels: str | None = None
+    config: FluxConfig,
+    variant: str = "whole",
+    kernels: str | None = None,
+    attention: str | None = None,
 ) -> tuple[Any, Any]:
     """(graphdef, state) of a transformer with random weights.
 
@@ -47,13 +50,13 @@ def random_weights(
       config: its size.
       variant: one of `TERNARY` for packed weights.
       kernels: of those, as in `flux_jax.kernels.use_kernels`.
+      attention: of all variants, likewise.
 
     Raises:
       UserError: the kernels cannot run here.
     """
     model = random_transformer(config, activation_bits=TERNARY.get(variant))
-    if variant in TERNARY:
-        use_kernels(model, kernels=kernels)
+    use_kernels(model, kernels=kernels if variant in TERNARY else None, attention_by=attention)
     return nnx.split(model)
 
 
@@ -194,13 +197,16 @@ def main(
         str | None,
         typer.Option(help="Of packed weights: mosaic, triton or jax; by itself if none."),
     ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="An implementation of flux_jax.attention.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed steps; 0 only compiles.")] = 20,
     floor: Annotated[bool, typer.Option(help="Time the step's products alone too.")] = False,
     profile: Annotated[Path | None, typer.Option(help="Write a trace here; print it.")] = None,
 ) -> None:
     """Compiles one variant of the transformer step and times it."""
     config, step_size = SIZES[size]
-    graphdef, state = random_weights(config, variant, kernels)
+    graphdef, state = random_weights(config, variant, kernels, attention)
     sets = random_inputs(config, step_size)
     jax.block_until_ready((state, sets))
     start = time.perf_counter()

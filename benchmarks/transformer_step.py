@@ -154,6 +154,10 @@ def main(
         str | None,
         typer.Option(help="Of packed weights: mosaic, triton or jax; by itself if none."),
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="An implementation of flux_jax.attention; its default if none."),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 20,
     cold: Annotated[bool, typer.Option(help="Measure the compile with an empty cache.")] = True,
     floor: Annotated[bool, typer.Option(help="Time the products and the attention alone.")] = True,
@@ -172,6 +176,7 @@ def main(
         expected = ", ".join(VARIANTS)
         raise UserError(f"--variants: expected some of {expected}, got {', '.join(unknown)}")
     common = ["--kernels", kernels] if kernels else []
+    common += ["--attention", attention] if attention else []
     found: list[dict[str, Any] | None] = []
     for index, variant in enumerate(wanted):
         extra = ["--floor"] if floor and index == 0 else []
