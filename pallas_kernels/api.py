@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
@@ -250,7 +251,7 @@ def _product(backend: str, activation_bits: int, out_dtype: Any, gelu: bool, dev
     # x, token_scale, residual and row_sum have rows, and gates runs of them. Plain JAX is batched
     # by JAX.
     fold = functools.partial(foldable, per_row=(0, 4, 6, 7), per_run=(5,))
-    compute = plain if backend == "jax" else fold(kernel)
+    compute = plain if backend == "jax" else _lowered_once(fold(kernel))
     return differentiable(compute, straight_through)
 
 
@@ -264,7 +265,7 @@ def _quantizer(parts: tuple[tuple[int, int, bool], ...], device: Device) -> Any:
         columns = [Columns(array, *part) for array, part in zip(arrays, parts, strict=True)]
         return mosaic.quantize(columns, device=device)
 
-    return foldable(quantize, per_row=tuple(range(len(parts))))
+    return _lowered_once(foldable(quantize, per_row=tuple(range(len(parts)))))
 
 
 @functools.cache
@@ -277,4 +278,14 @@ def _normalizer(backend: str, eps: float, device: Device) -> Any:
 
         return mosaic.normalize_and_quantize(x, gain, shift, eps=eps, device=device)
 
-    return foldable(kernel, per_row=(0,), per_run=(1, 2)) if backend == "mosaic" else plain
+    if backend != "mosaic":
+        return plain
+    return _lowered_once(foldable(kernel, per_row=(0,), per_run=(1, 2)))
+
+
+def _lowered_once(kernel: Any) -> Any:
+    """A kernel that a program lowers once for all its calls of the same shapes.
+
+    Lowering takes some 0.1 s of Python: a model calls the same few kernels hundreds of times.
+    """
+    return jax.jit(kernel)

@@ -126,8 +126,8 @@ def normalize_and_quantize(
     return quantize_rows(whole, multiprocessors=many, norm=norm, interpret=interpret)
 
 
-def kernel_scale(scale: Scale, n: int, k: int) -> Float[Array, " N"] | Float[Array, "G N"]:
-    """(N,), or (G, N) with G of whole blocks for a scale per group; in the scale's own type."""
+def kernel_scale(scale: Scale, n: int, k: int) -> Float[Array, " N"] | Float[Array, "Groups N"]:
+    """(N,), or (Groups, N), of whole blocks, for a scale per group; in the scale's own type."""
     if scale.ndim < 2:
         return jnp.broadcast_to(scale.reshape(-1), (n,))
     groups = 4 * packed_width(k) // BLOCK_CODES * (BLOCK_CODES // GROUP)
