@@ -36,6 +36,28 @@ _CATEGORIES = (
     ("color_attribution", "color attribution"),
 )
 
+
+def _kernels(prefix: str, backend: str) -> tuple[tuple[str, str], ...]:
+    """The rows of one backend of the ternary products."""
+    named = (
+        ("{}a16_speedup", "W1.58A16, over bf16{}"),
+        ("{}a8_speedup", "W1.58A8, quantising its activations, over bf16{}"),
+        ("{}a8_product_speedup", "W1.58A8, from quantised activations, over int8{}"),
+        ("{}over_gemlite_a16", "W1.58A16, over gemlite's A16W158{}"),
+        ("{}over_gemlite_a8", "W1.58A8, over gemlite's A8W158{}"),
+    )
+    worst = tuple(
+        (f"{prefix}{name.format('')}_worst", f"{label.format(', the worst shape')}, {backend}")
+        for name, label in named[3:]
+    )
+    means = tuple(
+        (f"{prefix}{name.format(few)}", f"{label.format(tokens)}, {backend}")
+        for few, tokens in (("", ""), ("few_", ", 1 and 16 tokens"))
+        for name, label in named
+    )
+    return means + worst
+
+
 # A benchmark without a layout shows every figure under its own name.
 LAYOUTS = {
     "transformer_step": Layout(
@@ -156,17 +178,8 @@ LAYOUTS = {
         ),
     ),
     "ternary_kernels": Layout(
-        title="speed over XLA's dense product, geometric mean over FLUX.1-dev's shapes",
-        rows=tuple(
-            (f"{prefix}{few}{name}_speedup", f"{label}{tokens}{backend}")
-            for prefix, backend in (("", ", Mosaic"), ("triton_", ", Triton"))
-            for few, tokens in (("", ""), ("few_", ", 1 and 16 tokens"))
-            for name, label in (
-                ("a16", "W1.58A16, over bf16"),
-                ("a8", "W1.58A8, quantising its activations, over bf16"),
-                ("a8_product", "W1.58A8, from quantised activations, over int8"),
-            )
-        ),
+        title="speed over XLA's dense product and gemlite's, geometric mean, FLUX.1-dev's shapes",
+        rows=(*_kernels("", "Mosaic"), *_kernels("triton_", "Triton")),
     ),
     "ternary_fullsize": Layout(
         title="FLUX.1-dev's shapes, random weights, 1024 x 1024",

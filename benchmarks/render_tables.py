@@ -40,6 +40,12 @@ def render_result(result: Result, images: str = "docs/images") -> str:
     columns = {"ours": result.figures, **{name: p.figures for name, p in result.peers.items()}}
     names = dict.fromkeys(name for figures in columns.values() for name in figures)
     rows = layout.rows if layout else tuple((name, name.replace("_", " ")) for name in names)
+    # A peer whose figures only enter others' has no column.
+    columns = {
+        name: figures
+        for name, figures in columns.items()
+        if name == "ours" or any(row in figures for row, _ in rows)
+    }
     title = layout.title if layout else result.benchmark.replace("_", " ")
     lines = [
         f"| {title} | " + " | ".join(columns) + " |",

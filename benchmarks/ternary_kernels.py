@@ -1,4 +1,4 @@
-"""Times packed-ternary products on this GPU, and XLA's dense products beside them.
+"""Times packed-ternary products on this GPU, and beside them XLA's dense products and gemlite's.
 
     python -m benchmarks.ternary_kernels
 
@@ -10,20 +10,24 @@ more than the cache holds; see `pallas_kernels.bench` for what is in each time.
 - a8_product: from activations that are quantised already.
 - *_speedup: geometric mean over the shapes, of XLA's dense time over ours: the bf16 dot, or for
   a8_product the int8 dot, whose int32 result XLA leaves unscaled.
+- over_gemlite_*: the same of gemlite's time over ours, for the op of as many bits; *_worst: of the
+  shape where it is least. See `benchmarks.peers.gemlite_linear`.
 
 Writes `benchmarks/results/ternary_kernels_<gpu>.json`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 import typer
 
 from benchmarks.common import RESULTS, Commit, Figure, OutOrNone, Peer, Result, Tiny, run
 from benchmarks.machine import device_figures, git_commit, package_versions
+from benchmarks.processes import run_module
 from flux_jax.errors import UserError
 from pallas_kernels import bench
 from pallas_kernels.bench import Row
@@ -40,6 +44,8 @@ NAMES = {
 # The rate of int8 over bf16 on the tensor cores; and a quarter of the bytes of int8's weights.
 LIMITS = {bench.A16: 1.05, bench.A8: 2.0, bench.A8_PRODUCT: 1.05}
 FEW_ROWS, FEW_LIMIT = 16, 8.0
+# The op's names in the peer's figures, and gemlite's.
+GEMLITE = {bench.A16: ("a16", "A16W158"), bench.A8: ("a8", "A8W158")}
 
 
 def shape_name(row: Row) -> str:
@@ -77,40 +83,113 @@ def speedups(rows: list[Row]) -> dict[str, Figure]:
     return figures
 
 
-def to_result(benchmark: str, rows: list[Row], device: str, commit: str) -> Result:
-    """The result file: ours, and XLA's dense products as the peer."""
+def time_gemlite(shapes: Iterable[tuple[int, int, int]], repeats: int) -> dict[str, Any] | None:
+    """What `benchmarks.peers.gemlite_linear` wrote; None, once it is told why, without it."""
+    if importlib.util.find_spec("gemlite") is None:
+        typer.echo("gemlite is left out: it is not installed (pip install gemlite)", err=True)
+        return None
+    names = ",".join("x".join(map(str, shape)) for shape in shapes)
+    arguments = ("--shapes", names, "--repeats", str(repeats))
+    try:
+        return run_module("benchmarks.peers.gemlite_linear", *arguments)
+    except RuntimeError as error:
+        typer.echo(f"gemlite is left out: {error}", err=True)
+        return None
+
+
+def gemlite_times(measured: Mapping[str, Any]) -> dict[str, Figure]:
+    """A figure for each of the peer's times, under the names of ours."""
+    figures = {}
+    for one in measured["timings"]:
+        m, k, n = one["shape"]
+        note = f"{one['how']}, off by {one['error']:.1%}"
+        if one["what"] != "bf16_linear":
+            note += f", autotuned: {measured['autotune']}"
+        name = f"{one['what']}_ms/{m}x{k}x{n}"
+        figures[name] = Figure(value=one["ms"], unit="ms", note=note)
+    return figures
+
+
+def over_gemlite(rows: list[Row], measured: Mapping[str, Any]) -> dict[str, Figure]:
+    """How many times as fast as gemlite: geometric means as in `speedups`, and the worst."""
+    theirs = {(one["what"], *one["shape"]): one["ms"] for one in measured["timings"]}
+    figures = {}
+    for backend in dict.fromkeys(row.backend for row in rows if row.backend != "xla"):
+        prefix = "" if backend == "mosaic" else f"{backend}_"
+        for what, (key, name) in GEMLITE.items():
+            ratios = {
+                row: theirs[key, row.m, row.k, row.n] / row.ms
+                for row in rows
+                if row.backend == backend
+                and row.what == what
+                and (key, row.m, row.k, row.n) in theirs
+            }
+            over = f"over gemlite's {name}, autotuned: {measured['autotune']}"
+            for few in (False, True):
+                chosen = [v for row, v in ratios.items() if (row.m <= FEW_ROWS) == few]
+                if chosen:
+                    note = f"{over}; {len(chosen)} shapes"
+                    mean = Figure(value=statistics.geometric_mean(chosen), unit="x", note=note)
+                    figures[f"{prefix}{'few_' * few}over_gemlite_{NAMES[what]}"] = mean
+            if ratios:
+                worst = min(ratios, key=lambda row: ratios[row])
+                figures[f"{prefix}over_gemlite_{NAMES[what]}_worst"] = Figure(
+                    value=ratios[worst], unit="x", note=f"{over}; {shape_name(worst)}"
+                )
+    return figures
+
+
+def to_result(
+    benchmark: str,
+    rows: list[Row],
+    device: str,
+    commit: str,
+    gemlite: Mapping[str, Any] | None = None,
+) -> Result:
+    """The result file: ours, and XLA's dense products and gemlite's ternary ones as peers."""
     dense = [row for row in rows if row.backend == "xla"]
     ours = [row for row in rows if row.backend != "xla"]
+    peers = {"XLA, dense": Peer(versions=package_versions("jax"), figures=times(dense))}
+    figures = speedups(rows)
+    if gemlite is not None:
+        peers["gemlite"] = Peer(versions=gemlite["versions"], figures=gemlite_times(gemlite))
+        figures |= over_gemlite(rows, gemlite)
     return Result(
         benchmark=benchmark,
         device=device,
         commit=commit,
-        figures={**speedups(rows), **times(ours)},
-        peers={"XLA, dense": Peer(versions=package_versions("jax"), figures=times(dense))},
+        figures={**figures, **times(ours)},
+        peers=peers,
         versions=package_versions("jax", "jaxlib", "jax-triton", "triton"),
     )
 
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timings that each median is over.")] = 15,
+    gemlite: Annotated[bool, typer.Option(help="Time gemlite too, where it is installed.")] = True,
     tiny: Tiny = False,
     out: OutOrNone = None,
     commit: Commit = None,
 ) -> None:
-    """Time packed-ternary products and XLA's dense ones."""
+    """Time packed-ternary products, XLA's dense ones and gemlite's."""
+    shapes = bench.SMALL if tiny else (*bench.MANY, *bench.FEW)
+    # First: once JAX has the device, it keeps most of the memory.
+    measured = time_gemlite(shapes, repeats) if gemlite else None
     names = tuple(name for name, reason in bench.backends_here().items() if reason is None)
     kernels = tuple(name for name in names if name != "jax")
     if not tiny and not kernels:
         raise UserError("needs an NVIDIA GPU from Ampere on; --tiny runs anywhere")
     rows = []
-    for m, k, n in bench.SMALL if tiny else (*bench.MANY, *bench.FEW):
+    for m, k, n in shapes:
         for row in bench.time_shape(m, k, n, backends=kernels or names, repeats=repeats):
             rows.append(row)
             typer.echo(f"{shape_name(row):>18} {row.what:20} {row.backend:7} {row.ms:9.4f} ms")
     name = "ternary_kernels_tiny" if tiny else "ternary_kernels"
-    result = to_result(name, rows, device_figures()["device"], commit or git_commit())
-    for name, figure in speedups(rows).items():
-        typer.echo(f"{name:30} {figure.value:6.2f} {figure.unit}  {figure.note}")
+    device = device_figures()["device"]
+    result = to_result(name, rows, device, commit or git_commit(), measured)
+    for name, figure in result.figures.items():
+        if figure.unit == "x":
+            typer.echo(f"{name:30} {figure.value:6.2f} {figure.unit}  {figure.note}")
     if out is not None or not tiny:
         typer.echo(f"written: {result.write(out or RESULTS).name}")
 

@@ -12,23 +12,10 @@ import jax.numpy as jnp
 from pallas_kernels import api, reference
 from pallas_kernels.backends import BACKENDS, device_of, why_not
 from pallas_kernels.packing import group_count, pack_codes, unpack_codes
+from pallas_kernels.shapes import FEW as FEW
+from pallas_kernels.shapes import MANY as MANY
+from pallas_kernels.shapes import SMALL as SMALL
 from pallas_kernels.timing import input_sets, median_ms
-
-# (tokens, inputs, outputs): the products of one step of a 12-billion image transformer at
-# 1024 x 1024, its modulation, and a size for a CPU.
-MANY = tuple(
-    (4608, k, n)
-    for k, n in (
-        (3072, 9216),
-        (3072, 3072),
-        (3072, 12288),
-        (12288, 3072),
-        (3072, 21504),
-        (15360, 3072),
-    )
-)
-FEW = tuple((m, k, n) for m in (1, 16) for k, n in ((3072, 18432), (3072, 9216)))
-SMALL = ((256, 512, 512),)
 
 # What is timed.
 BF16_DOT, INT8_DOT = "bf16 dot", "int8 dot"

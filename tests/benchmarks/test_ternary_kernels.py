@@ -1,5 +1,7 @@
 """The committed benchmark of the kernels: what becomes of measured rows."""
 
+import sys
+
 import pytest
 
 from benchmarks import render_tables, ternary_kernels
@@ -47,6 +49,76 @@ def test_the_table_has_the_speedups():
     assert "| W1.58A8, quantising its activations, over bf16, Mosaic | 2.00 x |" in text
     assert "| W1.58A8, quantising its activations, over bf16, Triton | 1.00 x |" in text
     assert "| W1.58A8, from quantised activations, over int8, Mosaic | 1.00 x |" in text
+
+
+MEASURED = {
+    "versions": {"python": "3.12.3", "gemlite": "0.6.0.post2"},
+    "autotune": "fast",
+    "timings": [
+        {"shape": shape, "what": what, "ms": ms, "error": 0.0123, "how": "CUDA graph"}
+        for shape, what, ms in (
+            ([4608, 3072, 8], "a8", 1.5),
+            ([4608, 3072, 8], "a16", 9.0),
+            ([4608, 12288, 8], "a8", 12.0),
+            ([1, 3072, 8], "a8", 0.25),
+            ([1, 3072, 8], "bf16_linear", 1.0),
+        )
+    ],
+}
+
+
+def test_gemlite_over_ours_is_a_geometric_mean_and_the_worst():
+    found = [*rows(), *rows(k=12288), *rows(m=16), *rows(m=1)]
+    figures = ternary_kernels.over_gemlite(found, MEASURED)
+    values = {name: figure.value for name, figure in figures.items()}
+    assert values == pytest.approx(
+        {
+            "over_gemlite_a8": (3.0 * 24.0) ** 0.5,
+            "few_over_gemlite_a8": 0.5,
+            "over_gemlite_a8_worst": 0.5,
+            "triton_over_gemlite_a8": (1.5 * 12.0) ** 0.5,
+            "triton_few_over_gemlite_a8": 0.25,
+            "triton_over_gemlite_a8_worst": 0.25,
+        }
+    )
+    assert figures["over_gemlite_a8"].note == "over gemlite's A8W158, autotuned: fast; 2 shapes"
+    assert figures["over_gemlite_a8_worst"].note.endswith("fast; 1x3072x8")
+
+
+def test_gemlite_is_a_peer_with_its_own_times(tmp_path):
+    result = ternary_kernels.to_result("ternary_kernels", rows(), "NVIDIA H200", "no", MEASURED)
+    read = read_result(result.write(tmp_path))
+    peer = read.peers["gemlite"]
+    assert peer.versions == MEASURED["versions"]
+    assert peer.figures["a8_ms/4608x3072x8"].value == 1.5
+    assert peer.figures["a8_ms/4608x3072x8"].note == "CUDA graph, off by 1.2%, autotuned: fast"
+    assert peer.figures["bf16_linear_ms/1x3072x8"].note == "CUDA graph, off by 1.2%"
+    text = render_tables.render_result(read)
+    assert "| W1.58A8, over gemlite's A8W158, Mosaic | 3.00 x |" in text
+    assert "| W1.58A8, over gemlite's A8W158, the worst shape, Triton | 1.50 x |" in text
+    assert "gemlite 0.6.0.post2" in text
+
+
+def test_without_gemlite_it_is_told_and_left_out(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gemlite", None)
+    assert ternary_kernels.time_gemlite([(1, 32, 8)], 1) is None
+    assert "gemlite is left out: it is not installed" in capsys.readouterr().err
+
+
+def test_a_failing_gemlite_is_told_and_left_out(capsys, monkeypatch):
+    calls = []
+
+    def run_module(*command):
+        calls.append(command)
+        raise RuntimeError("-m benchmarks.peers.gemlite_linear failed: exit code 1")
+
+    monkeypatch.setattr(ternary_kernels.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ternary_kernels, "run_module", run_module)
+    assert ternary_kernels.time_gemlite([(1, 32, 8), (16, 64, 8)], 3) is None
+    assert "left out: -m benchmarks.peers.gemlite_linear failed" in capsys.readouterr().err
+    module, *options = calls[0]
+    assert module == "benchmarks.peers.gemlite_linear"
+    assert options == ["--shapes", "1x32x8,16x64x8", "--repeats", "3"]
 
 
 def test_without_a_gpu_it_says_what_it_needs():
