@@ -66,9 +66,8 @@ def ternary_matmul(
       activation_bits: 16 multiplies x as it is; 8 quantises each token to int8 first and sums in
         int32, exactly. Must be 8 for x of int8.
       out_dtype: of the result; by default x's, bfloat16 for x of int8.
-      backend: one of `pallas_kernels.BACKENDS`; None is plain JAX, or with
-        PALLAS_KERNELS_AUTOMATIC=1 in the environment the first that can run on the device that x
-        lies on (JAX's default device while tracing).
+      backend: one of `pallas_kernels.BACKENDS`; None takes the first that can run on the device
+        that x lies on (JAX's default device while tracing).
       token_scale: (...) float32, of x of int8, as `quantize_activations` returns it.
       row_sum: (...) int32, the sums of x of int8, as `quantize_activations` returns them. Nothing
         depends on it but the time that Mosaic takes to decode the weight.

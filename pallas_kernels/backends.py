@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from typing import Any
 
 import jax
@@ -19,10 +18,6 @@ from jax.core import Tracer
 from pallas_kernels.tile_table import Device
 
 BACKENDS = ("mosaic", "triton", "jax")
-
-# The environment variable that lets the kernels be chosen by themselves. Not all of them have run
-# on a GPU yet (`pytest -m gpu tests/pallas_kernels`); until they have, they are taken by name only.
-AUTOMATIC = "PALLAS_KERNELS_AUTOMATIC"
 
 
 def device_of(x: Any) -> Any:
@@ -61,8 +56,7 @@ def choose(
     """The backend to use.
 
     Args:
-      backend: one of `BACKENDS`, which is then used or refused; or None: with `AUTOMATIC` set to 1
-        in the environment the first that can, else plain JAX.
+      backend: one of `BACKENDS`, which is then used or refused; None for the first that can run.
       device: where the product will run.
       x_dtype, out_dtype: of activations and result.
       activation_bits: 8 or 16.
@@ -83,7 +77,7 @@ def choose(
                 f"leave backend=None to use what can"
             )
         return backend
-    for name in BACKENDS if os.environ.get(AUTOMATIC) == "1" else ("jax",):
+    for name in BACKENDS:
         if why_not(name, device, x_dtype, out_dtype, activation_bits) is None:
             return name
     raise AssertionError("plain JAX computes every product")

@@ -15,7 +15,8 @@ from pallas_kernels.packing import group_count, pack_codes, unpack_codes
 from pallas_kernels.shapes import FEW as FEW
 from pallas_kernels.shapes import MANY as MANY
 from pallas_kernels.shapes import SMALL as SMALL
-from pallas_kernels.timing import input_sets, median_ms
+from pallas_kernels.shapes import sets_of
+from pallas_kernels.timing import median_ms
 
 # What is timed.
 BF16_DOT, INT8_DOT = "bf16 dot", "int8 dot"
@@ -76,7 +77,7 @@ def time_shape(m: int, k: int, n: int, *, backends: tuple[str, ...], repeats: in
       backends: of `BACKENDS`, all of which can run here.
       repeats: timings of each median.
     """
-    keys = jax.random.split(jax.random.key(m + n + k), input_sets(n * k / 4 + 3 * m * k))
+    keys = jax.random.split(jax.random.key(m + n + k), sets_of(m, k, n))
     make = jax.jit(lambda key: (activations(key, m, k), *weights(jax.random.fold_in(key, 1), n, k)))
     sets = [make(key) for key in keys]
 

@@ -10,23 +10,11 @@ from typing import Any
 
 import jax
 
-# Inputs are rotated, so that what one call read is gone from the cache when its turn comes again.
-ROTATED_BYTES = 160e6
-# Calls of a program, where their inputs are small: starting it takes the host some 0.1 ms, which
-# calls of a few microseconds must outlast together.
-ENOUGH_SETS, ENOUGH_BYTES = 24, 500e6
 # Work that is queued in each timing, so that the device does not wait for the host.
 QUEUED_SECONDS = 0.01
 MOST_QUEUED = 64
 
 Program = Callable[[Sequence[tuple[Any, ...]]], Any]
-
-
-def input_sets(nbytes: float) -> int:
-    """How many sets of inputs of `nbytes` to rotate."""
-    nbytes = max(nbytes, 1)
-    past_the_cache = max(2, math.ceil(ROTATED_BYTES / nbytes))
-    return min(max(past_the_cache, int(ENOUGH_BYTES / nbytes)), ENOUGH_SETS)
 
 
 def compile_calls(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Program:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic, reference, triton_matmul
 from pallas_kernels.bench import activations, weights
+from pallas_kernels.shapes import input_sets
 from pallas_kernels.tile_table import Device, Entry
 from pallas_kernels.tiles import (
     SHARED_BYTES,
@@ -27,7 +28,7 @@ from pallas_kernels.tiles import (
     shared_bytes,
     triton_rule,
 )
-from pallas_kernels.timing import compile_calls, input_sets, median_ms
+from pallas_kernels.timing import compile_calls, median_ms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ import typer
 from benchmarks.common import run
 from benchmarks.machine import GIB, package_versions
 from pallas_kernels.errors import UserError
-from pallas_kernels.shapes import FEW, MANY, SMALL
+from pallas_kernels.shapes import FEW, MANY, SMALL, sets_of
 
 A16, A8, BF16 = "a16", "a8", "bf16_linear"
 AUTOTUNE = ("fast", "max", "default")
@@ -40,9 +40,6 @@ GRAPH, QUEUED = "CUDA graph", "queued calls"
 
 Shape = tuple[int, int, int]
 
-# As in `pallas_kernels.timing`, which needs JAX; a test compares them.
-ROTATED_BYTES = 160e6
-MOST_SETS = 12
 # Each timing lasts so long: what the launch of a graph takes is lost in it.
 TIMED_MS = 5.0
 # Of the output's norm. Activations of 8 bits are off by 1%, and so are sums of a hundred parts in
@@ -87,12 +84,6 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
             raise UserError(f"--shapes: expected TOKENSxINPUTSxOUTPUTS, got {one!r}")
         found.append((int(match[1]), int(match[2]), int(match[3])))
     return tuple(found)
-
-
-def input_sets(shape: Shape) -> int:
-    """How many sets of inputs to rotate, so that the cache does not keep them."""
-    m, k, n = shape
-    return int(min(max(2, -(-ROTATED_BYTES // (n * k / 4 + 3 * m * k))), MOST_SETS))
 
 
 @contextlib.contextmanager
@@ -238,7 +229,7 @@ def measure(
     """
     import torch
 
-    sets = [random_set(shape, seed, device) for seed in range(input_sets(shape))]
+    sets = [random_set(shape, seed, device) for seed in range(sets_of(*shape))]
     with torch.no_grad():
         linears = [(build(what, signs, bias), x) for x, signs, bias in sets]
         # The first call tunes.

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import timing
+from pallas_kernels import shapes, timing
 
 
 def test_median(monkeypatch):
@@ -37,7 +37,7 @@ def test_nothing_to_time():
 
 
 def test_inputs_are_rotated_past_the_cache():
-    assert timing.input_sets(80e6) == 6
-    assert timing.input_sets(300e6) == 2
-    assert timing.input_sets(1e9) == 2
-    assert timing.input_sets(1) == timing.ENOUGH_SETS
+    assert shapes.input_sets(80e6) == 6
+    assert shapes.input_sets(300e6) == 2
+    assert shapes.input_sets(1e9) == 2
+    assert shapes.input_sets(1) == shapes.ENOUGH_SETS
