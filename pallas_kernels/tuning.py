@@ -82,6 +82,7 @@ def _many(problem: Problem) -> list[Tile]:
         )
         return [Tile(**size, decode=SIGN) for size in sizes]
     if problem.activation_bits == 16:
+        wide = {"tokens": 144, "planes": 2, "stages": 3, "code_stages": 3, "store": 48}
         sizes = (
             {"planes": 2},
             {"planes": 1, "stages": 8},
@@ -90,6 +91,9 @@ def _many(problem: Problem) -> list[Tile]:
             {"rows": 64, "tokens": 192, "planes": 1, "stages": 6, "lag": 1},
             {"rows": 64, "tokens": 192, "planes": 1, "stages": 6},
             {"rows": 64, "tokens": 256, "planes": 1, "stages": 5, "flight": 1},
+            # Three waves where 3072 outputs of 4608 tokens would else be four.
+            {**wide, "flight": 1},
+            {**wide, "flight": 0},
         )
         return [
             Tile(**size, along_n=along_n, decode=SIGN)
