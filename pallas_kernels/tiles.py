@@ -89,13 +89,27 @@ class FewTile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TritonTile:
-    """Of the Triton kernel: outputs, tokens, tiles of tokens in a band, and Triton's own two."""
+    """Of the Triton kernels.
+
+    Attributes:
+      outputs, tokens: of a tile; powers of two from 16 and 8 on.
+      band: tiles of tokens that are worked through together.
+      warps, stages: Triton's own two.
+      planes: of one product, 64 inputs each: 1, 2 or 4; at most 2 where scales are per group.
+      passes: whether the inputs are gone through once for each `planes` of every block, which
+        leaves one product in the loop and takes less shared memory, but reads the codes as often.
+      split: whether the warps share out the inputs instead of the tile, for a few rows; nothing is
+        made of band, planes and passes then.
+    """
 
     outputs: int = 128
     tokens: int = 128
     band: int = 8
     warps: int = 8
     stages: int = 3
+    planes: int = 1
+    passes: bool = False
+    split: bool = False
 
 
 AnyTile = Tile | FewTile | TritonTile
@@ -137,15 +151,18 @@ def _few(m: int, activation_bits: int) -> FewTile:
 
 
 def triton_rule(problem: Problem) -> TritonTile:
-    """The Triton tile of a product that no table has."""
+    """The Triton tile of a product that no table has. It fits the 99 KiB that Ada has."""
+    wide = problem.activation_bits == 16
+    if problem.m <= 16:
+        # Small tiles, so that many programs read at once; a tile of more tokens has more to read.
+        outputs = 16 if problem.m <= 8 else 32
+        return TritonTile(outputs=outputs, tokens=max(8, _power(problem.m)), warps=4, split=True)
     if problem.m <= FEW_ROWS:
-        # Two accumulators of 64 tokens are more registers than four warps have.
-        warps = 8 if problem.grouped and problem.m > 32 else 4
-        return TritonTile(outputs=64, tokens=max(16, _power(problem.m)), warps=warps)
-    # Two sums per element are in registers.
-    tokens = 64 if problem.grouped else 128
-    # Three stages of 16-bit activations are more than the 99 KiB that Ada has.
-    return TritonTile(tokens=tokens, stages=3 if problem.activation_bits == 8 else 2)
+        return TritonTile(outputs=64, tokens=_power(problem.m), warps=4, stages=2 if wide else 3)
+    if problem.grouped:
+        # Two sums per element are in registers.
+        return TritonTile(tokens=64, stages=2 if wide else 3)
+    return TritonTile(planes=2, passes=True)
 
 
 def shared_bytes(tile: Tile | FewTile, activation_bits: int) -> int:

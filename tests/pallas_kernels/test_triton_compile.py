@@ -1,4 +1,6 @@
-"""The Triton kernel, compiled ahead of time for cards that are not here."""
+"""The Triton kernels, compiled ahead of time for cards that are not here."""
+
+import re
 
 import pytest
 
@@ -10,12 +12,47 @@ pytest.importorskip("triton", reason="needs Triton: pip install 'flux-jax[triton
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("m", [1, 64, 4608])
-@pytest.mark.parametrize("capability", [80, 86, 89])
+@pytest.mark.parametrize("m", [1, 16, 64, 4608])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
 def test_nothing_is_spilled_and_shared_memory_suffices(capability, m, bits, grouped, capsys):
-    tile = triton_rule(Problem(m, 3072, 3072, bits, grouped))
-    took = compile_for(capability, tile, activation_bits=bits, grouped=grouped)
+    problem = Problem(m, 3072, 3072, bits, grouped)
+    took = compile_for(capability, triton_rule(problem), problem)
     with capsys.disabled():
         print(f"\nsm_{capability} M={m} A{bits}{' grouped' * grouped}: {took}")
     assert took.stack == 0
     assert took.shared <= SHARED_BYTES[capability]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("m", [1, 4608])
+def test_operands_are_copied_in_wide_pieces_while_others_are_multiplied(m, bits):
+    """No weight or activation passes through a load that the multiplication waits for."""
+    problem = Problem(m, 3072, 3072, bits)
+    ptx = compile_for(80, triton_rule(problem), problem).ptx
+    assert "cp.async.cg.shared.global" in ptx
+    assert set(re.findall(r"cp\.async\.\w+\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)) == {
+        "0x10"
+    }
+    # Byte loads are what an unknown alignment leads to.
+    assert not re.findall(r"ld\.global\S*\.[bsu]8\b", ptx)
+
+
+@pytest.mark.parametrize("m", [1, 300])
+def test_integers_that_are_one_are_constants(m):
+    problem = Problem(m, 3072, 256, 8)
+    assert compile_for(80, triton_rule(problem), problem, gates=m).stack == 0
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_hopper_multiplies_with_its_own_instructions(bits):
+    problem = Problem(4608, 3072, 3072, bits)
+    assert "wgmma.mma_async" in compile_for(90, triton_rule(problem), problem).ptx
+
+
+def test_triton_is_given_bare_functions():
+    """Not the checks of shapes that a test run puts around them, which it could not compile."""
+    from pallas_kernels import triton_kernels
+
+    for function in (triton_kernels.multiply_many, triton_kernels.multiply_few):
+        assert not hasattr(function.fn, "__wrapped__")
+        assert function.fn.__globals__ is vars(triton_kernels)

@@ -1,4 +1,4 @@
-"""The Triton kernel compiled ahead of time, for GPUs that need not be here: what it takes of them.
+"""The Triton kernels compiled ahead of time, for GPUs that need not be here: what it takes of them.
 
 Needs Triton, but neither a GPU nor jax-triton.
 """
@@ -6,15 +6,15 @@ Needs Triton, but neither a GPU nor jax-triton.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.tiles import TritonTile
-from pallas_kernels.triton_matmul import kernel
+from pallas_kernels.packing import BLOCK_BYTES, packed_width
+from pallas_kernels.tiles import Problem, TritonTile
+from pallas_kernels.triton_matmul import settings
 
 # Bytes of shared memory that a block can have, by compute capability (CUDA C++ programming guide,
 # technical specifications).
@@ -29,23 +29,24 @@ class Resources:
       registers: of a thread.
       stack: bytes of a thread; more than 0 means that registers are spilled to memory.
       shared: bytes of shared memory.
+      ptx: the program.
     """
 
     registers: int
     stack: int
     shared: int
+    ptx: str = dataclasses.field(repr=False)
 
 
 def compile_for(
-    capability: int, tile: TritonTile, *, activation_bits: int, grouped: bool, gates: int = 1
+    capability: int, tile: TritonTile, problem: Problem, *, gates: int = 1
 ) -> Resources:
-    """Compiles the kernel for bfloat16 results, with bias, GELU, gate and residual.
+    """Compiles a kernel for bfloat16 results, with bias, GELU, gate and residual.
 
     Args:
       capability: such as 86 for compute capability 8.6.
       tile: how the product is cut up.
-      activation_bits: 8 for int8, 16 for bfloat16 activations.
-      grouped: for a scale per group.
+      problem: whose activations are bfloat16 if they have 16 bits.
       gates: how many runs of tokens have a gate of their own.
 
     Raises:
@@ -55,39 +56,49 @@ def compile_for(
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-    exact = activation_bits == 8
-    constants = {
-        "OUTPUTS": tile.outputs,
-        "TOKENS": tile.tokens,
-        "BAND": tile.band,
-        "EXACT": exact,
-        "HAS_BIAS": True,
-        "GATES": gates,
-        "HAS_RESIDUAL": True,
-        "GROUPED": grouped,
-        "GELU": True,
-    }
+    from pallas_kernels import triton_kernels
+
+    exact = problem.activation_bits == 8
+    constants = settings(
+        tile,
+        n=problem.n,
+        width=packed_width(problem.k),
+        exact=exact,
+        codes=exact and not problem.grouped,
+        grouped=problem.grouped,
+        bias=True,
+        gelu=True,
+        gates=gates,
+        residual=True,
+    )
+    # As jax-triton has it: an integer that is 1 is a constant.
+    integers = {"m": problem.m, "blocks": packed_width(problem.k) // BLOCK_BYTES}
+    constants |= {name: value for name, value in integers.items() if value == 1}
     float32 = dict.fromkeys(("scale_ptr", "token_ptr"), "*fp32")
     bfloat16 = dict.fromkeys(("bias_ptr", "gate_ptr", "residual_ptr", "y_ptr"), "*bf16")
-    integers = dict.fromkeys(("m", "n", "k", "width"), "i32")
-    types = {"x_ptr": "*i8" if exact else "*bf16", "packed_ptr": "*u8", **float32, **bfloat16}
-    # Bare: Triton cannot look through the shape checks that a test run puts around every function.
-    function = triton.jit(inspect.unwrap(kernel().fn))
+    types = {"x_ptr": "*i8" if exact else "*bf16", "packed_ptr": "*u8", "sum_ptr": "*i32"}
+    types |= {**float32, **bfloat16, **{n: "i32" for n in integers if n not in constants}}
+    function = triton_kernels.multiply_few if tile.split else triton_kernels.multiply_many
     names = function.arg_names
-    signature = {name: {**types, **integers}.get(name, "constexpr") for name in names}
-    # As at run time: what is a multiple of 16 is known to be, and m may be anything.
+    signature = {name: types.get(name, "constexpr") for name in names}
+    # As there too: arrays begin at a multiple of 16 bytes, and integers may be anything.
     whole = [("tt.divisibility", 16)]
     attributes = {
         (index,): [list(pair) for pair in whole]
         for index, name in enumerate(names)
-        if name not in constants and name != "m"
+        if name.endswith("_ptr")
     }
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, values, attributes)
-    settings = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(compiled.asm["cubin"], Path(str(triton.__file__)).parent)
-    return Resources(registers=registers, stack=stack, shared=compiled.metadata.shared)
+    return Resources(
+        registers=registers,
+        stack=stack,
+        shared=compiled.metadata.shared,
+        ptx=compiled.asm["ptx"],
+    )
 
 
 def _usage(cubin: Any, triton_folder: Path) -> tuple[int, int]:
