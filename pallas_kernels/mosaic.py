@@ -57,20 +57,17 @@ def ternary_matmul(
         x, token_scale, row_sum = quantize(whole, device=device, interpret=interpret)
     chosen = tile or mosaic_tile(Problem(m, n, k, activation_bits, grouped), device)
     if gate is not None and len(gate) > 1 and m // len(gate) % chosen.tokens:
-        # A tile has one gate: here, some tile would need two.
-        runs = [
-            ternary_matmul(
-                *(rows[0], packed, scale, bias, rows[1], gate[i : i + 1], *rows[2:]),
-                activation_bits=activation_bits,
-                out_dtype=out_dtype,
-                device=device,
-                gelu=gelu,
-                interpret=interpret,
-                tile=tile,
-            )
-            for i, rows in enumerate(_runs(len(gate), x, token_scale, residual, row_sum))
-        ]
-        return jnp.concatenate(runs)
+        # A tile has one gate: here, some tile would need two. XLA multiplies by them.
+        y = ternary_matmul(
+            *(x, packed, scale, bias, token_scale, None, None, row_sum),
+            activation_bits=activation_bits,
+            out_dtype=jnp.float32,
+            device=device,
+            gelu=gelu,
+            interpret=interpret,
+            tile=tile,
+        )
+        return reference.add_gated(y, gate, residual).astype(out_dtype)
     tile = chosen
     operands = Operands(
         scale=kernel_scale(scale, n, k),
@@ -90,12 +87,6 @@ def ternary_matmul(
     return product(
         x, packed, operands, tile=tile, multiprocessors=device.multiprocessors, **settings
     )
-
-
-def _runs(count: int, *arrays: Any) -> list[tuple[Any, ...]]:
-    """`arrays` (or None) cut into `count` equal runs of rows."""
-    cut = [[None] * count if a is None else jnp.split(a, count) for a in arrays]
-    return list(zip(*cut, strict=True))
 
 
 def quantize(parts: Sequence[Columns], *, device: Device, interpret: Any = None) -> Quantized:

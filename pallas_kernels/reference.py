@@ -195,8 +195,15 @@ def ternary_matmul(
     if activation_bits == 8 and token_scale is None:
         x, token_scale, _ = quantize_activations(x)
     y = signed_product(x, codes.astype(x.dtype) - 1, scale, bias, token_scale)
-    if gelu:
-        y = tanh_gelu(y)
+    return add_gated(tanh_gelu(y) if gelu else y, gate, residual)
+
+
+def add_gated(
+    y: Float[Array, "M N"],
+    gate: Float[Array, "B N"] | None,
+    residual: Float[Array, "M N"] | None,
+) -> Float[Array, "M N"]:
+    """`residual + gate * y` in float32, with what is given; a gate for each of B equal runs."""
     if gate is not None:
         y = y * per_row(gate, y.shape[0])
     if residual is not None:
