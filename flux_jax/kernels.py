@@ -27,7 +27,8 @@ def use_kernels(
     Args:
       transformer: is changed.
       kernels: a backend of `pallas_kernels`, of all linears with packed weights. "jax" is the
-        reference.
+        reference, also of what prepares an attention; with any other, Triton does that where it
+        can.
       attention_by: an implementation of `flux_jax.attention`.
 
     Raises:
@@ -42,11 +43,12 @@ def use_kernels(
             vars(module)["backend"] = kernels
         if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
             module.attention = cast(attention.Implementation | None, attention_by)
+            module.heads_backend = "jax" if kernels == "jax" else None
     suit_mesh(transformer)
 
 
 def suit_mesh(transformer: FluxTransformer) -> None:
-    """Leaves linears without a named kernel to plain JAX where their weights are split.
+    """Leaves what has no named kernel to plain JAX where weights are split.
 
     XLA partitions that; for a kernel it would gather the whole weight on every device.
     """
@@ -54,6 +56,8 @@ def suit_mesh(transformer: FluxTransformer) -> None:
         for _, module in nnx.iter_modules(transformer):
             if hasattr(module, "backend") and vars(module)["backend"] is None:
                 vars(module)["backend"] = "jax"
+            if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
+                module.heads_backend = "jax"
 
 
 def _splits_weights(transformer: FluxTransformer) -> bool:

@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from flux_jax.attention import Implementation, attention
 from flux_jax.configs import FluxConfig
-from flux_jax.inputs import EPS, Input, Joined, Modulated
-from flux_jax.layers import DType, Linear, param, rms_norm
-from flux_jax.rope import Rotation, rotary_angles, rotate, sinusoidal_embedding
+from flux_jax.heads import HeadsBackend, QKNorm, attention_heads
+from flux_jax.inputs import Input, Joined, Modulated
+from flux_jax.layers import DType, Linear
+from flux_jax.rope import Rotation, rotary_angles, sinusoidal_embedding
 from flux_jax.sharding import constrain, mesh_of
 
 _TIME_CHANNELS = 256
@@ -59,33 +60,6 @@ class MLPEmbedder(nnx.Module):
 
     def __call__(self, x: Float[Array, "B K"]) -> Float[Array, "B C"]:
         return self.out_layer(jax.nn.silu(self.in_layer(x)))
-
-
-class RMSNorm(nnx.Module):
-    """RMS norm over the head width with a learned `scale`."""
-
-    def __init__(self, width: int, *, dtype: DType, rngs: nnx.Rngs):
-        self.scale = param(jax.nn.initializers.ones, rngs, (width,), dtype, (None,))
-
-    def __call__(self, x: Float[Array, "B L H D"]) -> Float[Array, "B L H D"]:
-        return rms_norm(x, self.scale[...], EPS)
-
-
-class QKNorm(nnx.Module):
-    """The norms of queries and keys."""
-
-    def __init__(self, width: int, *, dtype: DType, rngs: nnx.Rngs):
-        self.query_norm = RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.key_norm = RMSNorm(width, dtype=dtype, rngs=rngs)
-
-
-def split_heads(
-    qkv: Float[Array, "B L C3"], norm: QKNorm, num_heads: int
-) -> tuple[Float[Array, "B L H D"], Float[Array, "B L H D"], Float[Array, "B L H D"]]:
-    """Normalised queries and keys, and values, from a fused projection."""
-    batch, length, _ = qkv.shape
-    q, k, v = (part.reshape(batch, length, num_heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-    return norm.query_norm(q), norm.key_norm(k), v
 
 
 class SelfAttention(nnx.Module):
@@ -136,12 +110,14 @@ class DoubleStreamBlock(nnx.Module):
 
     Attributes:
       attention: which implementation; None for the default.
+      heads_backend: what prepares it; plain JAX, which XLA partitions, until `use_kernels`.
     """
 
     def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.num_heads = config.num_heads
         self.attention: Implementation | None = None
+        self.heads_backend: HeadsBackend | None = "jax"
         self.img_mod = Modulation(config, 6, **kwargs)
         self.img_attn = SelfAttention(config, **kwargs)
         self.img_mlp = MLP(config, **kwargs)
@@ -171,12 +147,8 @@ class DoubleStreamBlock(nnx.Module):
 
         img_qkv = self.img_attn.qkv(Modulated(img, i_shift1, i_scale1))
         txt_qkv = self.txt_attn.qkv(Modulated(txt, t_shift1, t_scale1))
-        img_parts = split_heads(img_qkv, self.img_attn.norm, self.num_heads)
-        txt_parts = split_heads(txt_qkv, self.txt_attn.norm, self.num_heads)
-        q, k, v = (
-            jnp.concatenate((t, i), axis=1) for t, i in zip(txt_parts, img_parts, strict=True)
-        )
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        streams = ((txt_qkv, self.txt_attn.norm), (img_qkv, self.img_attn.norm))
+        q, k, v = attention_heads(streams, rotation, self.num_heads, self.heads_backend)
         attended = attention(q, k, v, implementation=self.attention)
         attended = attended.reshape(*attended.shape[:2], -1)
         txt_length = txt.shape[1]
@@ -193,6 +165,7 @@ class SingleStreamBlock(nnx.Module):
 
     Attributes:
       attention: which implementation; None for the default.
+      heads_backend: what prepares it; plain JAX, which XLA partitions, until `use_kernels`.
     """
 
     def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
@@ -200,6 +173,7 @@ class SingleStreamBlock(nnx.Module):
         width = config.hidden_size
         self.num_heads = config.num_heads
         self.attention: Implementation | None = None
+        self.heads_backend: HeadsBackend | None = "jax"
         self.linear1 = Linear(width, 3 * width + config.mlp_hidden, axes=("mlp", "embed"), **kwargs)
         self.linear2 = Linear(width + config.mlp_hidden, width, axes=("embed", "mlp"), **kwargs)
         self.norm = QKNorm(config.head_dim, **kwargs)
@@ -212,8 +186,8 @@ class SingleStreamBlock(nnx.Module):
         shift, scale, gate = _rows(mods)
         width = x.shape[-1]
         hidden = self.linear1.hidden(Modulated(x, shift, scale), start=3 * width)
-        q, k, v = split_heads(hidden.array[..., : 3 * width], self.norm, self.num_heads)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        streams = ((hidden.array, self.norm),)
+        q, k, v = attention_heads(streams, rotation, self.num_heads, self.heads_backend)
         attended = attention(q, k, v, implementation=self.attention).reshape(x.shape)
         return self.linear2(Joined(attended, hidden), gate=gate, residual=x)
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pallas_kernels.api import quantize_columns as quantize_columns
     from pallas_kernels.api import ternary_matmul as ternary_matmul
     from pallas_kernels.backends import BACKENDS as BACKENDS
+    from pallas_kernels.heads import Projection as Projection
+    from pallas_kernels.heads import attention_heads as attention_heads
     from pallas_kernels.packing import BLOCK_BYTES as BLOCK_BYTES
     from pallas_kernels.packing import BLOCK_CODES as BLOCK_CODES
     from pallas_kernels.packing import GROUP as GROUP
@@ -30,7 +32,9 @@ _HOME = {
     "BLOCK_CODES": "packing",
     "Columns": "reference",
     "GROUP": "packing",
+    "Projection": "heads",
     "Quantized": "reference",
+    "attention_heads": "heads",
     "group_count": "packing",
     "normalize_and_quantize": "api",
     "pack_codes": "packing",

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pallas_kernels.tiles import Problem, triton_rule
-from tests.pallas_kernels.triton_compile import SHARED_BYTES, compile_for
+from tests.pallas_kernels.triton_compile import SHARED_BYTES, compile_for, compile_heads
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'flux-jax[triton]'")
 
@@ -49,10 +49,28 @@ def test_hopper_multiplies_with_its_own_instructions(bits):
     assert "wgmma.mma_async" in compile_for(90, triton_rule(problem), problem).ptx
 
 
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("lengths", [(4608,), (512, 4096)])
+def test_heads_are_read_and_written_in_wide_pieces(capability, lengths, capsys):
+    took = compile_heads(capability, lengths, heads=24, width=128)
+    with capsys.disabled():
+        print(f"\nsm_{capability} heads {lengths}: {took}")
+    assert took.stack == 0
+    assert took.shared <= SHARED_BYTES[capability]
+    # Of a thread, 16 bytes of each of q, k and v; the rest are scales, cosines and sines.
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", took.ptx)) >= 3
+    assert len(re.findall(r"st\.global\S*\.v4\.b32", took.ptx)) == 3
+    assert not re.findall(r"ld\.global\S*\.[bsu](8|16)\b", took.ptx)
+
+
 def test_triton_is_given_bare_functions():
     """Not the checks of shapes that a test run puts around them, which it could not compile."""
-    from pallas_kernels import triton_kernels
+    from pallas_kernels import triton_heads_kernel, triton_kernels
 
-    for function in (triton_kernels.multiply_many, triton_kernels.multiply_few):
+    for module, function in (
+        (triton_kernels, triton_kernels.multiply_many),
+        (triton_kernels, triton_kernels.multiply_few),
+        (triton_heads_kernel, triton_heads_kernel.normalize_and_rotate),
+    ):
         assert not hasattr(function.fn, "__wrapped__")
-        assert function.fn.__globals__ is vars(triton_kernels)
+        assert function.fn.__globals__ is vars(module)

@@ -9,6 +9,7 @@ import dataclasses
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,6 @@ def compile_for(
     Raises:
       ImportError: Triton is not installed.
     """
-    import triton  # pyright: ignore[reportMissingImports]
-    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
-    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
-
     from pallas_kernels import triton_kernels
 
     exact = problem.activation_bits == 8
@@ -79,9 +76,44 @@ def compile_for(
     types = {"x_ptr": "*i8" if exact else "*bf16", "packed_ptr": "*u8", "sum_ptr": "*i32"}
     types |= {**float32, **bfloat16, **{n: "i32" for n in integers if n not in constants}}
     function = triton_kernels.multiply_few if tile.split else triton_kernels.multiply_many
+    return _compile(function, capability, types, constants, tile.warps, tile.stages)
+
+
+def compile_heads(capability: int, lengths: tuple[int, ...], heads: int, width: int) -> Resources:
+    """Compiles the kernel of `triton_heads`, for bfloat16.
+
+    Args:
+      capability: as for `compile_for`.
+      lengths: tokens of the one or two sequences; the last has wider rows, as FLUX's single blocks.
+      heads, width: as for `triton_heads.settings`.
+    """
+    from pallas_kernels import triton_heads, triton_heads_kernel
+
+    qkv = 3 * heads * width
+    strides = [qkv] * (len(lengths) - 1) + [qkv + 4 * heads * width]
+    constants = triton_heads.settings(strides, heads=heads, width=width, eps=1e-6)
+    function = triton_heads_kernel.normalize_and_rotate
+    types = {name: "*bf16" for name in function.arg_names if name.endswith("_ptr")}
+    types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "first_length": "i32", "length": "i32"}
+    return _compile(function, capability, types, constants, triton_heads.WARPS, 1)
+
+
+def _compile(
+    function: Any,
+    capability: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    warps: int,
+    stages: int,
+) -> Resources:
+    """One kernel, from the types of what is no constant."""
+    import triton  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+
     names = function.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
-    # As there too: arrays begin at a multiple of 16 bytes, and integers may be anything.
+    # As jax-triton has it: arrays begin at a multiple of 16 bytes, and integers may be anything.
     whole = [("tt.divisibility", 16)]
     attributes = {
         (index,): [list(pair) for pair in whole]
@@ -90,7 +122,7 @@ def compile_for(
     }
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, values, attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(compiled.asm["cubin"], Path(str(triton.__file__)).parent)
     return Resources(
