@@ -201,12 +201,12 @@ def scaling(kind: str) -> Callable[[Bench], None]:
 PARTS: dict[str, Callable[[Bench], None]] = {
     "checkpoint": checkpoint,
     **{f"loop {kind}": loop(kind) for kind in KINDS},
-    "loop offloaded": loop(TERNARY, "offloaded"),
-    "floor": floor,
     "peer steps": peer_steps,
-    "peer pipeline": peer_pipeline,
+    "floor": floor,
     "pipeline": pipeline,
     "card": card,
+    "loop offloaded": loop(TERNARY, "offloaded"),
+    "peer pipeline": peer_pipeline,
     "scaling ternary": scaling(TERNARY),
     "scaling bf16": scaling("bf16"),
 }

@@ -5,12 +5,14 @@ Writes its figures as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,10 +112,12 @@ class Loop:
 
     def __init__(self, size: Size, kind: str, *, offload: bool):
         from benchmarks.random_models import random_transformer
+        from flux_jax.kernels import use_kernels
         from flux_jax.residence import HostWeights, modulation_layers
 
         self.size = size
         self.transformer = random_transformer(size.transformer, activation_bits=KINDS[kind])
+        use_kernels(self.transformer)
         layers = modulation_layers(self.transformer)
         self.waiting = HostWeights(layers) if offload else None
 
@@ -196,18 +200,25 @@ class Loop:
 
 def run_loop(size: Size, work: Path, kind: str, *, offload: bool = False) -> dict[str, Any]:
     """Steps at the main size; out of memory is a result, too."""
+    timed = None
+    with out_of_memory_is_none():
+        loop = Loop(size, kind, offload=offload)
+        timed = loop.time(size.side, 1, size.loops)
+        print(f"  {kind}: {1e3 * timed['step_s']:.2f} ms a step", flush=True)
+        timed["planned_bytes"] = loop.planned_bytes(size.side, 1)
+    return {**device_figures(), "out_of_memory": timed is None, **(timed or {})}
+
+
+@contextlib.contextmanager
+def out_of_memory_is_none() -> Iterator[None]:
+    """Goes on after the block if the device's memory did not suffice for it."""
     import jax
 
     try:
-        loop = Loop(size, kind, offload=offload)
-        timed = loop.time(size.side, 1, size.loops)
+        yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {**device_figures(), "out_of_memory": True}
-    print(f"  {kind}: {1e3 * timed['step_s']:.2f} ms a step", flush=True)
-    planned = loop.planned_bytes(size.side, 1)
-    return {**device_figures(), "out_of_memory": False, **timed, "planned_bytes": planned}
 
 
 def run_offloaded(size: Size, work: Path, kind: str) -> dict[str, Any]:
@@ -217,27 +228,28 @@ def run_offloaded(size: Size, work: Path, kind: str) -> dict[str, Any]:
 
 def run_scaling(size: Size, work: Path, kind: str) -> dict[str, Any]:
     """Time and memory by picture size and by batch."""
-    import jax
-
     loop = Loop(size, kind, offload=False)
-    found = {}
     shapes = [(side, 1) for side in size.sides] + [(size.side, batch) for batch in size.batches]
-    for side, batch in shapes:
+
+    def plan(shape: tuple[int, int]) -> int | None:
+        with out_of_memory_is_none():
+            return loop.planned_bytes(*shape)
+
+    # Compiled side by side, before anything is timed.
+    with ThreadPoolExecutor(len(shapes)) as pool:
+        planned = dict(zip(shapes, pool.map(plan, shapes), strict=True))
+    found = {}
+    for (side, batch), planned_bytes in planned.items():
+        if planned_bytes is None:
+            continue
         start = time.perf_counter()
-        try:
+        with out_of_memory_is_none():
             # A large picture's step takes a second: some of them tell enough.
             timed = loop.time(side, batch, 1, groups=2)
-            found[f"{side}x{batch}"] = {
-                "side": side,
-                "batch": batch,
-                "step_s": timed["step_s"],
-                "planned_bytes": loop.planned_bytes(side, batch),
-            }
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+            figures = {"step_s": timed["step_s"], "planned_bytes": planned_bytes}
+            found[f"{side}x{batch}"] = {"side": side, "batch": batch, **figures}
         took = time.perf_counter() - start
-        print(f"  {kind}, {side} pixels, batch {batch}: {took:.0f} s in all", flush=True)
+        print(f"  {kind}, {side} pixels, batch {batch}: {took:.0f} s", flush=True)
     return {**device_figures(), "shapes": found}
 
 

@@ -54,12 +54,22 @@ def candidates(backend: str, problem: Problem, device: Device) -> list[AnyTile]:
 
 def _triton(rule: TritonTile) -> list[TritonTile]:
     change = dataclasses.replace
+    if rule.split:
+        sizes = ((16, 4), (16, 8), (32, 4), (32, 8), (16, 2), (64, 8))
+        return [change(rule, outputs=outputs, warps=warps) for outputs, warps in sizes]
     return [
         change(rule, stages=2),
         change(rule, stages=4),
+        change(rule, planes=1, passes=False),
+        change(rule, planes=2, passes=False),
+        change(rule, planes=4, passes=False),
+        change(rule, planes=1, passes=True),
         change(rule, tokens=64),
         change(rule, tokens=256),
-        change(rule, outputs=64),
+        # Half the decoding for each product: more tokens share what is decoded.
+        change(rule, tokens=256, planes=2, passes=False, stages=2),
+        change(rule, outputs=64, tokens=256, warps=4),
+        change(rule, outputs=64, warps=4),
         change(rule, band=16),
     ]
 
