@@ -46,10 +46,13 @@ class Run:
     """One training run: what is trained on, how, and what is reported on the way.
 
     Attributes:
+      seed: of everything.
       scenes: captioned scenes drawn for the flow; seen several times, each time with other noise.
       autoencoder_scenes: scenes drawn for the autoencoder.
+      workers: processes that draw.
       log_every: steps between two lines of the log.
       score_every: steps between two scores of a few held-out prompts (0: never).
+      autoencoder, flow: how each is trained.
     """
 
     seed: int = 0

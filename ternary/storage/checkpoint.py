@@ -186,6 +186,7 @@ class TernaryCheckpoint:
             return rebuild(dict(zip(flat, pool.map(bring, flat), strict=True)))
 
     def close(self) -> None:
+        """Close the file."""
         self._tensors.close()
 
 
