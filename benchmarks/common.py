@@ -68,9 +68,9 @@ class Figure:
     """One measured or computed number.
 
     Attributes:
-        value: a finite number.
-        unit: "ms", "s", "GB" (1e9 bytes), "GiB" (2**30 bytes), "TFLOP/s", "x", ...
-        note: how it was obtained, when the name does not say.
+      value: a finite number.
+      unit: "ms", "s", "GB" (1e9 bytes), "GiB" (2**30 bytes), "TFLOP/s", "x", ...
+      note: how it was obtained, when the name does not say.
     """
 
     value: float
@@ -127,8 +127,8 @@ def read_result(path: Path) -> Result:
     """Reads a result file.
 
     Raises:
-        ResultError: there is no such file, or it is not JSON of this schema; the message names the
-            file and the field.
+      ResultError: there is no such file, or it is not JSON of this schema; the message names the
+        file and the field.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -177,12 +177,12 @@ def median_seconds(
     """Median time of one call of `function`, in seconds.
 
     Args:
-        function: what is timed.
-        inputs: argument tuples, used in turn: one set over and over would measure the cache.
-        wait: called with the last output, returns when the work is done (`jax.block_until_ready`).
-        repeats: how many timings the median is over.
-        warmup: untimed calls before them.
-        calls: calls queued per timing, as a loop queues its steps; their mean counts once.
+      function: what is timed.
+      inputs: argument tuples, used in turn: one set over and over would measure the cache.
+      wait: called with the last output, returns when the work is done (`jax.block_until_ready`).
+      repeats: how many timings the median is over.
+      warmup: untimed calls before them.
+      calls: calls queued per timing, as a loop queues its steps; their mean counts once.
     """
     if repeats < 1 or calls < 1 or not inputs:
         raise ValueError(
@@ -209,7 +209,7 @@ def found_by(pattern: str | None, names: Sequence[str]) -> list[str]:
     """The names in which a regular expression is found; all of them without one.
 
     Raises:
-        UserError: it is found in none, or is no regular expression.
+      UserError: it is found in none, or is no regular expression.
     """
     try:
         found = [name for name in names if pattern is None or re.search(pattern, name)]

@@ -73,6 +73,7 @@ class Bench:
         self.say(f"{len(captions)} prompts, {len(texts)} held out")
 
     def say(self, text: str) -> None:
+        """One line, after the seconds since the start."""
         print(f"{time.perf_counter() - self.start:7.1f} s  {text}", flush=True)
 
     def _encode(self, texts: list[str]) -> Any:

@@ -10,13 +10,13 @@ class Layout:
     """How one benchmark is shown.
 
     Attributes:
-        title: what was measured; the table's first heading.
-        how: what the figures are, before the name of the device.
-        rows: (figure, label), in order. Figures that are not named here are left out.
-        columns: (measure, label), in order, for figures that are called `row/measure`; the rows are
-            then theirs, in the order of the file, and the peers'.
-        targets: (figure, label, of the paper, what is to be reached), shown first, as a table.
-        image: of docs/images, shown last if it is there.
+      title: what was measured; the table's first heading.
+      how: what the figures are, before the name of the device.
+      rows: (figure, label), in order. Figures that are not named here are left out.
+      columns: (measure, label), in order, for figures that are called `row/measure`; the rows are
+        then theirs, in the order of the file, and the peers'.
+      targets: (figure, label, of the paper, what is to be reached), shown first, as a table.
+      image: of docs/images, shown last if it is there.
     """
 
     title: str

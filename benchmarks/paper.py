@@ -22,6 +22,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
+        """L, of one image."""
         return self.image_tokens + self.text_tokens
 
 

@@ -28,8 +28,8 @@ def render_result(result: Result, images: str = "docs/images") -> str:
     """One result as a Markdown table, with a line on where and how it was measured.
 
     Args:
-        result: of one benchmark on one device.
-        images: the folder docs/images, as the document sees it.
+      result: of one benchmark on one device.
+      images: the folder docs/images, as the document sees it.
     """
     layout = LAYOUTS.get(result.benchmark)
     if layout is not None and layout.columns:

@@ -61,9 +61,9 @@ class Operation:
     """One instruction of a compiled program.
 
     Attributes:
-        kind: one of `KINDS`.
-        scope: where it comes from, "jit(step)/…/dot_general"; empty when the program does not say.
-        shape: of its output.
+      kind: one of `KINDS`.
+      scope: where it comes from, "jit(step)/…/dot_general"; empty when the program does not say.
+      shape: of its output.
     """
 
     kind: str
@@ -88,9 +88,9 @@ class Table:
     """A trace summed up.
 
     Attributes:
-        rows: by name, longest first.
-        busy: nanoseconds during which at least one event ran.
-        span: nanoseconds from the first event to the end of the last.
+      rows: by name, longest first.
+      busy: nanoseconds during which at least one event ran.
+      span: nanoseconds from the first event to the end of the last.
     """
 
     rows: tuple[Row, ...]
@@ -130,11 +130,11 @@ def read_trace(folder: Path, program: Mapping[str, Operation] | None = None) -> 
     """Sums up the newest trace under `folder`.
 
     Args:
-        folder: what was given to `jax.profiler.trace`.
-        program: the compiled program's operations, from `read_program`.
+      folder: what was given to `jax.profiler.trace`.
+      program: the compiled program's operations, from `read_program`.
 
     Raises:
-        UserError: there is no trace under `folder`, or it holds no device event.
+      UserError: there is no trace under `folder`, or it holds no device event.
     """
     # By path: the profiler names its folders by date and time.
     traces = sorted(folder.rglob("*.xplane.pb"))
@@ -151,7 +151,7 @@ def summarise(profile: Any, program: Mapping[str, Operation]) -> Table:
     Events can hold others (a loop and its body), so each counts for what is not inside another.
 
     Raises:
-        UserError: the profile holds no device event.
+      UserError: the profile holds no device event.
     """
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)

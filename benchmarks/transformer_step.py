@@ -7,6 +7,7 @@ Measured, each in a process of its own: the compile with an empty cache and with
 step (median, queued and one at a time, several input sets in turn), the peak memory, the products
 and the attention of the step alone, and diffusers on the same machine. Beside them what `paper`
 computes.
+
 Writes `benchmarks/results/transformer_step_<device>.json`.
 """
 

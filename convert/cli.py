@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from flux_jax.errors import UserError
-from pallas_kernels.command_line import App, Force, Json, Quiet, print_json
+from pallas_kernels.command_line import App, Force, Json, Quiet, Version, print_json
 
 app = App(name="convert")
 
@@ -55,6 +55,7 @@ def main(
     ] = 9900,
     json: Json = False,
     quiet: Quiet = False,
+    version: Version = False,
 ) -> None:
     """Convert FLUX.1 weights between Hugging Face, Black Forest Labs and Flax.
 
@@ -67,6 +68,7 @@ def main(
       python -m convert flux1-dev-fp8.safetensors ~/flux-dev --components transformer --verify
       python -m convert ~/flux-dev ~/back --to diffusers --dtype keep
     """
+    del version  # told before anything else is looked at
     _run(
         src,
         dst,

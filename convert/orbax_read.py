@@ -124,6 +124,7 @@ class OrbaxReader:
                     raise self._damaged(name, f"chunk {file} is missing")
 
     def close(self) -> None:
+        """Let go of the arrays."""
         self._stores = {}
 
 

@@ -29,9 +29,9 @@ class Plan:
     """What a conversion will do: the tensors to write, and what is left out.
 
     Attributes:
-        assemblies: One for each tensor to be written, in the order of the targets.
-        dropped: `(source, reason)` of each ignored tensor.
-        ties: `(source, other source)` pairs whose bytes must agree.
+      assemblies: one for each tensor to be written, in the order of the targets.
+      dropped: `(source, reason)` of each ignored tensor.
+      ties: `(source, other source)` pairs whose bytes must agree.
     """
 
     assemblies: tuple[Assembly, ...]
@@ -45,17 +45,17 @@ def forward_plan(
     """Plan the conversion of `sources` (another ecosystem's) into `targets` (ours).
 
     Args:
-        table: The name map.
-        sources: Shapes of the stored tensors by their stored names.
-        targets: Shapes of every parameter of our model by dotted path.
-        what: What is being converted, for the message (component and file).
+      table: the name map.
+      sources: shapes of the stored tensors by their stored names.
+      targets: shapes of every parameter of our model by dotted path.
+      what: what is being converted, for the message (component and file).
 
     Returns:
-        The plan; pieces carry stored names (prefix included).
+      The plan; pieces carry stored names (prefix included).
 
     Raises:
-        UserError: leftover, missing, doubled or misshapen tensors, all in one report.
-        ValueError: the table itself does not fit our model.
+      UserError: leftover, missing, doubled or misshapen tensors, all in one report.
+      ValueError: the table itself does not fit our model.
     """
     problems: list[str] = []
     stored = _without_prefixes(table, sources, problems)
@@ -152,14 +152,14 @@ def backward_plan(table: Map, targets: Mapping[str, Shape]) -> Plan:
     """Plan the export of our `targets` under the names of the map's ecosystem.
 
     Args:
-        table: The name map.
-        targets: Shapes of every parameter of our model by dotted path.
+      table: the name map.
+      targets: shapes of every parameter of our model by dotted path.
 
     Returns:
-        Assemblies are the other ecosystem's tensors, their pieces rows of our arrays.
+      Assemblies are the other ecosystem's tensors, their pieces rows of our arrays.
 
     Raises:
-        ValueError: the table does not cover our model, or names a tensor twice.
+      ValueError: the table does not cover our model, or names a tensor twice.
     """
     assemblies: dict[str, Assembly] = {}
     for target, shape in targets.items():

@@ -42,11 +42,11 @@ class Rule:
     r"""One line of a map: sources that fullmatch `pattern` fill `target` through `transform`.
 
     Attributes:
-        pattern: Regular expression on the source name, restricted so that it can be inverted:
-            literal text with escapes (`\.`) and capture groups without nesting (`(\d+)`,
-            `(weight|bias)`).
-        target: Our name; `\1`... stand for the groups, each used at least once.
-        transform: Placement of the source's rows in the target.
+      pattern: regular expression on the source name, restricted so that it can be inverted:
+        literal text with escapes (`\.`) and capture groups without nesting (`(\d+)`,
+        `(weight|bias)`).
+      target: our name; `\1`... stand for the groups, each used at least once.
+      transform: placement of the source's rows in the target.
     """
 
     pattern: str
@@ -119,10 +119,10 @@ class Ignored(NamedTuple):
     """A source tensor that is not converted, and why.
 
     Attributes:
-        pattern: Regular expression, fullmatched on the source name.
-        reason: Told to the user.
-        same_as: Source tensor that this one repeats (tied weights). When both are present their
-            bytes must agree; when only this one is, it is read in the other's place.
+      pattern: regular expression, fullmatched on the source name.
+      reason: told to the user.
+      same_as: source tensor that this one repeats (tied weights). When both are present their
+        bytes must agree; when only this one is, it is read in the other's place.
     """
 
     pattern: str
@@ -144,11 +144,11 @@ class Map:
     """A total, invertible table of tensor names between one ecosystem and ours.
 
     Attributes:
-        name: For messages, e.g. "diffusers FluxTransformer2DModel".
-        rules: Each source name matches exactly one.
-        ignored: Sources dropped with a reason.
-        prefixes: Optional name prefixes stripped from all sources (`model.diffusion_model.`).
-        export_prefix: Prefix of all names on the way back, where readers want one.
+      name: for messages, e.g. "diffusers FluxTransformer2DModel".
+      rules: each source name matches exactly one.
+      ignored: sources dropped with a reason.
+      prefixes: optional name prefixes stripped from all sources (`model.diffusion_model.`).
+      export_prefix: prefix of all names on the way back, where readers want one.
     """
 
     name: str
@@ -175,7 +175,7 @@ class Map:
         """Our name for a (prefix-free) source name and the one rule that says so.
 
         Raises:
-            ValueError: two rules match (a mistake in the table, not in the input).
+          ValueError: two rules match (a mistake in the table, not in the input).
         """
         hits = [(target, rule) for rule in self.rules if (target := rule.target_of(source))]
         if len(hits) > 1:
@@ -189,7 +189,7 @@ class Map:
         """The pieces, in row order, that fill our `target` of `shape`.
 
         Raises:
-            ValueError: no rule fills it, or the rules do not cover it exactly once.
+          ValueError: no rule fills it, or the rules do not cover it exactly once.
         """
         hits: list[tuple[int, Piece]] = []
         counts = set()

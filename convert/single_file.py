@@ -93,6 +93,7 @@ class Renamed:
         self._source.read_once = value
 
     def close(self) -> None:
+        """Close the other reader's files."""
         self._source.close()
 
 

@@ -39,7 +39,7 @@ class Transform:
         """Shape that the source must have for a target of `target_shape`.
 
         Raises:
-            ValueError: no source can fill such a target (an odd number of rows to halve, ...).
+          ValueError: no source can fill such a target (an odd number of rows to halve, ...).
         """
         raise NotImplementedError
 

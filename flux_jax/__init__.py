@@ -12,23 +12,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from flux_jax.autoencoder import Autoencoder
-    from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
-    from flux_jax.clip import CLIPTextEncoder
-    from flux_jax.configs import (
-        AutoencoderConfig,
-        CLIPTextConfig,
-        FluxConfig,
-        SchedulerConfig,
-        T5Config,
-    )
-    from flux_jax.errors import UserError
-    from flux_jax.metadata import read_png, save_png
-    from flux_jax.pipeline import FluxPipeline
-    from flux_jax.prompts import PromptEmbeds, TextEncoders
-    from flux_jax.sharding import flat_shardings, make_mesh
-    from flux_jax.t5 import T5Encoder
-    from flux_jax.transformer import FluxTransformer
+    from flux_jax.autoencoder import Autoencoder as Autoencoder
+    from flux_jax.checkpoint import inspect_checkpoint as inspect_checkpoint
+    from flux_jax.checkpoint import load_checkpoint as load_checkpoint
+    from flux_jax.checkpoint import save_checkpoint as save_checkpoint
+    from flux_jax.clip import CLIPTextEncoder as CLIPTextEncoder
+    from flux_jax.configs import AutoencoderConfig as AutoencoderConfig
+    from flux_jax.configs import CLIPTextConfig as CLIPTextConfig
+    from flux_jax.configs import FluxConfig as FluxConfig
+    from flux_jax.configs import SchedulerConfig as SchedulerConfig
+    from flux_jax.configs import T5Config as T5Config
+    from flux_jax.errors import UserError as UserError
+    from flux_jax.metadata import read_png as read_png
+    from flux_jax.metadata import save_png as save_png
+    from flux_jax.pipeline import FluxPipeline as FluxPipeline
+    from flux_jax.prompts import PromptEmbeds as PromptEmbeds
+    from flux_jax.prompts import TextEncoders as TextEncoders
+    from flux_jax.sharding import flat_shardings as flat_shardings
+    from flux_jax.sharding import make_mesh as make_mesh
+    from flux_jax.t5 import T5Encoder as T5Encoder
+    from flux_jax.transformer import FluxTransformer as FluxTransformer
 
 _HOME = {
     "Autoencoder": "autoencoder",
@@ -52,35 +55,13 @@ _HOME = {
     "save_checkpoint": "checkpoint",
     "save_png": "metadata",
 }
-
-__all__ = [
-    "Autoencoder",
-    "AutoencoderConfig",
-    "CLIPTextConfig",
-    "CLIPTextEncoder",
-    "FluxConfig",
-    "FluxPipeline",
-    "FluxTransformer",
-    "PromptEmbeds",
-    "SchedulerConfig",
-    "T5Config",
-    "T5Encoder",
-    "TextEncoders",
-    "UserError",
-    "flat_shardings",
-    "inspect_checkpoint",
-    "load_checkpoint",
-    "make_mesh",
-    "read_png",
-    "save_checkpoint",
-    "save_png",
-]
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"flux_jax.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'flux_jax' has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

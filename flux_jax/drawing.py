@@ -7,6 +7,7 @@ number of devices and processes.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -87,8 +88,10 @@ def draw(
       ValueError: two jobs of one file.
     """
     processes = Processes() if processes is None else processes
-    if len({job.file for job in jobs}) < len(jobs):
-        raise ValueError("two jobs have the same file")
+    files = collections.Counter(job.file for job in jobs)
+    twice = [file for file, count in files.items() if count > 1]
+    if twice:
+        raise ValueError(f"jobs must have a file each, got {twice[0]!r} for several of them")
     wanted = _Wanted(pipe, settings or {})
     with contextlib.ExitStack() as stack:
         drawn = np.zeros(len(jobs), bool)

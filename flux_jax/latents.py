@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from flux_jax.errors import UserError
 
@@ -63,7 +63,7 @@ def unpack(tokens: Float[Array, "B I P"], height: int, width: int) -> Float[Arra
     return squares.transpose(0, 1, 4, 2, 5, 3).reshape(batch, height, width, channels)
 
 
-def noise(key: Array, height: int, width: int, channels: int) -> Float[Array, "I P"]:
+def noise(key: Key[Array, ""], height: int, width: int, channels: int) -> Float[Array, "I P"]:
     """Unit Gaussian noise for one image, as tokens.
 
     Drawn in float32 on the latent grid from the image's own key: neither the batch that the image

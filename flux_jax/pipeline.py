@@ -160,7 +160,8 @@ class FluxPipeline:
 
         Args:
           kernels: of linears with packed ternary weights: "mosaic" (Hopper), "triton" (Ampere and
-            newer), or "jax", the reference, anywhere. None leaves the choice to `pallas_kernels`.
+            newer), or "jax", the reference, anywhere, also of what prepares an attention. None
+            leaves the choice to `pallas_kernels`.
           attention: "cudnn", "mosaic", "tokamax", "cudnn_fp8", "xla_fp8" or "xla"; see
             `flux_jax.attention`. None takes cuDNN on a GPU, XLA elsewhere.
 

@@ -1,8 +1,8 @@
 """The same computations by PyTorch: diffusers and transformers, one component at a time.
 
-Used by `compare` alone. torch is no dependency of this package and is imported by name, once a
-`Reference` is made.
-Everything goes in and comes out as NumPy, and a model is gone when its function returns.
+Used by `compare` alone. torch is no dependency of this package: it is imported by name, when a
+`Reference` is made. Everything goes in and comes out as NumPy, and a model is gone when its
+function returns.
 """
 
 from __future__ import annotations

@@ -11,7 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from pallas_kernels.command_line import App, Json, Quiet, check_folder_of, print_json
+from pallas_kernels.command_line import (
+    App,
+    Json,
+    Quiet,
+    before_commands,
+    check_folder_of,
+    print_json,
+)
 from pallas_kernels.errors import UserError
 
 app = App(
@@ -19,6 +26,7 @@ app = App(
     help="Products with packed ternary weights: prove, time and tune the backends of this machine.",
     no_args_is_help=True,
 )
+app.callback()(before_commands)
 
 Backend = Annotated[
     list[str] | None,

@@ -42,6 +42,21 @@ Force = Annotated[
 ]
 
 
+def _tell_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(", ".join(_versions("flux-jax")) or "flux-jax, not installed")
+        raise typer.Exit
+    return wanted
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", is_eager=True, callback=_tell_version, help="Print the version, and end."
+    ),
+]
+
+
 class App(typer.Typer):
     """A command line of ours. Each command is registered with `--quiet` and `--verbose`.
 
@@ -60,6 +75,14 @@ class App(typer.Typer):
             return function
 
         return decorate
+
+
+def before_commands(version: Version = False) -> None:
+    """The callback of a command line of several commands: what stands before a command's name.
+
+    A command line of one command has `Version` among its options.
+    """
+    del version
 
 
 def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,11 +162,17 @@ def _messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 
 def _tell_versions() -> None:
-    found = [f"Python {platform.python_version()}"]
-    for name in ("flux-jax", "jax", "jaxlib", "flax"):
+    ours = _versions("flux-jax", "jax", "jaxlib", "flax")
+    logger.debug("%s", ", ".join([f"Python {platform.python_version()}", *ours]))
+
+
+def _versions(*packages: str) -> list[str]:
+    """Name and version of those packages that are installed."""
+    found = []
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
-    logger.debug("%s", ", ".join(found))
+    return found
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.command_line import App
+from pallas_kernels.command_line import App, before_commands
 from ternary.commands.calibrate import calibrate
 from ternary.commands.distill import distill
 from ternary.commands.inspect import inspect
@@ -15,6 +15,7 @@ app = App(
     no_args_is_help=True,
 )
 
+app.callback()(before_commands)
 app.command()(calibrate)
 app.command()(distill)
 app.command()(report)

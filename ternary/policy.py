@@ -94,6 +94,7 @@ class Coverage:
 
     @property
     def fraction(self) -> float:
+        """The ternary share of all parameters."""
         return self.ternary / self.total
 
 

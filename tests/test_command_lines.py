@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import logging
 import os
 import re
@@ -17,7 +19,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pallas_kernels.command_line import App
+import ternary.cli
+from pallas_kernels.command_line import PACKAGES, App
 from pallas_kernels.errors import UserError
 from tools import blocks, commands
 
@@ -181,6 +184,24 @@ def test_verbose_shows_the_traceback():
     assert result.exit_code == 2
     assert "Traceback" in result.stderr
     assert result.stderr.splitlines()[-1] == "error: --size must be 1, got 2"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_version(package):
+    """Told alone, whatever else a command line would ask for."""
+    result = CliRunner().invoke(importlib.import_module(f"{package}.cli").app, ["--version"])
+    assert result.exit_code == 0
+    installed = importlib.metadata.version("flux-jax")
+    assert result.stdout == f"flux-jax {installed}\n"
+
+
+def test_version_where_nothing_is_installed(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    result = CliRunner().invoke(ternary.cli.app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, "flux-jax, not installed\n")
 
 
 @pytest.mark.parametrize(

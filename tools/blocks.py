@@ -16,7 +16,7 @@ def replaced(text: str, name: str, content: str) -> str:
     """`text` with the block rewritten.
 
     Raises:
-        ValueError: there is no such block, or more than one.
+      ValueError: there is no such block, or more than one.
     """
     block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
     new, count = block.subn(lambda match: f"{match[1]}{content}\n{match[2]}", text)

@@ -29,10 +29,10 @@ class Command:
     """One command, as its parser describes it.
 
     Attributes:
-        call: how it is called, such as `python -m flux_jax generate`.
-        text: its help, the examples cut off.
-        examples: each one command, without indentation.
-        parameters: the parser's, arguments before options.
+      call: how it is called, such as `python -m flux_jax generate`.
+      text: its help, the examples cut off.
+      examples: each one command, without indentation.
+      parameters: the parser's, arguments before options.
     """
 
     call: str

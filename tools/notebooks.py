@@ -38,7 +38,7 @@ def shorten(notebook: NotebookNode) -> None:
     """Put the short form's parameters in place.
 
     Raises:
-        ValueError: no cell has them, or more than one.
+      ValueError: no cell has them, or more than one.
     """
     cells = [cell for cell in notebook.cells if "quick" in cell.metadata]
     if len(cells) != 1 or "parameters" not in cells[0].metadata.get("tags", []):
@@ -50,7 +50,7 @@ def execute(path: Path, *, quick: bool) -> NotebookNode:
     """The notebook with new outputs.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: a cell failed.
+      nbclient.exceptions.CellExecutionError: a cell failed.
     """
     # Late: the parsers of the other tools need none of it.
     import nbformat

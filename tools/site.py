@@ -69,9 +69,9 @@ def relinked(text: str, source: str, page: str) -> str:
     """`text` of the file `source` with links as the site's `page` needs them.
 
     Args:
-        text: Markdown whose links are relative to `source`.
-        source: path from the repository's root.
-        page: path from the root of the site's pages.
+      text: markdown whose links are relative to `source`.
+      source: path from the repository's root.
+      page: path from the root of the site's pages.
     """
     pages = {there: here for here, there in ELSEWHERE.items()}
 

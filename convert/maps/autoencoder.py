@@ -86,8 +86,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> AutoencoderConfig:
     """Our config from diffusers' `config.json`.
 
     Raises:
-        UserError: An autoencoder of another make (Stable Diffusion's, FLUX.2's), or fields missing
-            or of another type.
+      UserError: an autoencoder of another make (Stable Diffusion's, FLUX.2's), or fields missing
+        or of another type.
     """
     defaults = {"shift_factor": 0.0, "mid_block_add_attention": True}
     fields = read_fields(raw, AutoencoderConfig, what=_WHAT, defaults=defaults)
@@ -130,11 +130,11 @@ def config_from_shapes(shapes: Mapping[str, Shape]) -> AutoencoderConfig:
     """Our config, guessed from the tensors of `ae.safetensors`; its constants are FLUX.1's.
 
     Args:
-        shapes: By name, without prefix.
+      shapes: by name, without prefix.
 
     Raises:
-        UserError: Stable Diffusion's autoencoder.
-        KeyError, IndexError: A tensor that the guess needs is missing or of another shape.
+      UserError: Stable Diffusion's autoencoder.
+      KeyError, IndexError: a tensor that the guess needs is missing or of another shape.
     """
     if "quant_conv.weight" in shapes:
         raise UserError("this is an autoencoder of Stable Diffusion; expected FLUX.1's")

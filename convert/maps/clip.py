@@ -42,7 +42,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> CLIPTextConfig:
     """Our config from transformers' `config.json`.
 
     Raises:
-        UserError: Not a CLIP text model, or fields missing or of another type.
+      UserError: not a CLIP text model, or fields missing or of another type.
     """
     refuse_unless(raw, {"model_type": "clip_text_model"}, what=_WHAT)
     defaults = {"eos_token_id": 49_407, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -70,11 +70,11 @@ def config_from_shapes(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
     """Our config, guessed from the tensors of a single file.
 
     Args:
-        shapes: By name, without the file's prefix but with `text_model.`.
+      shapes: by name, without the file's prefix but with `text_model.`.
 
     Raises:
-        KeyError, IndexError, ValueError: A tensor that the guess needs is missing or of another
-            shape.
+      KeyError, IndexError, ValueError: a tensor that the guess needs is missing or of another
+        shape.
     """
     vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
     return CLIPTextConfig(

@@ -21,15 +21,15 @@ def read_fields(
     """The fields of `config_class` that `raw` holds under the same names; lists become tuples.
 
     Args:
-        raw: A parsed `config.json`; other keys in it are left alone.
-        config_class: Dataclass whose fields are wanted.
-        what: What is being read, for the message.
-        defaults: What the library that wrote the file takes for a field it leaves out or sets to
-            null. Fields without a default must be present.
-        may_be_zero: Integer fields that need not be positive.
+      raw: A parsed `config.json`; other keys in it are left alone.
+      config_class: dataclass whose fields are wanted.
+      what: what is being read, for the message.
+      defaults: what the library that wrote the file takes for a field it leaves out or sets to
+        null. Fields without a default must be present.
+      may_be_zero: integer fields that need not be positive.
 
     Raises:
-        UserError: Fields that are missing or of another type, all in one line.
+      UserError: fields that are missing or of another type, all in one line.
     """
     kinds = typing.get_type_hints(config_class)
     values, problems = {}, []
@@ -52,12 +52,12 @@ def refuse_unless(raw: Mapping[str, Any], expected: Mapping[str, Any], *, what: 
     """Check the fields in which the model has no choice.
 
     Args:
-        raw: A parsed `config.json`.
-        expected: Field to the one supported value. A field that `raw` leaves out is not checked.
-        what: What is being read, for the message.
+      raw: A parsed `config.json`.
+      expected: field to the one supported value. A field that `raw` leaves out is not checked.
+      what: what is being read, for the message.
 
     Raises:
-        UserError: Fields of another value, all in one line.
+      UserError: fields of another value, all in one line.
     """
     problems = [
         f"{name} must be {value!r}, got {repr(raw[name])[:60]}"

@@ -36,8 +36,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> SchedulerConfig:
     """Our config from diffusers' `scheduler_config.json`.
 
     Raises:
-        UserError: Another scheduler, an option that FLUX.1 does not use, or a field of another
-            type.
+      UserError: another scheduler, an option that FLUX.1 does not use, or a field of another
+        type.
     """
     refuse_unless(raw, {"_class_name": "FlowMatchEulerDiscreteScheduler", **_OFF}, what=_WHAT)
     return SchedulerConfig(**read_fields(raw, SchedulerConfig, what=_WHAT, defaults=_DEFAULTS))

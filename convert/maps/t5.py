@@ -52,7 +52,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> T5Config:
     """Our config from transformers' `config.json`.
 
     Raises:
-        UserError: Not a T5 v1.1 encoder, or fields missing or of another type.
+      UserError: not a T5 v1.1 encoder, or fields missing or of another type.
     """
     refuse_unless(raw, {"model_type": "t5"}, what=_WHAT)
     activation = raw.get("feed_forward_proj", "relu")
@@ -86,11 +86,11 @@ def config_from_shapes(shapes: Mapping[str, Shape]) -> T5Config:
     """Our config, guessed from the tensors of a single file.
 
     Args:
-        shapes: By name, without the file's prefix.
+      shapes: by name, without the file's prefix.
 
     Raises:
-        KeyError, IndexError, ValueError, ZeroDivisionError: A tensor that the guess needs is
-            missing or of another shape.
+      KeyError, IndexError, ValueError, ZeroDivisionError: a tensor that the guess needs is
+        missing or of another shape.
     """
     attention = "encoder.block.0.layer.0.SelfAttention"
     embedding = "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight"

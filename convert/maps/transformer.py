@@ -137,8 +137,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> FluxConfig:
     """Our config from diffusers' `config.json`.
 
     Raises:
-        UserError: Another architecture, a variant with other inputs (Fill, the Canny and Depth
-            models), or fields missing or of another type.
+      UserError: another architecture, a variant with other inputs (Fill, the Canny and Depth
+        models), or fields missing or of another type.
     """
     heads, width = raw.get("num_attention_heads", 24), raw.get("attention_head_dim", 128)
     if not all(isinstance(n, int) and n > 0 for n in (heads, width)):
@@ -172,7 +172,7 @@ def config_to_hf(config: FluxConfig) -> dict[str, Any]:
     """A `config.json` with which diffusers builds the same transformer.
 
     Raises:
-        UserError: diffusers has no such model.
+      UserError: diffusers has no such model.
     """
     if config.mlp_hidden != 4 * config.hidden_size or config.theta != 10_000:
         raise UserError(
@@ -203,11 +203,11 @@ def config_from_shapes(shapes: Mapping[str, Shape]) -> FluxConfig:
     """Our config, guessed from the tensors of a single file.
 
     Args:
-        shapes: By name, without prefix.
+      shapes: by name, without prefix.
 
     Raises:
-        UserError: Tensors that the guess needs are missing, or the model is a variant with other
-            inputs, or of another head width than BFL's.
+      UserError: tensors that the guess needs are missing, or the model is a variant with other
+        inputs, or of another head width than BFL's.
     """
 
     def shape(name: str, dims: int) -> Shape:

@@ -26,6 +26,8 @@ class AutoencoderTraining:
     """How the autoencoder is trained.
 
     Attributes:
+      steps, batch_size: updates, and pictures of each.
+      learning_rate: at its highest.
       kl_weight: of the KL term per latent value against the mean absolute pixel error. It keeps
         the latents near unit variance and the posterior wide enough that the decoder forgives
         the small errors of a sampler.

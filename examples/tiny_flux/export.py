@@ -17,9 +17,10 @@ import typer
 from flax import nnx
 from safetensors.numpy import load_file
 
+from examples.tiny_flux.run_files import load_parts
 from examples.tiny_flux.sample import SCHEDULER
 from examples.tiny_flux.tokenizers import build_tokenizers
-from examples.tiny_flux.train import component_configs, load_parts
+from examples.tiny_flux.train import component_configs
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.checkpoint import save_checkpoint
 from flux_jax.clip import CLIPTextEncoder

@@ -39,10 +39,14 @@ class FlowTraining:
 
     Attributes:
       steps, guidance_steps: of the two phases.
+      batch_size: captions of a step.
+      learning_rate, guidance_learning_rate: of each phase, at their highest.
+      warmup: steps over which the rate rises; a third of them in the second phase.
       decay: share of each phase, at its end, over which the learning rate falls to zero.
       drop_caption: share of captions replaced by the empty one.
       time_shift: noise levels are drawn as `sigmoid(N(log(time_shift), 1))`; a fifth uniformly.
       max_guidance: the second phase draws w uniformly from [1, max_guidance].
+      ema: decay of the average of the weights, which is what is kept.
     """
 
     steps: int = 20_000

@@ -198,7 +198,11 @@ def _encode(tokenizer: Any, texts: list[str], length: int, pad: int) -> Int16[np
 def encode_captions(
     texts: list[str],
 ) -> tuple[Int16[np.ndarray, "N 40"], Int16[np.ndarray, "N 42"]]:
-    """T5 and CLIP token ids. Raises ValueError for a caption that is too long."""
+    """T5 and CLIP token ids, padded.
+
+    Raises:
+      ValueError: a caption that is too long.
+    """
     t5, clip = _encoders()
     end = clip.token_to_id(CLIP_END)
     return _encode(t5, texts, T5_LENGTH, 0), _encode(clip, texts, CLIP_LENGTH, end)
@@ -227,11 +231,11 @@ def make_training_data(
     """Draw `count` scenes with captions, rounded up to whole chunks of 8192.
 
     Args:
-        count: how many at least.
-        seed: of the whole data set.
-        workers: processes; call from under `if __name__ == "__main__"` when more than one.
-        first_chunk: start here, to continue or to split a data set over calls.
-        progress: show a bar on stderr.
+      count: how many at least.
+      seed: of the whole data set.
+      workers: processes; call from under `if __name__ == "__main__"` when more than one.
+      first_chunk: start here, to continue or to split a data set over calls.
+      progress: show a bar on stderr.
     """
     number = -(-count // CHUNK)
     bar = tqdm(

@@ -10,7 +10,6 @@ phases in a minute on a CPU, to see that they work.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import json
@@ -29,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from examples.tiny_flux.autoencoder import AutoencoderTrainer, AutoencoderTraining, psnr
 from examples.tiny_flux.flow import Captioned, FlowTrainer, FlowTraining, trapezoid
+from examples.tiny_flux.run_files import Log, load_parts, save_grid, save_parts
 from examples.tiny_flux.sample import Sampler
 from examples.tiny_flux.scenes import CHUNK, TrainingData, encode_captions, make_training_data
 from examples.tiny_flux.tokenizers import CLIP_END, rust_tokenizers
@@ -36,7 +36,7 @@ from flux_jax.composition.prompts import load_prompts
 from flux_jax.composition.render import render
 from flux_jax.composition.scene import SceneArrays
 from flux_jax.configs import AutoencoderConfig, CLIPTextConfig, FluxConfig, T5Config
-from flux_jax.errors import UserError, exit_on_user_error
+from flux_jax.errors import exit_on_user_error
 from flux_jax.latents import pack
 from flux_jax.tree import Flat
 
@@ -46,10 +46,13 @@ class Run:
     """One training run: what is trained on, how, and what is reported on the way.
 
     Attributes:
+      seed: of everything.
       scenes: captioned scenes drawn for the flow; seen several times, each time with other noise.
       autoencoder_scenes: scenes drawn for the autoencoder.
+      workers: processes that draw.
       log_every: steps between two lines of the log.
       score_every: steps between two scores of a few held-out prompts (0: never).
+      autoencoder, flow: how each is trained.
     """
 
     seed: int = 0
@@ -73,22 +76,6 @@ class Run:
             autoencoder=AutoencoderTraining(steps=4, batch_size=4),
             flow=FlowTraining(steps=4, guidance_steps=2, batch_size=8, warmup=1),
         )
-
-
-class Log:
-    """Lines to the terminal and rows to a CSV."""
-
-    def __init__(self, path: Path):
-        self.start = time.time()
-        self.file = path.open("w", newline="")
-        self.rows = csv.writer(self.file)
-        self.rows.writerow(("phase", "step", "seconds", "loss", "detail"))
-
-    def __call__(self, phase: str, step: int, loss: float, detail: str = "") -> None:
-        seconds = time.time() - self.start
-        self.rows.writerow((phase, step, f"{seconds:.1f}", f"{loss:.5f}", detail))
-        self.file.flush()
-        print(f"{seconds:8.1f} s  {phase:<12} {step:>6}  loss {loss:.5f}  {detail}", flush=True)
 
 
 def component_configs() -> tuple[T5Config, CLIPTextConfig, FluxConfig]:
@@ -181,44 +168,6 @@ def evaluate(
     t5_ids, clip_ids = encode_captions([prompt.prompt for prompt in prompts])
     pictures = sampler(params, autoencoder, t5_ids, clip_ids, guidance=guidance, seed=0)
     return score_images(list(pictures), prompts).to_dict(), pictures
-
-
-def save_grid(path: Path, pictures: np.ndarray, columns: int = 8) -> None:
-    """The first pictures in a grid."""
-    from PIL import Image
-
-    count = len(pictures) // columns * columns
-    rows = pictures[:count].reshape(-1, columns, *pictures.shape[1:])
-    grid = rows.transpose(0, 2, 1, 3, 4).reshape(rows.shape[0] * rows.shape[2], -1, 3)
-    Image.fromarray(grid).save(path)
-
-
-def save_parts(folder: Path, name: str, params: Flat, limit: int = 15 << 20) -> None:
-    """Parameters in bf16, as safetensors of at most `limit` bytes: NAME.0.safetensors and so on."""
-    parts: list[dict[str, np.ndarray]] = [{}]
-    for key, value in params.items():
-        array = np.asarray(value.astype(jnp.bfloat16))
-        if parts[-1] and sum(v.nbytes for v in parts[-1].values()) + array.nbytes > limit:
-            parts.append({})
-        parts[-1][key] = array
-    for index, part in enumerate(parts):
-        save_file(part, folder / f"{name}.{index}.safetensors")
-
-
-def load_parts(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """What `save_parts` wrote.
-
-    Raises:
-      UserError: there is nothing of that name.
-    """
-    merged: dict[str, np.ndarray] = {}
-    for path in sorted(folder.glob(f"{name}.*.safetensors")):
-        merged.update(load_file(path))
-    if not merged:
-        raise UserError(
-            f"no {name}.*.safetensors in {folder}: a folder that `train` wrote has them"
-        )
-    return merged
 
 
 def prepare(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from flux_jax.cli import compare, demo, evaluate, generate, info
-from pallas_kernels.command_line import App
+from pallas_kernels.command_line import App, before_commands
 
 app = App(name="flux_jax", help="FLUX.1 in JAX: images from text.", no_args_is_help=True)
+app.callback()(before_commands)
 for command in (
     generate.generate,
     demo.demo,

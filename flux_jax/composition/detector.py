@@ -237,10 +237,10 @@ def detect(image: np.ndarray) -> Detection:
     """See the objects of one picture.
 
     Args:
-        image: (side, side, 3) RGB bytes.
+      image: (side, side, 3) RGB bytes.
 
     Raises:
-        ValueError: the image is not square RGB of type uint8.
+      ValueError: the image is not square RGB of type uint8.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(

@@ -48,8 +48,8 @@ def relations(
     """Which of `RELATIONS` hold of a pair of boxes (two may hold on a diagonal, or none).
 
     Args:
-        offset: first box's centre minus the second's, (x, y), y down.
-        sides: width and height of both boxes added up.
+      offset: first box's centre minus the second's, (x, y), y down.
+      sides: width and height of both boxes added up.
     """
     shortened = np.maximum(np.abs(offset) - SHORTENING * sides, 0.0) * np.sign(offset)
     length = np.linalg.norm(offset, axis=-1, keepdims=True)
@@ -126,13 +126,13 @@ def place(
     """Draw the positions of all objects, in place, until they fit.
 
     Args:
-        scenes: shapes, colours and radii are read; `x` and `y` are overwritten.
-        relation: index into `RELATIONS` between slots 0 and 1, or -1.
-        rng: the only source of randomness.
-        keep_held_out_unseen: refuse scenes with a held-out arrangement.
+      scenes: shapes, colours and radii are read; `x` and `y` are overwritten.
+      relation: index into `RELATIONS` between slots 0 and 1, or -1.
+      rng: the only source of randomness.
+      keep_held_out_unseen: refuse scenes with a held-out arrangement.
 
     Returns:
-        Which scenes found a place. The others must not be used.
+      Which scenes found a place. The others must not be used.
     """
     todo = np.arange(len(relation))
     for attempt in range(ROUNDS):
@@ -167,13 +167,13 @@ def realise(
     """One scene for each claim that satisfies it; whatever a claim leaves unsaid is random.
 
     Args:
-        claims: what the scenes must show: exactly these objects and no others.
-        rng: the only source of randomness.
-        keep_held_out_unseen: draw no held-out colour-shape pair where a colour is unsaid, and
-            no held-out arrangement at all (claims of held-out things then find no place).
+      claims: what the scenes must show: exactly these objects and no others.
+      rng: the only source of randomness.
+      keep_held_out_unseen: draw no held-out colour-shape pair where a colour is unsaid, and
+        no held-out arrangement at all (claims of held-out things then find no place).
 
     Returns:
-        The scenes, and which of them found a place.
+      The scenes, and which of them found a place.
     """
     allowed = {
         shape: [

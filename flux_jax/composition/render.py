@@ -86,12 +86,10 @@ def coverage(xp: Any, shape: Any, x: Any, y: Any, radius: Any, size: int) -> Flo
     """The share of each pixel that one object per picture covers, in [0, 1].
 
     Args:
-        xp: numpy or jax.numpy.
-        shape: (B,) indices into `SHAPES`; -1 covers nothing.
-        x: (B,) centres in canvas units, likewise `y` and `radius`.
-        y: see `x`.
-        radius: see `x`.
-        size: side of the picture in pixels.
+      xp: numpy or jax.numpy.
+      shape: (B,) indices into `SHAPES`; -1 covers nothing.
+      x, y, radius: (B,) centres and radii in canvas units.
+      size: side of the picture in pixels.
     """
     unit = CANVAS / size
     grid = (xp.arange(size, dtype=xp.float32) + 0.5) * unit

@@ -113,9 +113,9 @@ def judge(detection: Detection, claim: Claim, *, counting: bool) -> Verdict:
     """Whether a picture shows what the claim says.
 
     Args:
-        detection: what is seen.
-        claim: what must be seen.
-        counting: numbers must agree exactly; else there may be more.
+      detection: what is seen.
+      claim: what must be seen.
+      counting: numbers must agree exactly; else there may be more.
     """
     reasons: list[str] = []
     members = [
@@ -154,12 +154,12 @@ def score_images(images: Sequence[Any] | np.ndarray, prompts: Sequence[EvalPromp
     """Judge one picture for each prompt.
 
     Args:
-        images: square pictures as PIL images or uint8 arrays (side, side, 3); an array
-            (N, side, side, 3) will do.
-        prompts: what each was drawn from; repeat a prompt to score several pictures of it.
+      images: square pictures as PIL images or uint8 arrays (side, side, 3); an array
+        (N, side, side, 3) will do.
+      prompts: what each was drawn from; repeat a prompt to score several pictures of it.
 
     Raises:
-        ValueError: the numbers differ or are zero, or a picture is not square RGB bytes.
+      ValueError: the numbers differ or are zero, or a picture is not square RGB bytes.
     """
     if len(images) != len(prompts) or not len(prompts):
         raise ValueError(
@@ -222,8 +222,8 @@ def check_detector() -> tuple[Scores, Scores]:
     """The detector against the truth: one drawing for each evaluation prompt.
 
     Returns:
-        The score of the drawings for their own prompts, and for the same prompts shuffled within
-        their categories, no drawing keeping its own.
+      The score of the drawings for their own prompts, and for the same prompts shuffled within
+      their categories, no drawing keeping its own.
     """
     prompts = load_prompts()
     rng = np.random.default_rng(0)

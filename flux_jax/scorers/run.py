@@ -70,7 +70,8 @@ class Drawn:
     Attributes:
       model: as it was named.
       folder: of its pictures.
-      images: how many there are, and `drawn`, how many of them this call drew.
+      images: how many there are.
+      drawn: how many of them this call drew.
       commands: that score them, in the scorer's checkout.
     """
 

@@ -1,1 +1,1 @@
-"""Commands of `python -m ternary` that have a file of their own."""
+"""The commands of `python -m ternary`, one a file, and what several of them share."""

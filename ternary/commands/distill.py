@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from flux_jax.cli.common import Distributed
 from pallas_kernels.command_line import Json, Quiet, print_json
 from ternary.commands.options import PromptFile, Teacher
 
@@ -59,14 +60,7 @@ def distill(
             show_default="the settings', or all devices as data",
         ),
     ] = None,
-    distributed: Annotated[
-        bool,
-        typer.Option(
-            "--distributed",
-            help="Join the other processes of this job: SLURM's, Open MPI's, or those named by "
-            "COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID.",
-        ),
-    ] = False,
+    distributed: Distributed = False,
     show: Annotated[
         bool, typer.Option("--show-config", help="Print the settings as YAML, and end.")
     ] = False,

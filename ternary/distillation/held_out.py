@@ -32,6 +32,7 @@ class Comparison:
 
     @property
     def median_psnr(self) -> float:
+        """dB, over the images."""
         return float(np.median(self.psnr))
 
 

@@ -41,6 +41,7 @@ class Table:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -72,15 +73,18 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of a step, by the names of their curves."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
+        """A picture of a step."""
         import numpy as np
 
         self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
+        """Write what is waiting, and close the file."""
         self._writer.close()
 
 

@@ -119,7 +119,7 @@ def _change(content: dict[str, Any], change: str) -> None:
 
 def _build(kind: type[T], content: Mapping[str, Any], where: str) -> T:
     """A config dataclass from a mapping, its inner configs likewise."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     values: dict[str, Any] = {}
     for name, value in content.items():
         if name not in fields:

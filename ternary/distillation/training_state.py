@@ -93,6 +93,7 @@ class StateStore:
         return f"the last good checkpoint is step {max(steps)}, {self.folder / str(max(steps))}"
 
     def close(self) -> None:
+        """Wait for the last write, and let go of the folder."""
         self._manager.close()
 
     def _failed(self, error: Exception) -> UserError:

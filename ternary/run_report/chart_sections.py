@@ -72,8 +72,8 @@ def layers(report: Report | None, distances: Mapping[str, Distance]) -> Element 
         lines = [_blockwise(name, kind, parts, values) for name, kind, values in errors]
         note = (
             "Norm of the difference from the teacher's weight, over the weight's. Training moves "
+            "weights away from the teacher's: a higher error here is no worse picture."
         )
-        note += "weights away from the teacher's: a higher error here is no worse picture."
         names = [block.short for block in parts]
         charts.append(range_chart("Error of the weights by block", names, lines, note=note))
     heads = ["layer", "shape", "zeros", "mean scale", "bits"]

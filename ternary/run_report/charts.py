@@ -81,7 +81,7 @@ class Axis:
     log: bool = False
 
     @classmethod
-    def around(cls, values: np.ndarray, *, log: bool = False) -> Axis | None:
+    def around(cls, values: Float[np.ndarray, " N"], *, log: bool = False) -> Axis | None:
         """An axis with room for all finite values (all positive ones); None without any."""
         kept = values[np.isfinite(values) & (values > 0 if log else np.full(values.shape, True))]
         if not len(kept):
@@ -94,7 +94,7 @@ class Axis:
         # A quantity that is never negative gets no room below zero.
         return cls(max(low - room, 0.0) if low >= 0 else low - room, high + room)
 
-    def place(self, values: np.ndarray) -> np.ndarray:
+    def place(self, values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         """Coordinates; NaN for what has no place."""
         with np.errstate(invalid="ignore", divide="ignore"):
             if self.log:
@@ -223,7 +223,8 @@ def range_chart(
       note: below it.
     """
     across = Axis(-0.5, len(names) - 0.5)
-    up = Axis.around(np.concatenate([v for line in lines for v in (line.low, line.high)]))  # type: ignore[arg-type]
+    ends = [end for line in lines for end in (line.low, line.high) if end is not None]
+    up = Axis.around(np.concatenate(ends))
     assert up is not None
     drawing = []
     for number, line in enumerate(lines):

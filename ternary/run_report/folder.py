@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import yaml
+from jaxtyping import Float
 
 from flux_jax.errors import UserError
 
-Columns = dict[str, np.ndarray]
+# The columns of one table are of one length, those of two tables need not be.
+Columns = dict[str, Float[np.ndarray, " _"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +186,6 @@ def _numbers(folder: Path) -> list[int]:
     return [int(entry.name) for entry in entries if entry.name.isdigit()]
 
 
-def finite(values: np.ndarray | None) -> np.ndarray:
+def finite(values: Float[np.ndarray, " N"] | None) -> Float[np.ndarray, " M"]:
     """The finite values of a column; none of a column that is missing."""
     return np.zeros(0) if values is None else values[np.isfinite(values)]

@@ -40,6 +40,7 @@ class Column:
 
     @property
     def overall(self) -> float:
+        """The mean of the categories' shares, in [0, 1]."""
         return float(self.scores["overall"]["passed"])
 
     @property

@@ -28,9 +28,11 @@ def heading(name: str, run: Run) -> Element:
     elif run.steps and run.steps == run.wanted:
         state, kind = f"All {run.steps:,} steps are taken; student/ is not in the folder.", "open"
     elif run.steps:
-        state = f"Not finished: step {run.steps:,}{wanted}, reported {written}. It still runs, or "
-        state += "was stopped there; the same command goes on"
-        state += f" from step {run.checkpoints[-1]:,}." if run.checkpoints else "."
+        start = f" from step {run.checkpoints[-1]:,}" if run.checkpoints else ""
+        state = (
+            f"Not finished: step {run.steps:,}{wanted}, reported {written}. It still runs, or was "
+            f"stopped there; the same command goes on{start}."
+        )
         kind = "open"
     else:
         state, kind = f"No step{wanted} is reported yet.", "open"
@@ -124,8 +126,8 @@ def scores(columns: Sequence[Column], run: Run) -> Element:
         if len(overall):
             state = (
                 f"Overall {overall[-1]:.3f} at the last drawing (its course is below); this run "
+                "recorded no categories. "
             )
-            state += "recorded no categories. "
         return section(
             title,
             element(
@@ -143,14 +145,13 @@ def scores(columns: Sequence[Column], run: Run) -> Element:
         cells = [_bar(column, name) for column in columns]
         label = "overall (mean)" if name == "overall" else name.replace("_", " ")
         rows.append([label, *cells])
-    note = "Share of pictures that show what the prompt says, judged by an exact detector; "
-    note += "from the same noise. " + "; ".join(
-        f"{column.name}: {column.count:,} pictures" for column in columns
+    counts = "; ".join(f"{column.name}: {column.count:,} pictures" for column in columns)
+    note = (
+        "Share of pictures that show what the prompt says, judged by an exact detector; from the "
+        f"same noise. {counts}."
     )
     heads = ["category", *(column.name for column in columns)]
-    return section(
-        title, table(heads, rows, class_="scores"), element("p", note + ".", class_="note")
-    )
+    return section(title, table(heads, rows, class_="scores"), element("p", note, class_="note"))
 
 
 def _bar(column: Column, name: str) -> Child:
@@ -183,8 +184,10 @@ def pictures(gallery: Gallery) -> Element | None:
     if not gallery.pairs:
         return None
     shown = gallery.views[-1]
-    note = f"{len(gallery.pairs)} of {gallery.of} held-out prompts. Teacher left of the line, "
-    note += "student right of it: drag, or use the arrow keys."
+    note = (
+        f"{len(gallery.pairs)} of {gallery.of} held-out prompts. Teacher left of the line, student "
+        "right of it: drag, or use the arrow keys."
+    )
     choices = [
         element("option", view, value=view, selected=view == shown) for view in gallery.views
     ]

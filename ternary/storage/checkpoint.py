@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Shaped, UInt8
 
 from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
@@ -97,7 +98,7 @@ class TernaryCheckpoint:
         """What lies on the disk, as `convert` describes tensors."""
         return files.reader_specs(self.stored)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Shaped[np.ndarray, ...]:
         """A tensor as it is stored.
 
         Raises:
@@ -113,17 +114,17 @@ class TernaryCheckpoint:
             )
         return values
 
-    def packed(self, layer: str) -> np.ndarray:
+    def packed(self, layer: str) -> UInt8[np.ndarray, "N Kp"]:
         """A layer's codes in the 2-bit layout."""
         columns = self.shapes[layer + WEIGHT][1]
         return base3_to_packed(self.read(layer + CODES), columns, what=layer + CODES)
 
-    def codes(self, layer: str) -> np.ndarray:
+    def codes(self, layer: str) -> UInt8[np.ndarray, "N K"]:
         """A layer's codes, 0, 1 and 2, one a byte."""
         columns = self.shapes[layer + WEIGHT][1]
         return unpack_base3(self.read(layer + CODES), columns, what=layer + CODES)
 
-    def dense(self, name: str) -> np.ndarray:
+    def dense(self, name: str) -> Float[np.ndarray, ...]:
         """A parameter of the dense model, bfloat16: `scale * signs` plus the low-rank branch."""
         layer = name.removesuffix(WEIGHT)
         if not name.endswith(WEIGHT) or layer + CODES not in self.stored:
@@ -186,6 +187,7 @@ class TernaryCheckpoint:
             return rebuild(dict(zip(flat, pool.map(bring, flat), strict=True)))
 
     def close(self) -> None:
+        """Close the file."""
         self._tensors.close()
 
 

@@ -163,6 +163,7 @@ class StoredTensors:
         self._reader.read_into(name, start, out)
 
     def close(self) -> None:
+        """Close the file."""
         self._reader.close()
 
 

@@ -20,6 +20,8 @@ class LayerReport:
     """One ternary linear.
 
     Attributes:
+      name: its path in the transformer.
+      shape: of its dense weight, (N, K).
       zeros: share of its weights that are 0.
       scale: mean of its scales.
       relative_error: `norm(w - ternary) / norm(w)` where it was rounded from a dense weight.
@@ -46,6 +48,7 @@ class Report:
       nbytes: of the stored tensors.
       bits_per_parameter: `nbytes` over all parameters.
       smaller: the dense model's bytes in bf16 over `nbytes`.
+      layers: its ternary linears, in the order of the model.
     """
 
     granularity: str

@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from flux_jax.errors import UserError
 from pallas_kernels import GROUP, group_count
@@ -30,13 +30,17 @@ class Quantized:
       relative_error: `norm(w - scale * signs) / norm(w)`; 0 for a weight of zeros.
     """
 
-    data: np.ndarray
-    scale: np.ndarray
+    data: UInt8[np.ndarray, "N P"]
+    scale: Float[np.ndarray, "*scale"]
     relative_error: float
 
 
 def quantize_weight(
-    weight: np.ndarray, granularity: str, refit_steps: int = 0, *, what: str = "weight"
+    weight: Float[np.ndarray, "N K"],
+    granularity: str,
+    refit_steps: int = 0,
+    *,
+    what: str = "weight",
 ) -> Quantized:
     """Fit a scale, find the codes, pack them.
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.tiny_flux.train import load_parts, save_parts
+from examples.tiny_flux.run_files import load_parts, save_parts
 from flux_jax.errors import UserError
 
 

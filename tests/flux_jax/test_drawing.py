@@ -134,7 +134,10 @@ def test_the_bar_looks_at_few_files(jobs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("file", "error", "message"),
-    [("a.jpg", UserError, "must end in .png"), ("0/0.png", ValueError, "two jobs")],
+    [
+        ("a.jpg", UserError, "must end in .png"),
+        ("0/0.png", ValueError, "a file each, got '0/0.png'"),
+    ],
 )
 def test_files_that_cannot_be(pipe, jobs, tmp_path, file, error, message):
     with pytest.raises(error, match=message):

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from examples.tiny_flux import export
-from examples.tiny_flux.train import component_configs, save_parts
+from examples.tiny_flux.run_files import save_parts
+from examples.tiny_flux.train import component_configs
 from flux_jax.configs import AutoencoderConfig
 from flux_jax.tree import to_flat
 from tests.random_module import random_module
