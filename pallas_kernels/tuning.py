@@ -55,8 +55,10 @@ def candidates(backend: str, problem: Problem, device: Device) -> list[AnyTile]:
 def _triton(rule: TritonTile) -> list[TritonTile]:
     change = dataclasses.replace
     if rule.split:
-        sizes = ((16, 4), (16, 8), (32, 4), (32, 8), (16, 2), (64, 8))
-        return [change(rule, outputs=outputs, warps=warps) for outputs, warps in sizes]
+        # Larger tiles share what is read of x; smaller ones, and fewer stages, leave more programs
+        # to a multiprocessor.
+        sizes = ((16, 2, 3), (16, 4, 3), (32, 2, 3), (32, 4, 3), (32, 4, 2), (64, 2, 3), (64, 4, 2))
+        return [change(rule, outputs=n, warps=warps, stages=s) for n, warps, s in sizes]
     return [
         change(rule, stages=2),
         change(rule, stages=4),
@@ -68,7 +70,11 @@ def _triton(rule: TritonTile) -> list[TritonTile]:
         change(rule, tokens=256),
         # Half the decoding for each product: more tokens share what is decoded.
         change(rule, tokens=256, planes=2, passes=False, stages=2),
+        # Two programs a multiprocessor: one decodes while the other multiplies. 16-bit activations
+        # leave room for two only with one plane at a time.
         change(rule, outputs=64, tokens=256, warps=4),
+        change(rule, outputs=64, tokens=256, warps=4, planes=1),
+        change(rule, outputs=128, tokens=128, warps=4, planes=1),
         change(rule, outputs=64, warps=4),
         change(rule, band=16),
     ]
