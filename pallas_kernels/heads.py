@@ -101,29 +101,27 @@ def plain(
 ) -> Heads:
     """`attention_heads` in plain JAX."""
     length, width = cos.shape[0], 2 * cos.shape[1]
-    parts = [
-        projection.array[..., : 3 * heads * width].reshape(
-            *projection.array.shape[:2], 3, heads, width
-        )
-        for projection in projections
-    ]
+    # Two products with whole rows, one of them with the channels swapped in pairs: one pass of
+    # XLA's. Taking the pairs apart and interleaving them again costs it a concatenation.
+    both = jnp.stack((cos, cos), axis=-1).reshape(1, length, 1, width)
+    signed = jnp.stack((-sin, sin), axis=-1).reshape(1, length, 1, width)
 
-    def normalised(part: Array, which: int, scale: Array) -> Array:
-        x = part[:, :, which].astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-        return x.astype(part.dtype) * scale.astype(part.dtype).reshape(1, 1, 1, width)
+    def normalised(x: Array, scale: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+        return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype).reshape(1, 1, 1, width)
 
     def turned(x: Array) -> Array:
-        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], width // 2, 2)
-        first, second = pairs[..., 0], pairs[..., 1]
-        c, s = (part.reshape(1, length, 1, width // 2) for part in (cos, sin))
-        both = jnp.stack((first * c - second * s, second * c + first * s), axis=-1)
-        return both.reshape(x.shape).astype(x.dtype)
+        x32 = x.astype(jnp.float32)
+        swapped = x32.reshape(*x.shape[:-1], width // 2, 2)[..., ::-1].reshape(x.shape)
+        return (x32 * both + swapped * signed).astype(x.dtype)
 
-    each = list(zip(parts, projections, strict=True))
-    q = jnp.concatenate([normalised(part, 0, one.q_scale) for part, one in each], axis=1)
-    k = jnp.concatenate([normalised(part, 1, one.k_scale) for part, one in each], axis=1)
-    v = jnp.concatenate([part[:, :, 2] for part in parts], axis=1)
+    each = []
+    for array, q_scale, k_scale in projections:
+        thirds = jnp.split(array[..., : 3 * heads * width], 3, axis=-1)
+        q, k, v = (part.reshape(*array.shape[:2], heads, width) for part in thirds)
+        each.append((normalised(q, q_scale), normalised(k, k_scale), v))
+    q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*each, strict=True))
     return turned(q), turned(k), v
 
 
