@@ -75,9 +75,18 @@ LAYOUTS = {
             ("first_step_s", "first step, compilation included"),
         ),
     ),
-    "scaling_plan": Layout(
+    "scaling_plan_gpu": Layout(
         title="distilling FLUX.1-dev, GiB a device",
-        how="Planned on",
+        how="Planned for",
+        columns=(
+            ("held", "held between steps"),
+            ("work", "gathered weights, gradients, activations"),
+            ("peak", "in all"),
+        ),
+    ),
+    "scaling_plan_cpu": Layout(
+        title="distilling FLUX.1-dev, GiB a device",
+        how="Planned for",
         columns=(
             ("held", "held between steps"),
             ("weights", "gathered weights, gradients"),
