@@ -18,7 +18,7 @@ Names in capitals are constants of a compilation:
 """
 
 # Triton's language is not Python's: what a type checker would say of it is of no use.
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAssignmentType=false
 
 from __future__ import annotations
 
