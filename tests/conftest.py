@@ -19,6 +19,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,7 @@ def _set_environment() -> None:
     environment = {
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_COMPILATION_CACHE_DIR": cache,
+        "TRITON_CACHE_DIR": os.path.join(cache, "triton"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -112,6 +114,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not gpu:
                 reason = "needs an NVIDIA GPU and `pytest -m gpu`"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints what passing tests measured: `record_property("measured", "a line")`.
+
+    What they print themselves is lost where xdist runs them.
+    """
+    lines = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "measured"
+    ]
+    if lines:
+        terminalreporter.section("measured")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)
 
 
 # Of the 65,530 mappings that Linux allows a process; past them, compiling ends in a crash.
