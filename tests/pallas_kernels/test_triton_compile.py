@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install 'flux-jax[triton
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("m", [1, 16, 64, 4608])
-@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("capability", [80, 86, 89, pytest.param(90, marks=pytest.mark.long)])
 def test_nothing_is_spilled_and_shared_memory_suffices(
     capability, m, bits, grouped, record_property
 ):
