@@ -19,6 +19,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,7 @@ def _set_environment() -> None:
     environment = {
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_COMPILATION_CACHE_DIR": cache,
+        "TRITON_CACHE_DIR": os.path.join(cache, "triton"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -48,10 +50,13 @@ def _set_environment() -> None:
     if os.environ.setdefault("FLUX_JAX_TEST_PLATFORM", chosen) == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
         flags = os.environ.get("XLA_FLAGS", "")
-        # The tests spend their time on compiling small programs, a third of it on optimising them.
+        # The tests spend their time on compiling small programs. Unoptimised, in one piece and
+        # without MLIR, that takes a third as long. A test's processes share the flags: bits agree.
         for flag, value in (
             ("--xla_force_host_platform_device_count", 8),
             ("--xla_backend_optimization_level", 0),
+            ("--xla_cpu_parallel_codegen_split_count", 1),
+            ("--xla_backend_extra_options", "xla_cpu_disable_new_fusion_emitters"),
         ):
             if flag not in flags:
                 flags = f"{flags} {flag}={value}".strip()
@@ -112,6 +117,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not gpu:
                 reason = "needs an NVIDIA GPU and `pytest -m gpu`"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints what passing tests measured: `record_property("measured", "a line")`.
+
+    What they print themselves is lost where xdist runs them.
+    """
+    lines = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "measured"
+    ]
+    if lines:
+        terminalreporter.section("measured")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)
 
 
 # Of the 65,530 mappings that Linux allows a process; past them, compiling ends in a crash.

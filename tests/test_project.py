@@ -6,6 +6,7 @@ import ast
 import builtins
 import dis
 import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
@@ -84,26 +85,52 @@ def test_imports_go_one_way(path):
     assert not early, f"{relative} must import {sorted(early)} inside a function"
 
 
-def test_imports_are_light():
-    """Importing every module loads no PyTorch, and starts no JAX backend."""
-    modules = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for path in SOURCES
-        if path.name != "__main__.py"
-    ]
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+# Triton's compiler wants its names when a kernel is defined: these modules are for where it is.
+OF_TRITON = sorted((ROOT / "pallas_kernels").glob("triton_*kernel*.py"))
+
+
+def test_optional_packages_are_imported_late():
+    early = {path: top_level_imports(path) & OPTIONAL for path in SOURCES}
+    assert {path: names for path, names in early.items() if names} == {
+        path: {"triton"} for path in OF_TRITON
+    }
+
+
+@pytest.mark.parametrize(
+    "absent", [(), ("triton", "jax_triton")], ids=["as_installed", "without_triton"]
+)
+def test_imports_are_light(absent):
+    """Importing every module loads no PyTorch, and starts no JAX backend.
+
+    Without Triton all can be imported but the kernels written in it, and they say what is missing.
+    """
+    modules = [module_name(path) for path in SOURCES if path.name != "__main__.py"]
     program = f"""
 import importlib, json, sys
+for name in {absent!r}:
+    sys.modules[name] = None
+refused = {{}}
 for name in {modules!r}:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        refused[name] = error.name
 from jax._src import xla_bridge
 heavy = [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]
-print(json.dumps({{"heavy": heavy, "backend": xla_bridge.backends_are_initialized()}}))
+backend = xla_bridge.backends_are_initialized()
+print(json.dumps({{"refused": refused, "heavy": heavy, "backend": backend}}))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"heavy": [], "backend": False}
+    has_triton = not absent and importlib.util.find_spec("triton") is not None
+    refused = {} if has_triton else {module_name(path): "triton" for path in OF_TRITON}
+    assert json.loads(done.stdout) == {"refused": refused, "heavy": [], "backend": False}
 
 
 def test_import_is_quick():

@@ -16,7 +16,7 @@ from tests.jobs import with_devices
 ENVIRONMENT = {"XLA_FLAGS": with_devices(1)["XLA_FLAGS"], "JAX_PLATFORMS": "cpu"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tiny_run_writes_a_result(tmp_path, monkeypatch):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
@@ -102,7 +102,7 @@ def test_an_unknown_variant_is_refused_before_anything_runs():
         transformer_step.main(variants="whole,none,half")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parity
 def test_peer_writes_its_figures(tmp_path):
     pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[parity]'")
