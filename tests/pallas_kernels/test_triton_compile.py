@@ -57,10 +57,13 @@ def test_hopper_multiplies_with_its_own_instructions(bits):
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
 @pytest.mark.parametrize("lengths", [(4608,), (512, 4096)])
-def test_heads_are_read_and_written_in_wide_pieces(capability, lengths, capsys):
+def test_heads_are_read_and_written_in_wide_pieces(capability, lengths, record_property):
     took = compile_heads(capability, lengths, heads=24, width=128)
-    with capsys.disabled():
-        print(f"\nsm_{capability} heads {lengths}: {took}")
+    record_property(
+        "measured",
+        f"Triton sm_{capability}, heads of {len(lengths)} sequences: {took.registers} registers, "
+        f"{took.stack} bytes of stack, {took.shared} bytes of shared memory",
+    )
     assert took.stack == 0
     assert took.shared <= SHARED_BYTES[capability]
     # Of a thread, 16 bytes of each of q, k and v; the rest are scales, cosines and sines.
