@@ -65,9 +65,12 @@ def test_fused_products_draw_what_the_reference_draws(pipe, unfused, bits):
     assert psnr(fused, reference)[0] >= FUSED_DB
 
 
-def velocity(transformer, rows, tokens=(4, 4), text=6):
+TRANSFORMER = ModuleFunction(lambda transformer, *args: transformer(*args))
+
+
+def velocity(pipe, rows, tokens=(4, 4), text=6):
     """Of some of two images with different text, time and guidance."""
-    config, rng = transformer.config, np.random.default_rng(0)
+    config, rng = pipe.transformer.config, np.random.default_rng(0)
 
     def draw(*shape):
         return jnp.asarray(rng.standard_normal((2, *shape)), jnp.bfloat16)[rows]
@@ -75,7 +78,7 @@ def velocity(transformer, rows, tokens=(4, 4), text=6):
     ids = [jnp.asarray(image_ids(*tokens)), jnp.asarray(text_ids(text))]
     img, txt = draw(tokens[0] * tokens[1], config.in_channels), draw(text, config.context_in_dim)
     vectors = jnp.asarray([0.3, 0.9])[rows], draw(config.vec_in_dim), jnp.asarray([2.0, 6.0])[rows]
-    found = jax.jit(lambda *args: transformer(*args))(img, ids[0], txt, ids[1], *vectors)
+    found = TRANSFORMER.bind(pipe.transformer)(img, ids[0], txt, ids[1], *vectors)
     return np.asarray(found, np.float32)
 
 
@@ -83,9 +86,9 @@ def velocity(transformer, rows, tokens=(4, 4), text=6):
 def test_images_of_a_batch_have_their_own_modulation(pipe, bits):
     """Each as if alone: gains, shifts and gates are not mixed up."""
     set_bits(pipe, bits)
-    together = velocity(pipe.transformer, np.array([0, 1]))
+    together = velocity(pipe, np.array([0, 1]))
     for row in range(2):
-        alone = velocity(pipe.transformer, np.array([row]))[0]
+        alone = velocity(pipe, np.array([row]))[0]
         error = np.linalg.norm(alone - together[row]) / np.linalg.norm(alone)
         # bfloat16 sums in another order.
         assert error < 0.02, (row, error)

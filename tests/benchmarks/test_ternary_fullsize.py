@@ -20,7 +20,7 @@ from flux_jax.configs import FluxConfig
 from tests.jobs import with_devices
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tiny_run_writes_a_result(tmp_path, monkeypatch):
     # The processes that it starts must not see eight fake devices.
     monkeypatch.setenv("XLA_FLAGS", with_devices(1)["XLA_FLAGS"])

@@ -17,7 +17,11 @@ SUM_OF_EIGHT = 1e-6
 
 
 def linear(seed: int, features: int = 8) -> Linear:
-    return Linear(features, features, axes=(None, None), dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    """Of whole numbers, which add up to the same in any order."""
+    layer = Linear(features, features, axes=(None, None), dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    weight = np.random.default_rng(seed).integers(-9, 10, (features, features))
+    layer.weight.set_value(jnp.asarray(weight, jnp.float32))
+    return layer
 
 
 def test_one_program_for_modules_of_one_structure():

@@ -156,7 +156,7 @@ def test_killed_at_any_moment_it_goes_on(inputs, whole, tmp_path):
         assert kept.items() <= stamps.items()
         kept = stamps
     assert len(kept) < len(PROMPTS)
-    subprocess.run(command, check=True)
+    run(*inputs, "--out", out)
     assert contents(out) == contents(whole)
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in out.iterdir()}.items()
     assert len(list(out.iterdir())) == len(PROMPTS)

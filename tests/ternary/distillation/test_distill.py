@@ -125,7 +125,7 @@ def test_accumulation_averages_groups():
     np.testing.assert_allclose(together[0], apart.mean(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bits", [8, pytest.param(16, marks=pytest.mark.long)])
 def test_remat_changes_nothing(bits):
     quant = QuantConfig(granularity="tensor", activation_bits=bits, learned_scale=True, rank=2)
     step, state, teacher, prompts = make_parts(quant=quant)

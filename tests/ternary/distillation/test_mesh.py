@@ -114,7 +114,8 @@ def from_the_start(axes, kind):
 @pytest.mark.parametrize(
     ("axes", "kind"),
     [
-        ((8, 1, 1), "channel"),
+        # As with pmap and on a mesh in test_distill.
+        pytest.param((8, 1, 1), "channel", marks=pytest.mark.long),
         ((1, 8, 1), "channel"),
         ((1, 1, 4), "channel"),
         ((2, 2, 2), "channel"),

@@ -177,8 +177,9 @@ def test_a_killed_run_goes_on_bit_for_bit(teacher, prompts, settings, whole, tmp
 def test_a_full_disk_loses_nothing_saved(teacher, prompts, settings, whole, tmp_path):
     """No file may grow beyond a limit that only the checkpoints exceed: writing one fails."""
     out = tmp_path / "run"
-    run = command(teacher, prompts, settings, out)
-    subprocess.run([*run, "--set", "distill.steps=3"], env=with_devices(1), check=True)
+    task = Task(teacher=str(teacher), prompts=prompts)
+    some = read_run_config(settings, ["distill.steps=3"])
+    distill(task, out, some, mesh=one_device(), progress=False)
     # The same run, now to nine steps: as if it had been stopped.
     (out / "run.yaml").write_text((whole[0] / "run.yaml").read_text())
     code = (
@@ -187,12 +188,12 @@ def test_a_full_disk_loses_nothing_saved(teacher, prompts, settings, whole, tmp_
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
         "runpy.run_module('ternary', run_name='__main__', alter_sys=True)\n"
     )
-    limited = [sys.executable, "-c", code, *run[3:]]
+    limited = [sys.executable, "-c", code, *command(teacher, prompts, settings, out)[3:]]
     failed = subprocess.run(limited, env=with_devices(1), capture_output=True, text=True)
     assert failed.returncode == 2, failed.stderr
     assert "a checkpoint could not be written" in failed.stderr
     assert "the last good checkpoint is step 3" in failed.stderr
-    subprocess.run(run, env=with_devices(1), check=True)
+    distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
     assert len(losses(out)) == 9
 
 
@@ -262,6 +263,7 @@ def test_tables_that_cannot_be_written_are_one_line(teacher, prompts, settings, 
         distill(task, out, config, mesh=one_device(), progress=False)
 
 
+@pytest.mark.long
 def test_a_mesh_gives_the_same_losses(teacher, prompts, settings, whole, tmp_path):
     task = Task(teacher=str(teacher), prompts=prompts)
     config = read_run_config(settings, ["distill.steps=9"])
