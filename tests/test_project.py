@@ -118,7 +118,7 @@ for name in {modules!r}:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        refused[name] = error.name
+        refused[name] = error.name.partition(".")[0]
 from jax._src import xla_bridge
 heavy = [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]
 backend = xla_bridge.backends_are_initialized()
