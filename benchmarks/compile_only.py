@@ -36,7 +36,10 @@ def gpus(count: int, kind: str = "nvidia_h200") -> list[Any]:
 
     Raises:
       UserError: the plugin is missing.
+      ValueError: another count.
     """
+    if count < 1 or (count > _DEVICES and count % _DEVICES):
+        raise ValueError(f"count must be 1 to {_DEVICES} or a multiple of it, got {count}")
     check_plugin()
     import jax
     from jax.experimental import topologies

@@ -200,18 +200,20 @@ class Loop:
 
 def run_loop(size: Size, work: Path, kind: str, *, offload: bool = False) -> dict[str, Any]:
     """Steps at the main size; out of memory is a result, too."""
-    timed = None
-    with out_of_memory_is_none():
+    loop = timed = None
+    with unless_out_of_memory():
         loop = Loop(size, kind, offload=offload)
         timed = loop.time(size.side, 1, size.loops)
-        print(f"  {kind}: {1e3 * timed['step_s']:.2f} ms a step", flush=True)
-        timed["planned_bytes"] = loop.planned_bytes(size.side, 1)
-    return {**device_figures(), "out_of_memory": timed is None, **(timed or {})}
+    if loop is None or timed is None:
+        return {**device_figures(), "out_of_memory": True}
+    print(f"  {kind}: {1e3 * timed['step_s']:.2f} ms a step", flush=True)
+    planned = loop.planned_bytes(size.side, 1)
+    return {**device_figures(), "out_of_memory": False, **timed, "planned_bytes": planned}
 
 
 @contextlib.contextmanager
-def out_of_memory_is_none() -> Iterator[None]:
-    """Goes on after the block if the device's memory did not suffice for it."""
+def unless_out_of_memory() -> Iterator[None]:
+    """The block, as far as the device's memory suffices: running out of it ends the block alone."""
     import jax
 
     try:
@@ -232,7 +234,7 @@ def run_scaling(size: Size, work: Path, kind: str) -> dict[str, Any]:
     shapes = [(side, 1) for side in size.sides] + [(size.side, batch) for batch in size.batches]
 
     def plan(shape: tuple[int, int]) -> int | None:
-        with out_of_memory_is_none():
+        with unless_out_of_memory():
             return loop.planned_bytes(*shape)
 
     # Compiled side by side, before anything is timed.
@@ -243,7 +245,7 @@ def run_scaling(size: Size, work: Path, kind: str) -> dict[str, Any]:
         if planned_bytes is None:
             continue
         start = time.perf_counter()
-        with out_of_memory_is_none():
+        with unless_out_of_memory():
             # A large picture's step takes a second: some of them tell enough.
             timed = loop.time(side, batch, 1, groups=2)
             figures = {"step_s": timed["step_s"], "planned_bytes": planned_bytes}

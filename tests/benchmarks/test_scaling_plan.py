@@ -50,6 +50,12 @@ def test_without_the_plugin_there_is_another_way(monkeypatch):
         scaling_plan.main()
 
 
+@pytest.mark.parametrize("count", [0, 12])
+def test_hosts_are_whole(count):
+    with pytest.raises(ValueError, match=f"1 to 8 or a multiple of it, got {count}"):
+        compile_only.gpus(count)
+
+
 def test_a_program_for_gpus_that_are_not_here():
     """In a process of its own: the tests' keeps to CPUs, and to flags that GPUs do not know."""
     try:
