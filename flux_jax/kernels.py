@@ -48,16 +48,24 @@ def use_kernels(
 
 
 def suit_mesh(transformer: FluxTransformer) -> None:
-    """Leaves what has no named kernel to plain JAX where weights are split.
-
-    XLA partitions that; for a kernel it would gather the whole weight on every device.
-    """
+    """Leaves what has no named kernel to plain JAX where weights are split."""
     if _splits_weights(transformer):
-        for _, module in nnx.iter_modules(transformer):
-            if hasattr(module, "backend") and vars(module)["backend"] is None:
-                vars(module)["backend"] = "jax"
-            if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
-                module.heads_backend = "jax"
+        leave_to_xla(transformer)
+
+
+def leave_to_xla(transformer: FluxTransformer) -> None:
+    """Plain JAX for what has no named kernel: for programs that XLA partitions, as in training.
+
+    For a kernel it would gather whole weights and all tokens on every device.
+
+    Args:
+      transformer: is changed.
+    """
+    for _, module in nnx.iter_modules(transformer):
+        if hasattr(module, "backend") and vars(module)["backend"] is None:
+            vars(module)["backend"] = "jax"
+        if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
+            module.heads_backend = module.heads_backend or "jax"
 
 
 def _splits_weights(transformer: FluxTransformer) -> bool:

@@ -110,14 +110,14 @@ class DoubleStreamBlock(nnx.Module):
 
     Attributes:
       attention: which implementation; None for the default.
-      heads_backend: what prepares it; plain JAX, which XLA partitions, until `use_kernels`.
+      heads_backend: what prepares it; None for the kernel where it can run.
     """
 
     def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.num_heads = config.num_heads
         self.attention: Implementation | None = None
-        self.heads_backend: HeadsBackend | None = "jax"
+        self.heads_backend: HeadsBackend | None = None
         self.img_mod = Modulation(config, 6, **kwargs)
         self.img_attn = SelfAttention(config, **kwargs)
         self.img_mlp = MLP(config, **kwargs)
@@ -165,7 +165,7 @@ class SingleStreamBlock(nnx.Module):
 
     Attributes:
       attention: which implementation; None for the default.
-      heads_backend: what prepares it; plain JAX, which XLA partitions, until `use_kernels`.
+      heads_backend: what prepares it; None for the kernel where it can run.
     """
 
     def __init__(self, config: FluxConfig, *, dtype: DType, rngs: nnx.Rngs):
@@ -173,7 +173,7 @@ class SingleStreamBlock(nnx.Module):
         width = config.hidden_size
         self.num_heads = config.num_heads
         self.attention: Implementation | None = None
-        self.heads_backend: HeadsBackend | None = "jax"
+        self.heads_backend: HeadsBackend | None = None
         self.linear1 = Linear(width, 3 * width + config.mlp_hidden, axes=("mlp", "embed"), **kwargs)
         self.linear2 = Linear(width + config.mlp_hidden, width, axes=("embed", "mlp"), **kwargs)
         self.norm = QKNorm(config.head_dim, **kwargs)

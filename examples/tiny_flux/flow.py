@@ -24,6 +24,7 @@ from examples.tiny_flux.optimizer import stacked_muon
 from examples.tiny_flux.scenes import CLIP_LENGTH, T5_LENGTH
 from flux_jax.clip import CLIPTextEncoder
 from flux_jax.configs import CLIPTextConfig, FluxConfig, T5Config
+from flux_jax.kernels import leave_to_xla
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.t5 import T5Encoder
 from flux_jax.transformer import FluxTransformer
@@ -86,6 +87,8 @@ class TextAndFlow(nnx.Module):
         self.text_encoder_2 = T5Encoder(t5, dtype=jnp.float32, rngs=rngs)
         self.text_encoder = CLIPTextEncoder(clip, dtype=jnp.float32, rngs=rngs)
         self.transformer = FluxTransformer(flux, dtype=jnp.float32, rngs=rngs)
+        # Trained on several devices.
+        leave_to_xla(self.transformer)
 
     def encode(
         self, t5_ids: Int[Array, "B T"], clip_ids: Int[Array, "B S"]

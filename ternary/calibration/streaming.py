@@ -22,6 +22,7 @@ from jaxtyping import Float, Int, Shaped
 
 from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
+from flux_jax.kernels import leave_to_xla
 from flux_jax.rope import Rotation
 from flux_jax.tree import Flat
 from ternary.storage.files import Pipeline
@@ -76,6 +77,7 @@ def abstract_part(config: FluxConfig, kind: str, dtype: Any) -> Any:
     model = abstract_module(
         "transformer", dataclasses.replace(config, depth=1, depth_single_blocks=1), dtype
     )
+    leave_to_xla(model)
     if kind == "double":
         return model.double_blocks[0]
     if kind == "single":

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from flux_jax.kernels import leave_to_xla
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.sharding import flat_shardings, mesh_in_scope
 from flux_jax.transformer import FluxTransformer
@@ -133,6 +134,7 @@ class StepFunction:
     def _velocity(
         self, model: FluxTransformer, states: States, text: PromptRows, *, blocks: bool, remat: bool
     ) -> tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]]:
+        leave_to_xla(model)
         dtype = model.dtype
         grid = jnp.asarray(image_ids(*self._grid))
         words = jnp.asarray(text_ids(text.txt.shape[1]))

@@ -9,7 +9,7 @@ from flax import nnx
 from flux_jax.components import abstract_module
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
-from flux_jax.kernels import use_kernels
+from flux_jax.kernels import leave_to_xla, use_kernels
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.sharding import make_mesh, spread
 from ternary.config import QuantConfig
@@ -27,6 +27,11 @@ def model():
     return made
 
 
+def heads_backends(transformer):
+    blocks = [*transformer.double_blocks, *transformer.single_blocks]
+    return {block.heads_backend for block in blocks}
+
+
 def test_every_layer_is_told_and_programs_are_others(model):
     use_kernels(model)
     before = nnx.split(model)[0]
@@ -35,6 +40,7 @@ def test_every_layer_is_told_and_programs_are_others(model):
     assert {layer.backend for layer in layers} == {"jax"}
     blocks = [*model.double_blocks, *model.single_blocks]
     assert {block.attention for block in blocks} == {"xla_fp8"}
+    assert heads_backends(model) == {"jax"}
     # The structure is what a compiled program is found by.
     assert nnx.split(model)[0] != before
     use_kernels(model)
@@ -91,6 +97,24 @@ def test_a_pipeline_of_parts_on_a_mesh_suits_it(model):
     split = spread_copy(model, tensor=2)
     pipeline_of(split)
     assert {layer.backend for layer in linears(split, TernaryLinear).values()} == {"jax"}
+    assert heads_backends(split) == {"jax"}
+
+
+def test_a_pipeline_of_parts_takes_the_kernels_that_a_loaded_one_takes():
+    """`generate` makes its own of parts, and compiles ahead for shapes alone."""
+    loaded = random_module("transformer", TRANSFORMER, jnp.bfloat16)
+    assert heads_backends(pipeline_of(loaded).transformer) == {None}
+    assert heads_backends(abstract_module("transformer", TRANSFORMER, jnp.bfloat16)) == {None}
+
+
+def test_what_is_left_to_xla_keeps_named_kernels(model):
+    use_kernels(model)
+    block = model.single_blocks[0]
+    block.heads_backend = "triton"
+    leave_to_xla(model)
+    assert block.heads_backend == "triton"
+    assert {layer.backend for layer in linears(model, TernaryLinear).values()} == {"jax"}
+    assert heads_backends(model) == {"triton", "jax"}
 
 
 def test_every_linear_may_be_ternary(model):

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from flux_jax.configs import FluxConfig, SchedulerConfig
+from flux_jax.heads import attention_heads
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat
 from ternary.config import OPTIMIZERS, DistillConfig, QuantConfig, TrajectoryConfig
@@ -104,6 +105,20 @@ def test_the_student_comes_closer_to_its_teacher():
         before = loss_at(step, start.params, pool, teacher, prompts)
         after = loss_at(step, end.params, pool, teacher, prompts)
         assert after < 0.7 * before
+
+
+def test_training_is_left_to_xla(monkeypatch):
+    """Which partitions and differentiates it; drawing takes kernels."""
+    asked = []
+
+    def listen(streams, rotation, num_heads, backend):
+        asked.append(backend)
+        return attention_heads(streams, rotation, num_heads, backend)
+
+    monkeypatch.setattr("flux_jax.transformer.attention_heads", listen)
+    step, state, teacher, prompts = make_parts()
+    jax.eval_shape(step, state, teacher, prompts)
+    assert set(asked) == {"jax"}
 
 
 def test_a_copy_of_the_state_goes_on_bit_for_bit():
