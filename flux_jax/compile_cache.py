@@ -8,8 +8,14 @@ from typing import Any
 
 import jax
 
+# What `flux_jax.stored` keeps, in the cache's folder.
+LOWERED = "lowered"
+
 # Set to a folder to use that one, or to "off".
 VARIABLE = "FLUX_JAX_COMPILATION_CACHE"
+
+
+_enabled: list[Path] = []
 
 
 def default_folder() -> Path:
@@ -42,4 +48,15 @@ def enable_compilation_cache() -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _enabled[:] = [folder]
     return folder
+
+
+def lowered_folder() -> Path | None:
+    """Where lowered programs are kept, beside the compiled ones; None unless turned on above."""
+    return _enabled[0] / LOWERED if _enabled else None
+
+
+def turn_off_lowered() -> None:
+    """Programs are lowered anew from here on, until the cache is turned on again."""
+    _enabled.clear()

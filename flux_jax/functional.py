@@ -11,7 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from flux_jax.compile_cache import lowered_folder
 from flux_jax.sharding import axis_size
+from flux_jax.stored import StoredProgram, is_ours
 
 Axes = tuple[str | None, ...]
 # The dimensions of arguments that a mesh may divide, and the axes of it that do.
@@ -120,7 +122,7 @@ class ModuleFunction:
         program = self._programs.get(key)
         split = self._split_axes(sharding)
         if program is None:
-            program = self._compile(graphdef, treedef, sharding, split, static)
+            program = self._compile(graphdef, treedef, sharding, split, static, is_ours(module))
             self._programs[key] = program
         if not split or not isinstance(sharding, NamedSharding):
             return BoundFunction(program, leaves, sharding)
@@ -142,6 +144,7 @@ class ModuleFunction:
         sharding: Sharding,
         split: frozenset[str],
         static: dict[str, Any],
+        stored: bool,
     ) -> Any:
         def call(leaves: list, args: tuple) -> Any:
             module = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
@@ -166,7 +169,21 @@ class ModuleFunction:
             return jax.jit(part, in_shardings=(None, places), out_shardings=result)
         # Fixed placements keep one program per shape: jit compiles anew for an argument that is
         # committed elsewhere, or not yet committed at all.
-        return jax.jit(call, in_shardings=(None, sharding), out_shardings=sharding)
+        options: dict[str, Any] = {"in_shardings": (None, sharding), "out_shardings": sharding}
+        folder = lowered_folder()
+        if folder is None or not stored or not _is_default(sharding):
+            return jax.jit(call, **options)
+        made_of = (self._function.__module__, self._function.__qualname__)
+        made_of += (graphdef, treedef, sorted(static.items()))
+        return StoredProgram(call, folder, made_of, **options)
+
+
+def _is_default(sharding: Sharding) -> bool:
+    """Whether it is one device of the kind that programs are lowered for by default."""
+    if not isinstance(sharding, SingleDeviceSharding):
+        return False
+    (device,) = sharding.device_set
+    return device.platform == jax.default_backend()
 
 
 def _place(sharding: NamedSharding, axes: Axes, split: frozenset[str]) -> NamedSharding:

@@ -10,6 +10,7 @@ before its loop.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -330,16 +331,21 @@ class FluxTransformer(nnx.Module):
         rotation = rotary_angles(
             jnp.concatenate((txt_ids, img_ids), axis=0), self.config.axes_dim, self.config.theta
         )
-        wrap = jax.checkpoint if remat else (lambda block: block)
+
+        def run(block: nnx.Module, *inputs: Any) -> Any:
+            graphdef, state = nnx.split(block)
+            call = functools.partial(_run_block, graphdef)
+            return (jax.checkpoint(call) if remat else call)(state, *inputs)
+
         img, txt = constrain(self.img_in(img), _STREAM), constrain(self.txt_in(txt), _STREAM)
         for block, block_mods in zip(self.double_blocks, mods.double, strict=True):
-            img, txt = wrap(block)(img, txt, block_mods, rotation)
+            img, txt = run(block, img, txt, block_mods, rotation)
             img, txt = constrain(img, _STREAM), constrain(txt, _STREAM)
             if on_block is not None:
                 on_block(jnp.concatenate((txt, img), axis=1))
         x = jnp.concatenate((txt, img), axis=1)
         for block, block_mods in zip(self.single_blocks, mods.single, strict=True):
-            x = constrain(wrap(block)(x, block_mods, rotation), _STREAM)
+            x = constrain(run(block, x, block_mods, rotation), _STREAM)
             if on_block is not None:
                 on_block(x)
         return self.final_layer(x[:, txt.shape[1] :], mods.final)
@@ -374,6 +380,15 @@ class FluxTransformer(nnx.Module):
         vec = self.conditioning(timesteps, y, guidance)
         mods = self.modulations(vec, remat=remat)
         return self.velocity(img, img_ids, txt, txt_ids, mods, remat=remat)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_block(graphdef: Any, state: Any, *inputs: Any) -> Any:
+    """A block, traced and lowered once for all blocks of its structure, which the compiler inlines.
+
+    Of 57 blocks of FLUX.1 all but the first of each kind cost no more than a call.
+    """
+    return nnx.merge(graphdef, state)(*inputs)
 
 
 def _rows(mods: Float[Array, "B N C"]) -> tuple[Float[Array, "B C"], ...]:

@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("measured")
         for line in sorted(lines):
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True)
+def _lower_anew() -> Iterator[None]:
+    """A command run inside a test turns the cache of lowered programs on: for that test alone."""
+    yield
+    if "flux_jax.compile_cache" in sys.modules:
+        from flux_jax import compile_cache
+
+        compile_cache.turn_off_lowered()
 
 
 # Of the 65,530 mappings that Linux allows a process; past them, compiling ends in a crash.

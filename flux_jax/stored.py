@@ -1,0 +1,172 @@
+"""Programs kept traced and lowered, from one process to the next.
+
+JAX's compilation cache spares a process the compiling, but a program must be traced and lowered
+before it can be looked up there: with kernels, many seconds of Python for FLUX.1. What that gives
+(StableHLO, by `jax.export`) is kept here, under a name made of everything it depends on, and
+handed to the compiler again without running any of the model's code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+# Whose sources and tables decide what a program is.
+_PACKAGES = ("flux_jax", "pallas_kernels", "ternary")
+_LIBRARIES = ("jax", "jaxlib", "flax", "triton", "jax-triton", "tokamax")
+# Of custom calls that `jax.export` does not vouch for in other versions of JAX: the version is part
+# of the name.
+_CUSTOM_CALLS = (
+    "mosaic_gpu_v2",
+    "triton_kernel_call",
+    "__cudnn$fmhaSoftmax",
+    "__cudnn$fmhaSoftmaxF8",
+    "__cudnn$fmhaScaleBiasSoftmax",
+)
+
+Program = Callable[[list[Any], tuple[Any, ...]], Any]
+
+
+def is_ours(module: nnx.Module) -> bool:
+    """Whether all of a module's code is in packages whose sources are part of a program's name."""
+    known = (*_PACKAGES, "flax")
+    return all(
+        type(part).__module__.partition(".")[0] in known for _, part in nnx.iter_modules(module)
+    )
+
+
+class StoredProgram:
+    """`jax.jit` of a function of (arrays, arguments), lowered in this process only if never before.
+
+    As `jax.jit`'s, it is called or lowered; the function must be pure and may close over nothing
+    but what `made_of` names.
+    """
+
+    def __init__(self, function: Program, folder: Path, made_of: tuple[Any, ...], **options: Any):
+        """A function and where its lowered programs are.
+
+        Args:
+          function: of a list of arrays and a tuple of arguments.
+          folder: need not exist yet.
+          made_of: what the function depends on, beside shapes; of things whose `repr` says all.
+          **options: of `jax.jit`: shardings of one device.
+        """
+        self._function = function
+        self._folder = folder
+        self._made_of = made_of
+        self._options = options
+        self._found: dict[Any, Any] = {}
+
+    def __call__(self, leaves: list[Any], args: tuple[Any, ...]) -> Any:
+        return self._find(leaves, args)(leaves, args)
+
+    def lower(self, leaves: list[Any], args: tuple[Any, ...]) -> jax.stages.Lowered:
+        """As of a jitted function; shapes are enough."""
+        return self._find(leaves, args).lower(leaves, args)
+
+    def _find(self, leaves: list[Any], args: tuple[Any, ...]) -> Any:
+        flat, tree = jax.tree.flatten((leaves, args))
+        shapes = tuple(map(_shape, flat))
+        program = self._found.get((tree, shapes))
+        if program is None:
+            program = self._found[tree, shapes] = jax.jit(self._load(tree, shapes), **self._options)
+        return program
+
+    def _load(self, tree: Any, shapes: tuple[Any, ...]) -> Program:
+        from jax import export
+
+        name = _digest(*environment(), *self._made_of, tree, shapes)
+        path = self._folder / f"{self._function.__name__.strip('_')}-{name}"
+        try:
+            exported = export.deserialize(bytearray(path.read_bytes()))
+        except Exception:
+            # Not there, or half of it: either way it is made.
+            try:
+                exported = self._export(tree, shapes)
+                data = bytes(exported.serialize())
+            except (ImportError, NotImplementedError, ValueError):
+                # Not everything can be exported. It runs all the same.
+                return self._function
+            _write(path, data)
+
+        def call(leaves: list[Any], args: tuple[Any, ...]) -> Any:
+            return exported.call(*jax.tree.leaves((leaves, args)))
+
+        call.__name__ = self._function.__name__
+        return call
+
+    def _export(self, tree: Any, shapes: tuple[Any, ...]) -> Any:
+        from jax import export
+
+        def call(*flat: Any) -> Any:
+            return self._function(*jax.tree.unflatten(tree, flat))
+
+        call.__name__ = self._function.__name__
+        checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
+        arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+        return export.export(jax.jit(call), disabled_checks=checks)(*arguments)
+
+
+def _shape(array: Any) -> tuple[tuple[int, ...], Any]:
+    return tuple(array.shape), jax.numpy.dtype(array.dtype)
+
+
+@functools.cache
+def _packages_digest() -> str:
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for root in (spec and spec.submodule_search_locations) or []:
+            for path in sorted(Path(root).rglob("*")):
+                if path.suffix in (".py", ".json"):
+                    digest.update(str(path.relative_to(root)).encode())
+                    digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def environment() -> tuple[Any, ...]:
+    """What every program depends on: sources, versions, settings and the device."""
+    device = jax.local_devices()[0]
+    versions = []
+    for library in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append((library, importlib.metadata.version(library)))
+    names = [name for name in jax.config.values if "cache" not in name]
+    # As they are in this thread, not as the process has them.
+    settings = [(name, getattr(jax.config, name, None)) for name in sorted(names)]
+    variables = {k: v for k, v in os.environ.items() if k.startswith(("PALLAS_KERNELS_", "XLA_"))}
+    return (
+        _packages_digest(),
+        versions,
+        settings,
+        sorted(variables.items()),
+        device.platform,
+        device.device_kind,
+        device.client.platform_version,
+        sys.version_info[:2],
+    )
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing; a folder that cannot be written to is no error."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(data)
+        os.replace(file.name, path)
