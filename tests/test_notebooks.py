@@ -33,14 +33,9 @@ def test_outputs_are_committed(path):
     assert path.stat().st_size < 1_000_000
 
 
-def marked(path: Path):
-    """A notebook with the mark for how long it takes: those that train take minutes."""
-    trains = "distill(" in path.read_text("utf-8")
-    return pytest.param(path, marks=pytest.mark.long if trains else pytest.mark.slow, id=path.stem)
-
-
+@pytest.mark.long
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-@pytest.mark.parametrize("path", list(map(marked, FOUND)))
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
     """In the short form, which differs in one cell: fewer steps, smaller pictures of the same."""
     done = notebooks.execute(path, quick=True)

@@ -102,7 +102,7 @@ def test_a_batch_mixes_noise_into_scenes_with_their_captions(trainer):
     assert not np.array_equal(other, times)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_phases_learn(trainer):
     data = captioned()
     with pytest.raises(ValueError, match="call start_guidance"):

@@ -41,7 +41,7 @@ def test_everything_else_is_the_teachers():
             assert (shipped_path(STUDENT) / inside).read_bytes() == path.read_bytes(), inside
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_draws_nearly_what_its_teacher_draws():
     """On a few held-out prompts; `benchmarks.student` draws them all."""
     prompts = [prompt.prompt for prompt in load_prompts()[::48]]

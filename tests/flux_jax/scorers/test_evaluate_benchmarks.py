@@ -234,7 +234,7 @@ def contents(folder):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_or_shared_it_is_the_same(files, model, tmp_path):
     """One process, one that was killed and run again, and two that shared the work."""
     whole, killed, shared = (tmp_path / name for name in ("whole", "killed", "shared"))

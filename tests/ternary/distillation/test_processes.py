@@ -87,8 +87,8 @@ def test_processes_give_the_losses_of_one(inputs, alone, tmp_path, count, device
     assert (out / "student" / "transformer" / "ternary.safetensors").stat().st_size == size
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(inputs, alone, tmp_path, killed):
     out = tmp_path / "run"
     command = [*inputs, "--out", str(out), "--mesh", "fsdp=2"]
