@@ -167,6 +167,7 @@ def _write(path: Path, data: bytes) -> None:
     """All of it or nothing; a folder that cannot be written to is no error."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+            file = Path(folder) / path.name
+            file.write_bytes(data)
+            os.replace(file, path)

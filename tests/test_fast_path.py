@@ -43,10 +43,12 @@ def unfused(monkeypatch):
 
     def switch():
         monkeypatch.setattr(TernaryLinear, "__call__", call)
-        # Programs know layers by their structure, which is the same.
+        # Programs, and traces of blocks, know layers by their structure, which is the same.
         monkeypatch.setattr(denoise, "VELOCITY", ModuleFunction(denoise._velocity))
+        jax.clear_caches()
 
-    return switch
+    yield switch
+    jax.clear_caches()
 
 
 def set_bits(pipe, bits):

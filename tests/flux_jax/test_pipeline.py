@@ -96,11 +96,19 @@ def test_the_loop_is_the_euler_method(pipe, steps):
     np.testing.assert_allclose(out.images, latents, atol=2e-5)
 
 
-def test_programs_do_not_depend_on_the_number_of_steps(pipe):
+@pytest.fixture
+def programs(monkeypatch):
+    """Those of the step, without other tests'."""
+    made = {}
+    monkeypatch.setattr(denoise.VELOCITY, "_programs", made)
+    return made
+
+
+def test_programs_do_not_depend_on_the_number_of_steps(pipe, programs):
     pipe(RED, seed=0, num_inference_steps=3, progress=False)
-    count = sum(program._cache_size() for program in denoise.VELOCITY._programs.values())
+    assert [program._cache_size() for program in programs.values()] == [1]
     pipe(RED, seed=0, num_inference_steps=11, progress=False)
-    assert count == sum(program._cache_size() for program in denoise.VELOCITY._programs.values())
+    assert [program._cache_size() for program in programs.values()] == [1]
 
 
 def test_large_images_are_decoded_in_tiles(pipe, monkeypatch):
@@ -388,7 +396,7 @@ def test_nan_is_reported_not_drawn():
         pipe(RED, seed=0, **STEPS)
 
 
-def test_on_a_mesh(pipe):
+def test_on_a_mesh(pipe, programs):
     """Weights spread over four devices: the same image to rounding, and one program a stage."""
     if jax.device_count() < 4:
         pytest.skip("needs 4 devices")
@@ -404,9 +412,7 @@ def test_on_a_mesh(pipe):
     found = spread([RED, BLUE], seed=0, return_latents=True, **STEPS)
     expected = pipe([RED, BLUE], seed=0, return_latents=True, **STEPS)
     np.testing.assert_allclose(found.latents, expected.latents, atol=1e-4)
-    programs = [p for p in denoise.VELOCITY._programs.values() if p._cache_size()]
-    sizes = [program._cache_size() for program in programs[-1:]]
-    assert sizes == [1]
+    assert [program._cache_size() for program in programs.values()] == [1, 1]
     assert spread.fingerprint() == pipe.fingerprint()
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flux_jax import denoise, encoding, images, prompts
+from flux_jax import compile_cache, denoise, encoding, images, prompts
 from flux_jax.loading import check_request, lower_ahead
 from flux_jax.pipeline import FluxPipeline
 from tests.small_pipeline import small_folder
@@ -37,10 +37,14 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("placement", ["resident", "streamed"])
+@pytest.mark.parametrize(
+    ("placement", "stored"), [("resident", False), ("streamed", False), ("streamed", True)]
+)
 def test_a_call_compiles_nothing_that_was_compiled_ahead(
-    placement, tmp_path, monkeypatch, compiled
+    placement, stored, tmp_path, monkeypatch, compiled
 ):
+    if stored:
+        monkeypatch.setattr(compile_cache, "_enabled", [tmp_path])
     for function in FUNCTIONS:
         # Those of other tests would be found, too.
         monkeypatch.setattr(function, "_programs", {})
