@@ -34,12 +34,21 @@ def _asks_for_gpu(arguments: list[str]) -> bool:
     return any("gpu" in mark and "not gpu" not in mark for mark in marks)
 
 
+def _temporary_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="flux-jax-test-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _set_environment() -> None:
-    cache = tempfile.mkdtemp(prefix="flux-jax-test-cache-")
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    # Of the whole run: what one worker or a test's process has compiled, the others find.
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"] if worker else _temporary_folder()
     environment = {
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "TRITON_CACHE_DIR": os.path.join(cache, "triton"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -62,7 +71,7 @@ def _set_environment() -> None:
             if flag not in flags:
                 flags = f"{flags} {flag}={value}".strip()
         environment["XLA_FLAGS"] = flags
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if worker:
         # One process a core: torch's thread pools would fight over them.
         environment["OMP_NUM_THREADS"] = "1"
     os.environ.update(environment)
