@@ -65,13 +65,9 @@ def alone(inputs, tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("count", "devices", "mesh"),
-    [
-        (2, 2, "data=2,fsdp=2"),
-        pytest.param(4, 1, "fsdp=2,tensor=2", marks=pytest.mark.long),
-    ],
+    ("count", "devices", "mesh"), [(2, 2, "data=2,fsdp=2"), (4, 1, "fsdp=2,tensor=2")]
 )
 def test_processes_give_the_losses_of_one(inputs, alone, tmp_path, count, devices, mesh):
     out = tmp_path / "run"
