@@ -14,7 +14,7 @@ LOWERED = "lowered"
 # Set to a folder to use that one, or to "off".
 VARIABLE = "FLUX_JAX_COMPILATION_CACHE"
 
-
+# The folder, once it is turned on.
 _enabled: list[Path] = []
 
 
@@ -55,8 +55,3 @@ def enable_compilation_cache() -> Path | None:
 def lowered_folder() -> Path | None:
     """Where lowered programs are kept, beside the compiled ones; None unless turned on above."""
     return _enabled[0] / LOWERED if _enabled else None
-
-
-def turn_off_lowered() -> None:
-    """Programs are lowered anew from here on, until the cache is turned on again."""
-    _enabled.clear()

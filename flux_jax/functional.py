@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -122,7 +123,8 @@ class ModuleFunction:
         program = self._programs.get(key)
         split = self._split_axes(sharding)
         if program is None:
-            program = self._compile(graphdef, treedef, sharding, split, static, is_ours(module))
+            folder = lowered_folder() if _is_default(sharding) and is_ours(module) else None
+            program = self._compile(graphdef, treedef, sharding, split, static, folder)
             self._programs[key] = program
         if not split or not isinstance(sharding, NamedSharding):
             return BoundFunction(program, leaves, sharding)
@@ -144,7 +146,7 @@ class ModuleFunction:
         sharding: Sharding,
         split: frozenset[str],
         static: dict[str, Any],
-        stored: bool,
+        folder: Path | None,
     ) -> Any:
         def call(leaves: list, args: tuple) -> Any:
             module = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
@@ -170,8 +172,7 @@ class ModuleFunction:
         # Fixed placements keep one program per shape: jit compiles anew for an argument that is
         # committed elsewhere, or not yet committed at all.
         options: dict[str, Any] = {"in_shardings": (None, sharding), "out_shardings": sharding}
-        folder = lowered_folder()
-        if folder is None or not stored or not _is_default(sharding):
+        if folder is None:
             return jax.jit(call, **options)
         made_of = (self._function.__module__, self._function.__qualname__)
         made_of += (graphdef, treedef, sorted(static.items()))

@@ -56,7 +56,7 @@ def suit_mesh(transformer: FluxTransformer) -> None:
 def leave_to_xla(transformer: FluxTransformer) -> None:
     """Plain JAX for what has no named kernel: for programs that XLA partitions, as in training.
 
-    For a kernel it would gather whole weights and all tokens on every device.
+    For the sake of a kernel XLA would gather whole weights and all tokens on every device.
 
     Args:
       transformer: is changed.

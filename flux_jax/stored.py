@@ -51,7 +51,7 @@ class StoredProgram:
     """`jax.jit` of a function of (arrays, arguments), lowered in this process only if never before.
 
     As `jax.jit`'s, it is called or lowered; the function must be pure and may close over nothing
-    but what `made_of` names.
+    but what `made_of` names. JAX's settings count as they are when shapes are first met.
     """
 
     def __init__(self, function: Program, folder: Path, made_of: tuple[Any, ...], **options: Any):
@@ -87,7 +87,7 @@ class StoredProgram:
     def _load(self, tree: Any, shapes: tuple[Any, ...]) -> Program:
         from jax import export
 
-        name = _digest(*environment(), *self._made_of, tree, shapes)
+        name = _digest(*_environment(), *self._made_of, tree, shapes)
         path = self._folder / f"{self._function.__name__.strip('_')}-{name}"
         try:
             exported = export.deserialize(bytearray(path.read_bytes()))
@@ -136,7 +136,7 @@ def _packages_digest() -> str:
     return digest.hexdigest()
 
 
-def environment() -> tuple[Any, ...]:
+def _environment() -> tuple[Any, ...]:
     """What every program depends on: sources, versions, settings and the device."""
     device = jax.local_devices()[0]
     versions = []
@@ -146,7 +146,12 @@ def environment() -> tuple[Any, ...]:
     names = [name for name in jax.config.values if "cache" not in name]
     # As they are in this thread, not as the process has them.
     settings = [(name, getattr(jax.config, name, None)) for name in sorted(names)]
-    variables = {k: v for k, v in os.environ.items() if k.startswith(("PALLAS_KERNELS_", "XLA_"))}
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        # Kernels are compiled by Triton and Mosaic while they are lowered.
+        if name.startswith(("TRITON_", "MOSAIC_", "XLA_")) and "CACHE" not in name
+    }
     return (
         _packages_digest(),
         versions,

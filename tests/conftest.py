@@ -155,7 +155,7 @@ def _lower_anew() -> Iterator[None]:
     if "flux_jax.compile_cache" in sys.modules:
         from flux_jax import compile_cache
 
-        compile_cache.turn_off_lowered()
+        compile_cache._enabled.clear()
 
 
 # Of the 65,530 mappings that Linux allows a process; past them, compiling ends in a crash.

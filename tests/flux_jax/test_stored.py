@@ -65,7 +65,7 @@ def test_whatever_it_depends_on_is_another_program(tmp_path, monkeypatch):
     with jax.default_matmul_precision("highest"):
         program(tmp_path, function)([X], (Y, None))
     assert function.count == 6
-    monkeypatch.setenv("PALLAS_KERNELS_AUTOMATIC", "0")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     program(tmp_path, function)([X], (Y, None))
     monkeypatch.setattr(stored, "_packages_digest", lambda: "other sources")
     program(tmp_path, function)([X], (Y, None))
