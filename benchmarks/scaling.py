@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from benchmarks import paper
-from benchmarks.common import RESULTS, Figure, Out, Result, Tiny, read_result
-from benchmarks.machine import GIB, device_figures
+from benchmarks.common import RESULTS, Commit, Figure, Out, Result, Tiny, read_result
+from benchmarks.machine import GIB, device_figures, git_commit
 from flux_jax.configs import AutoencoderConfig, FluxConfig, SchedulerConfig
 from flux_jax.errors import exit_on_user_error
 
@@ -100,11 +100,20 @@ def with_scaling(figures: Mapping[str, Figure], measure: str, base: int) -> dict
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].rpartition("/")[0])))
 
 
-def write(benchmark: str, row: str, figures: dict[str, Figure], out: Path, base: int) -> None:
+def write(
+    benchmark: str,
+    row: str,
+    figures: dict[str, Figure],
+    *,
+    out: Path,
+    base: int,
+    commit: str | None,
+) -> None:
     """Add a row to a result file."""
     named = {f"{row}/{measure}": figure for measure, figure in figures.items()}
     device = device_figures()["device"]
-    result = merged(Result(benchmark=benchmark, device=device, figures=named), out, row)
+    found = Result(benchmark=benchmark, device=device, figures=named, commit=commit or git_commit())
+    result = merged(found, out, row)
     result = dataclasses.replace(result, figures=with_scaling(result.figures, "rate", base))
     for measure in figures:
         figure = result.figures[f"{row}/{measure}"]
@@ -191,6 +200,7 @@ def distill(
     optimizer: Annotated[str, typer.Option(help="adamw, lion or adafactor.")] = "adamw",
     tiny: Tiny = False,
     out: Out = RESULTS,
+    commit: Commit = None,
 ) -> None:
     """Distil at random states; time, loss, memory and utilisation."""
     flux = FluxConfig.tiny() if tiny else FluxConfig.dev()
@@ -214,7 +224,8 @@ def distill(
         used = 4 * forward_flops(flux, size) / step / rate
         figures["utilisation"] = Figure(value=used, unit="share", note="of the dense bf16 rate")
     name = "scaling_distill_tiny" if tiny else "scaling_distill"
-    write(name, row_name(devices, f"fsdp, {optimizer}"), figures, out, base=2)
+    row = row_name(devices, f"fsdp, {optimizer}")
+    write(name, row, figures, out=out, base=2, commit=commit)
 
 
 def drawing_meshes(devices: int) -> dict[str, Mesh]:
@@ -268,6 +279,7 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 28,
     tiny: Tiny = False,
     out: Out = RESULTS,
+    commit: Commit = None,
 ) -> None:
     """Draw one image on all devices, and one on each; seconds, memory, scaling."""
     from benchmarks.random_models import random_autoencoder, random_embeds, random_transformer
@@ -293,7 +305,8 @@ def generate(
     name = "scaling_generate_tiny" if tiny else "scaling_generate"
     weights = "W1.58A8" if ternary else "bf16"
     for how, figures in rows.items():
-        write(name, row_name(devices, f"{how}, {weights}"), figures, out, base=1)
+        row = row_name(devices, f"{how}, {weights}")
+        write(name, row, figures, out=out, base=1, commit=commit)
 
 
 if __name__ == "__main__":

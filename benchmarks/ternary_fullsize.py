@@ -38,8 +38,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import RESULTS, Figure, OutOrNone, Result, Tiny, run
-from benchmarks.machine import GIB
+from benchmarks.common import RESULTS, Commit, Figure, OutOrNone, Result, Tiny, run
+from benchmarks.machine import GIB, git_commit
 from benchmarks.processes import card_environment, folder_bytes, run_module, run_process
 from benchmarks.ternary_fullsize_worker import SIZES
 
@@ -161,6 +161,7 @@ def main(
         Path | None, typer.Option(help="Folder for the checkpoints: 35 GB free in full size.")
     ] = None,
     out: OutOrNone = None,
+    commit: Commit = None,
 ) -> None:
     """Measures every stage and writes the result file."""
     size = "cpu" if cpu else "tiny" if tiny else "full"
@@ -173,6 +174,7 @@ def main(
         benchmark="ternary_fullsize" if size == "full" else f"ternary_fullsize_{size}",
         device=found["load"]["device"],
         figures=result_figures(found),
+        commit=commit or git_commit(),
     )
     for name, figure in result.figures.items():
         print(f"  {name:22} {figure.value:12.4g} {figure.unit:6} {figure.note}")

@@ -69,7 +69,8 @@ def test_only_the_wanted_devices_draw():
 
 def test_rows_of_earlier_runs_stay(tmp_path):
     def add(row, rate):
-        scaling.write("scaling_x", row, {"rate": Figure(value=rate, unit="x")}, tmp_path, base=2)
+        found = {"rate": Figure(value=rate, unit="x")}
+        scaling.write("scaling_x", row, found, out=tmp_path, base=2, commit="abc")
 
     add("4 devices, fsdp", 7.0)
     add("2 devices, fsdp", 4.0)
