@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from flux_jax.components import abstract_module
 from flux_jax.configs import T5Config
-from flux_jax.fingerprint import digest
+from flux_jax.fingerprint import Checksum, checksum, digest, digest_of_sums
 from flux_jax.functional import BoundFunction, ModuleFunction
 from flux_jax.layers import Embedding
 from flux_jax.sharding import mesh_of, place_shapes
@@ -32,9 +32,10 @@ from flux_jax.tree import to_flat
 
 # Tensors read from the checkpoint at the same time: one thread copies from the page cache slower
 # than the device takes.
-_READERS = 4
+_READERS = 8
 
 Read = Callable[[str], np.ndarray]
+Sums = dict[str, Checksum]
 
 
 def _embed(table: Embedding, ids: Int[Array, "B T"]) -> Float[Array, "B T C"]:
@@ -90,11 +91,16 @@ class _Part:
         }
         self._function = function.bind(module, **static)
 
-    def fetch(self, pool: ThreadPoolExecutor, read: Read, prefix: str) -> list[Future[Array]]:
-        """Its weights, on their way to the device."""
+    def fetch(
+        self, pool: ThreadPoolExecutor, read: Read, prefix: str, sums: Sums | None
+    ) -> list[Future[Array]]:
+        """Its weights, on their way to the device; their checksums go to `sums`."""
 
         def bring(name: str, place: Sharding) -> Array:
-            return jax.block_until_ready(jax.device_put(read(prefix + name), place))
+            array = jax.block_until_ready(jax.device_put(read(prefix + name), place))
+            if sums is not None:
+                sums[prefix + name] = checksum(array)
+            return array
 
         return [pool.submit(bring, name, place) for name, place in self._places.items()]
 
@@ -141,6 +147,7 @@ class StreamedT5:
         self._module = module
         self._block = _Part(T5_BLOCK, module.blocks[0])
         self._norm = _Part(T5_NORM, module.final_norm)
+        self._sums: Sums | None = None
 
     @classmethod
     def from_module(cls, module: T5Encoder) -> StreamedT5:
@@ -160,38 +167,53 @@ class StreamedT5:
         """The same weights, for the devices of a mesh."""
         return StreamedT5(self.config, self._open, dtype=self._dtype, mesh=mesh)
 
-    def states(self, batches: Sequence[Int[np.ndarray, "B T"]]) -> list[Float[Array, "B T C"]]:
-        """As `t5_states`, bit for bit."""
+    def states(
+        self, batches: Sequence[Int[np.ndarray, "B T"]], *, for_digest: bool = False
+    ) -> list[Float[Array, "B T C"]]:
+        """As `t5_states`, bit for bit.
+
+        Args:
+          batches: as there.
+          for_digest: whether what `digest` needs is kept, so that it reads nothing again.
+        """
+        sums: Sums | None = {} if for_digest else None
         length = batches[0].shape[1]
         bias_part = _Part(
             T5_BIAS, self._module.relative_attention_bias, config=self.config, length=length
         )
         with self._open() as read, ThreadPoolExecutor(_READERS) as pool:
-            arriving = self._fetch(pool, read, 0)
-            bias = bias_part.bind(bias_part.fetch(pool, read, "relative_attention_bias."))()
+            arriving = self._fetch(pool, read, 0, sums)
+            bias = bias_part.bind(bias_part.fetch(pool, read, "relative_attention_bias.", sums))()
             # The rows that are needed, not the table.
             table = read("token_embedding.weight")
+            if sums is not None:
+                sums["token_embedding.weight"] = checksum(table)
             states = [self._block.place(table[ids]) for ids in batches]
             del table
             for layer in range(self.config.num_layers):
                 block = self._block.bind(arriving)
                 # The block before is gone by now: with this one there are two.
-                arriving = self._fetch(pool, read, layer + 1)
+                arriving = self._fetch(pool, read, layer + 1, sums)
                 states = [block(x, bias) for x in states]
                 jax.block_until_ready(states)
                 del block
-            norm = self._norm.bind(self._norm.fetch(pool, read, "final_norm."))
+            norm = self._norm.bind(self._norm.fetch(pool, read, "final_norm.", sums))
+            self._sums = sums or self._sums
             return [norm(x) for x in states]
 
     def digest(self, name: str) -> str:
         """As `flux_jax.fingerprint.component_digest` of the whole encoder."""
+        if self._sums is not None:
+            return digest_of_sums(name, self._sums)
         with self._open() as read:
             return digest(name, ((path, read(path)) for path in self._paths()))
 
-    def _fetch(self, pool: ThreadPoolExecutor, read: Read, layer: int) -> list[Future[Array]]:
+    def _fetch(
+        self, pool: ThreadPoolExecutor, read: Read, layer: int, sums: Sums | None
+    ) -> list[Future[Array]]:
         if layer == self.config.num_layers:
             return []
-        return self._block.fetch(pool, read, f"blocks.{layer}.")
+        return self._block.fetch(pool, read, f"blocks.{layer}.", sums)
 
     def _paths(self) -> list[str]:
         first = "blocks.0."

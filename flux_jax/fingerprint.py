@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,19 +74,42 @@ def component_digest(name: str, module: nnx.Module) -> str:
     return digest(name, to_flat(module).items())
 
 
+class Checksum(NamedTuple):
+    """Of one array.
+
+    Attributes:
+      shape: of the array.
+      value: 32 bits; on its device until it is asked for.
+    """
+
+    shape: tuple[int, ...]
+    value: Any
+
+
+def checksum(array: jax.Array | np.ndarray) -> Checksum:
+    """Of an array on devices, sharded, or on the host."""
+    on_host = array.size < _SMALL and _is_near(array)
+    value = _checksum_on_host(np.asarray(array)) if on_host else _checksum(array)
+    return Checksum(array.shape, value)
+
+
 def digest(name: str, parameters: Iterable[tuple[str, jax.Array | np.ndarray]]) -> str:
     """As `component_digest`, of (dotted path, array) in any order, each looked at once."""
-    shapes, sums = {}, {}
+    sums = {}
     for path, array in parameters:
-        on_host = array.size < _SMALL and _is_near(array)
-        sums[path] = _checksum_on_host(np.asarray(array)) if on_host else _checksum(array)
-        shapes[path] = array.shape
+        sums[path] = checksum(array)
         if isinstance(array, np.ndarray):
             # What was copied for it leaves the device before the next one arrives.
-            jax.block_until_ready(sums[path])
+            jax.block_until_ready(sums[path].value)
+    return digest_of_sums(name, sums)
+
+
+def digest_of_sums(name: str, sums: Mapping[str, Checksum]) -> str:
+    """As `component_digest`, of every array's checksum by dotted path."""
     found = hashlib.sha256()
-    for path, value in sorted(jax.device_get(sums).items()):
-        found.update(f"{name}.{path} {shapes[path]} {int(value):08x}\n".encode())
+    values = jax.device_get({path: one.value for path, one in sums.items()})
+    for path, value in sorted(values.items()):
+        found.update(f"{name}.{path} {sums[path].shape} {int(value):08x}\n".encode())
     return found.hexdigest()
 
 

@@ -190,6 +190,7 @@ class TextEncoders:
         *,
         max_sequence_length: int | None = None,
         batch_size: int = 1,
+        for_digests: bool = False,
     ) -> PromptEmbeds:
         """Embeddings of P prompts; one that occurs several times is encoded once.
 
@@ -200,6 +201,7 @@ class TextEncoders:
           max_sequence_length: tokens of T5, padding included; its tokenizer's limit by default.
             CLIP always takes its own length.
           batch_size: prompts encoded at a time.
+          for_digests: that `digests` is called later: streamed weights are not read for it again.
 
         Raises:
           UserError: an encoder was freed, or an encoder or tokenizer never given; or an argument
@@ -220,11 +222,12 @@ class TextEncoders:
         if max_sequence_length is not None:
             length = arguments.integer("max_sequence_length", max_sequence_length)
         t5_ids = tokenize(self.tokenizer_2, unique, length, encoder="T5")
+        t5_batches = functools.partial(_t5_states, t5, for_digests=for_digests)
         with contextlib.nullcontext() if self._waiting is None else self._waiting.on_device():
             clip_states = CLIP.bind(clip)
             embeds = PromptEmbeds(
                 prompts=tuple(unique),
-                prompt_embeds=in_batches(functools.partial(_t5_states, t5), t5_ids, batch_size),
+                prompt_embeds=in_batches(t5_batches, t5_ids, batch_size),
                 pooled_prompt_embeds=in_batches(
                     lambda batches: [clip_states(ids) for ids in batches], clip_ids, batch_size
                 ),
@@ -236,6 +239,9 @@ class TextEncoders:
         return embeds.take([rows[text] for text in texts])
 
 
-def _t5_states(encoder: T5Encoder | StreamedT5, batches: list[np.ndarray]) -> list[Array]:
-    streamed = isinstance(encoder, StreamedT5)
-    return encoder.states(batches) if streamed else t5_states(encoder, batches)
+def _t5_states(
+    encoder: T5Encoder | StreamedT5, batches: list[np.ndarray], *, for_digests: bool
+) -> list[Array]:
+    if isinstance(encoder, StreamedT5):
+        return encoder.states(batches, for_digest=for_digests)
+    return t5_states(encoder, batches)

@@ -16,7 +16,7 @@ from pallas_kernels import reference
 from pallas_kernels.packing import BLOCK_CODES, GROUP, packed_width
 from pallas_kernels.reference import Activations, Columns, Quantized, Scale
 from pallas_kernels.tile_table import Device, mosaic_tile
-from pallas_kernels.tiles import CODE, SIGN, FewTile, Problem, Tile
+from pallas_kernels.tiles import CODE, SIGN, DirectTile, FewTile, Problem, Tile
 
 
 def ternary_matmul(
@@ -34,7 +34,7 @@ def ternary_matmul(
     device: Device,
     gelu: bool = False,
     interpret: Any = None,
-    tile: Tile | FewTile | None = None,
+    tile: Tile | FewTile | DirectTile | None = None,
 ) -> Float[Array, "M N"]:
     """As `pallas_kernels.ternary_matmul`, from checked arguments and x (M, K).
 
@@ -46,6 +46,7 @@ def ternary_matmul(
     Returns:
       (M, N) of `out_dtype`.
     """
+    from pallas_kernels.mosaic_direct import product_direct
     from pallas_kernels.mosaic_epilogue import Operands
     from pallas_kernels.mosaic_few import product_few
     from pallas_kernels.mosaic_matmul import decodes_to, product
@@ -77,6 +78,8 @@ def ternary_matmul(
         residual=residual,
     )
     settings = {"out_dtype": jnp.dtype(out_dtype), "gelu": gelu, "interpret": interpret}
+    if isinstance(tile, DirectTile):
+        return product_direct(x, packed, operands, tile=tile, **settings)
     if isinstance(tile, FewTile):
         return product_few(x, packed, operands, tile=tile, **settings)
     if row_sum is None:

@@ -87,44 +87,75 @@ class Window(NamedTuple):
         """In the accumulators' layout."""
         return plgpu.layout_cast(value, LAYOUT) if self.native else value
 
-    def per_output(self, ref: Any) -> Any:
-        """(N,) as float32 over the window: the same for all tokens."""
+    def of_outputs(self, ref: Any) -> Any:
+        """(N,) over the window, as float32."""
         at = ref.at[pl.ds(self.output, self.shape[0])]
-        values = read(at, LAYOUT.reduce(1), self.native).astype(jnp.float32)
+        return read(at, LAYOUT.reduce(1), self.native).astype(jnp.float32)
+
+    def of_tokens(self, ref: Any) -> Any:
+        """(M,) over the window, in its own dtype."""
+        at = ref.at[pl.ds(self.token, self.shape[1])]
+        return read(at, LAYOUT.reduce(0), self.native)
+
+    def per_output(self, values: Any) -> Any:
+        """The window's shape, the same for all tokens."""
         return self.cast(lax.broadcast_in_dim(values, self.shape, (0,)))
 
-    def per_token(self, ref: Any) -> Any:
-        """(M,) over the window, in its own dtype: the same for all outputs."""
-        at = ref.at[pl.ds(self.token, self.shape[1])]
-        values = read(at, LAYOUT.reduce(0), self.native)
+    def per_token(self, values: Any) -> Any:
+        """The window's shape, the same for all outputs."""
         return self.cast(lax.broadcast_in_dim(values, self.shape, (1,)))
 
+    def ahead(self, ops: Operands) -> Operands:
+        """Scales and bias, read before they are needed: `scaled` takes them."""
+        return Operands(
+            scale=None if ops.scale is None else self.of_outputs(ops.scale),
+            bias=None if ops.bias is None else self.of_outputs(ops.bias),
+            token_scale=None if ops.token_scale is None else self.of_tokens(ops.token_scale),
+        )
 
-def scaled(sums: Any, ops: Operands, window: Window, *, gelu: bool, scale_done: bool) -> Any:
+
+def scaled(
+    sums: Any,
+    ops: Operands,
+    window: Window,
+    *,
+    gelu: bool,
+    scale_done: bool,
+    ready: Operands | None = None,
+) -> Any:
     """Scales, bias, GELU and gate.
 
     Args:
       sums: (outputs, tokens) int32 or float32.
       ops: references; the residual is left to `add_residual`.
       scale_done: the weight's scale is in already.
+      ready: what `Window.ahead` has read already.
 
     Returns:
       (outputs, tokens) float32, in the order of operations of `reference`.
     """
+
+    def outputs(read: Any, ref: Any) -> Any:
+        return window.per_output(window.of_outputs(ref) if read is None else read)
+
+    def tokens(read: Any, ref: Any) -> Any:
+        return window.per_token(window.of_tokens(ref) if read is None else read)
+
+    ready = ready or Operands()
     y = sums
     if ops.row_sum is not None:
-        y = y - window.per_token(ops.row_sum)
+        y = y - tokens(None, ops.row_sum)
     y = y.astype(jnp.float32)
     if not scale_done:
-        y = y * window.per_output(ops.scale)
+        y = y * outputs(ready.scale, ops.scale)
     if ops.token_scale is not None:
-        y = y * window.per_token(ops.token_scale)
+        y = y * tokens(ready.token_scale, ops.token_scale)
     if ops.bias is not None:
-        y = y + window.per_output(ops.bias)
+        y = y + outputs(ready.bias, ops.bias)
     if gelu:
         y = tanh_gelu(y)
     if ops.gate is not None:
-        y = y * window.per_output(ops.gate.at[lax.div(window.token, window.run)])
+        y = y * outputs(None, ops.gate.at[lax.div(window.token, window.run)])
     return y
 
 

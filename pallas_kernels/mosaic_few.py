@@ -25,7 +25,7 @@ from pallas_kernels.mosaic_api import (
     whole,
     whole_tiles,
 )
-from pallas_kernels.mosaic_decode import decode_plane, packed_layout
+from pallas_kernels.mosaic_decode import decode_plane, packed_layout, unscaled
 from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window, add_residual, scaled
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 from pallas_kernels.tiles import SIGN, FewTile
@@ -99,7 +99,7 @@ def product_few(
                     plgpu.commit_smem()
                     fetch(index + stages)
 
-            return acc[...]
+            return unscaled(acc[...], SIGN, native)
 
         def finish(total):
             if groups > 1:

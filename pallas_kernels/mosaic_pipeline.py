@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_api import accumulator, multiply, pl, plgpu, read
-from pallas_kernels.mosaic_decode import decode_plane, packed_layout
+from pallas_kernels.mosaic_decode import decode_plane, packed_layout, unscaled
 from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 from pallas_kernels.tiles import Tile
@@ -198,7 +198,7 @@ def sums(plan: Plan, refs: Refs, group: Any, index: Any) -> Any:
         if tile.lag:
             plgpu.wgmma_wait(0)
             release(last)
-        return acc[...]
+        return unscaled(acc[...], plan.decode, plan.native)
 
     return pl.run_scoped(run, accumulator(plan.shape, plan.sum_dtype))
 
@@ -215,7 +215,7 @@ def grouped_sums(plan: Plan, refs: Refs, group: Any, index: Any, window: Window)
                 a = decode_plane(codes, plane, plan.x_dtype, plan.decode, plan.native)
                 b = refs.x_smem.at[slot, :, pl.ds(p * BLOCK_BYTES, BLOCK_BYTES)]
                 multiply(acc, a, b, spare)
-            return acc[...]
+            return unscaled(acc[...], plan.decode, plan.native)
 
         return pl.run_scoped(run, accumulator(plan.shape, plan.sum_dtype)).astype(jnp.float32)
 

@@ -30,6 +30,7 @@ from typing import Any
 from pallas_kernels.errors import UserError
 from pallas_kernels.tiles import (
     AnyTile,
+    DirectTile,
     FewTile,
     Problem,
     Tile,
@@ -38,7 +39,12 @@ from pallas_kernels.tiles import (
     triton_rule,
 )
 
-KERNELS: dict[str, type[AnyTile]] = {"many": Tile, "few": FewTile, "triton": TritonTile}
+KERNELS: dict[str, type[AnyTile]] = {
+    "many": Tile,
+    "few": FewTile,
+    "direct": DirectTile,
+    "triton": TritonTile,
+}
 FOLDER = Path(__file__).parent / "tuned"
 
 
@@ -79,7 +85,7 @@ class Entry:
         return {"backend": self.backend, **problem, "kernel": kernel, "tile": tile, **measured}
 
 
-def mosaic_tile(problem: Problem, device: Device) -> Tile | FewTile:
+def mosaic_tile(problem: Problem, device: Device) -> Tile | FewTile | DirectTile:
     """The Mosaic tile of a product: the table's, or what the rules say."""
     entry = find("mosaic", problem, device.kind)
     if entry is not None and not isinstance(entry.tile, TritonTile):

@@ -19,8 +19,9 @@ CODE, SIGN = "code", "sign"
 # What a block can have on Hopper, less a kilobyte for barriers and alignment.
 SHARED_BYTES = 226 * 1024
 
-# Up to here, reading the codes takes longer than multiplying by them.
-FEW_ROWS = 64
+# Up to here, reading the codes takes longer than multiplying by them; and up to here, a warp's
+# activations fit into its registers.
+FEW_ROWS, DIRECT_ROWS = 64, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,24 @@ class FewTile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectTile:
+    """Of the Mosaic kernel for up to 16 rows, which are all in one tile.
+
+    Attributes:
+      groups: warpgroups of a block, which share the inputs out among their warps.
+      stages: of a warp, 256 inputs.
+    """
+
+    groups: int = 1
+    stages: int = 3
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile."""
+        return DIRECT_ROWS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TritonTile:
     """Of the Triton kernels.
 
@@ -112,17 +131,19 @@ class TritonTile:
     split: bool = False
 
 
-AnyTile = Tile | FewTile | TritonTile
+AnyTile = Tile | FewTile | DirectTile | TritonTile
 
 # (rows, tokens) of a Mosaic tile, and how fast it is thought to be in the middle of a large
 # product, the largest being 1. The last two are guesses, for products of few tiles.
 _SIZES = (((128, 128), 1.0), ((128, 144), 1.0), ((64, 128), 0.8), ((64, 64), 0.55))
 
 
-def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile:
+def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile | DirectTile:
     """The Mosaic tile of a product that no table has."""
+    if problem.m <= DIRECT_ROWS and not problem.grouped:
+        return DirectTile()
     if problem.m <= FEW_ROWS and not problem.grouped:
-        return _few(problem.m, problem.activation_bits)
+        return few_tile(problem)
     if problem.grouped:
         # Two sums per element are in registers: half a tile, and no register is spilled.
         tokens = 64 if problem.m <= 64 else 128
@@ -144,10 +165,11 @@ def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile:
     return Tile(rows=rows, tokens=tokens, along_n=along_n)
 
 
-def _few(m: int, activation_bits: int) -> FewTile:
-    tokens = max(8, _power(m))
+def few_tile(problem: Problem) -> FewTile:
+    """Of the kernel for up to 64 rows."""
+    tokens = max(8, _power(problem.m))
     # Within shared memory.
-    return FewTile(tokens=tokens, groups=4 if tokens * activation_bits <= 512 else 2)
+    return FewTile(tokens=tokens, groups=4 if tokens * problem.activation_bits <= 512 else 2)
 
 
 def triton_rule(problem: Problem) -> TritonTile:
@@ -165,7 +187,7 @@ def triton_rule(problem: Problem) -> TritonTile:
     return TritonTile(planes=2, passes=True)
 
 
-def shared_bytes(tile: Tile | FewTile, activation_bits: int) -> int:
+def shared_bytes(tile: Tile | FewTile | DirectTile, activation_bits: int) -> int:
     """Shared memory of a Mosaic block with a 16-bit result, but for its barriers.
 
     Args:
@@ -173,6 +195,8 @@ def shared_bytes(tile: Tile | FewTile, activation_bits: int) -> int:
       activation_bits: 8 or 16.
     """
     plane = BLOCK_BYTES * activation_bits // 8
+    if isinstance(tile, DirectTile):
+        return 4 * tile.groups * (tile.stages * 64 * BLOCK_BYTES + 64 * tile.tokens * 4)
     if isinstance(tile, FewTile):
         stage = tile.tokens * 4 * plane + 64 * BLOCK_BYTES
         sums, result = 64 * tile.tokens * 4, 64 * tile.tokens * 2

@@ -39,7 +39,44 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 @jit
-def decode_int8(packed, plane: tl.constexpr, CODES: tl.constexpr):
+def prepare(packed, EXACT: tl.constexpr, CODES: tl.constexpr):
+    """Packed bytes, once for all planes: as they are for codes; for signs c becomes (c - 1) mod 4.
+
+    In binary that is 11, 00 or 01. A plane's two bits at the top of an operand, with zeros below,
+    are then -64, 0 or 64 as int8, and -2, 0 or 2 in both 16-bit types (the exponent's highest bit
+    alone). Sums are too large by that factor, a power of two, which `unscaled` takes off.
+    """
+    if CODES:
+        return packed
+    else:
+        # Of each two bits, the low one becomes its opposite, the high one "neither was set".
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            shl.b32 t, $1, 1;
+            lop3.b32 $0, $1, t, 0xaaaaaaaa, 0x07;
+            }""",
+            "=r,r",
+            [packed],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@jit
+def unscaled(sums, EXACT: tl.constexpr, CODES: tl.constexpr):
+    """Sums of codes or signs, from sums of what `decode` made of them."""
+    if CODES:
+        return sums
+    elif EXACT:
+        return sums >> 6
+    else:
+        return sums * 0.5
+
+
+@jit
+def decode_int8(prepared, plane: tl.constexpr, CODES: tl.constexpr):
     """The int8 codes or signs of a plane, four to a register."""
     if CODES:
         return tl.inline_asm_elementwise(
@@ -49,24 +86,20 @@ def decode_int8(packed, plane: tl.constexpr, CODES: tl.constexpr):
             and.b32 $0, t, 0x03030303;
             }}""",
             "=r,r",
-            [packed],
+            [prepared],
             dtype=tl.int8,
             is_pure=True,
             pack=4,
         )
     else:
-        # One less in each byte. The top bits, set before and cleared after, keep a byte from
-        # borrowing of its neighbour; where it would have borrowed, it becomes 255, which is -1.
         return tl.inline_asm_elementwise(
             f"""{{
             .reg .b32 t;
-            shr.b32 t, $1, {2 * plane};
-            lop3.b32 t, t, 0x03030303, 0x80808080, 0xea;
-            sub.u32 t, t, 0x01010101;
-            xor.b32 $0, t, 0x80808080;
+            shl.b32 t, $1, {6 - 2 * plane};
+            and.b32 $0, t, 0xc0c0c0c0;
             }}""",
             "=r,r",
-            [packed],
+            [prepared],
             dtype=tl.int8,
             is_pure=True,
             pack=4,
@@ -74,61 +107,31 @@ def decode_int8(packed, plane: tl.constexpr, CODES: tl.constexpr):
 
 
 @jit
-def decode_bfloat16(packed, plane: tl.constexpr):
-    """The bfloat16 signs of a plane, two to a register."""
-    # 128 + code, exactly: bfloat16 has steps of one from 128 to 256. Less 129: the sign.
+def decode_16(prepared, plane: tl.constexpr):
+    """The signs of a plane as the bits of bfloat16 or float16, which agree; two to a register."""
     return tl.inline_asm_elementwise(
         f"""{{
-        .reg .b32 t, low, high, one, less;
-        shr.b32 t, $2, {2 * plane};
-        and.b32 t, t, 0x03030303;
-        prmt.b32 low, t, 0x43434343, 0x4140;
-        prmt.b32 high, t, 0x43434343, 0x4342;
-        mov.b32 one, 0x3f803f80;
-        mov.b32 less, 0xc301c301;
-        fma.rn.bf16x2 $0, low, one, less;
-        fma.rn.bf16x2 $1, high, one, less;
+        .reg .b32 t;
+        shl.b32 t, $2, {6 - 2 * plane};
+        and.b32 t, t, 0xc0c0c0c0;
+        prmt.b32 $0, t, 0, 0x1404;
+        prmt.b32 $1, t, 0, 0x3424;
         }}""",
         "=r,=r,r",
-        [packed],
-        dtype=tl.bfloat16,
+        [prepared],
+        dtype=tl.int16,
         is_pure=True,
         pack=4,
     )
 
 
 @jit
-def decode_float16(packed, plane: tl.constexpr):
-    """The float16 signs of a plane, two to a register."""
-    # As for bfloat16: float16 has steps of one from 1024 to 2048.
-    return tl.inline_asm_elementwise(
-        f"""{{
-        .reg .b32 t, low, high, less;
-        shr.b32 t, $2, {2 * plane};
-        and.b32 t, t, 0x03030303;
-        prmt.b32 low, t, 0x64646464, 0x4140;
-        prmt.b32 high, t, 0x64646464, 0x4342;
-        mov.b32 less, 0x64016401;
-        sub.rn.f16x2 $0, low, less;
-        sub.rn.f16x2 $1, high, less;
-        }}""",
-        "=r,=r,r",
-        [packed],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@jit
-def decode(packed, plane: tl.constexpr, dtype: tl.constexpr, CODES: tl.constexpr):
-    """One plane of packed bytes, of any shape, as an operand of `dtype`."""
+def decode(prepared, plane: tl.constexpr, dtype: tl.constexpr, CODES: tl.constexpr):
+    """One plane of prepared bytes, of any shape, as an operand of `dtype`."""
     if dtype == tl.int8:
-        return decode_int8(packed, plane, CODES)
-    elif dtype == tl.bfloat16:
-        return decode_bfloat16(packed, plane)
+        return decode_int8(prepared, plane, CODES)
     else:
-        return decode_float16(packed, plane)
+        return decode_16(prepared, plane).to(dtype, bitcast=True)
 
 
 @jit
@@ -188,6 +191,8 @@ def write(
     column_in = output + tl.minimum(column, N - 1 - output)
     if CODES:
         total = total - tl.load(sum_ptr + row_in)[None, :]
+    elif not GROUPED:
+        total = unscaled(total, EXACT, CODES)
     y = total.to(tl.float32)
     if not GROUPED:
         y = y * tl.load(scale_ptr + column_in)[:, None]
@@ -275,6 +280,7 @@ def multiply_many(
     for first in tl.static_range(0, 4, 4 // PASSES):
         for block in range(0, blocks):
             packed = tl.load(packed_start + block * 64 + packed_at)
+            packed = prepare(packed, EXACT, CODES)
             for plane in tl.static_range(first, first + 4 // PASSES, PLANES):
                 x = tl.load(x_start + block * 256 + plane * 64 + x_at)
                 code = decode_planes(packed, plane, PLANES, x_ptr.dtype.element_ty, CODES)
@@ -285,7 +291,8 @@ def multiply_many(
                     part = tl.dot(code, x, part, out_dtype=kind)
                     if (plane + PLANES) % 2 == 0:
                         at = (output + column) * (WIDTH // 32) + block * 2 + plane // 2
-                        total += part.to(tl.float32) * tl.load(scale_ptr + at)[:, None]
+                        sums = unscaled(part, EXACT, CODES).to(tl.float32)
+                        total += sums * tl.load(scale_ptr + at)[:, None]
                 else:
                     total = tl.dot(code, x, total, out_dtype=kind)
     write(
@@ -369,6 +376,7 @@ def multiply_few(
             inside = share < blocks - block
             packed = tl.load(packed_start + block * 64 + packed_at, mask=inside, other=0)
             read = read & inside
+        packed = prepare(packed, EXACT, CODES)
         for plane in tl.static_range(4):
             x = tl.load(x_start + block * 256 + plane * 64 + x_at, mask=read, other=0)
             code = decode(packed, plane, x_ptr.dtype.element_ty, CODES)
@@ -383,7 +391,7 @@ def multiply_few(
                         scale = tl.load(scale_ptr + at)
                     else:
                         scale = tl.load(scale_ptr + at, mask=share < blocks - block, other=0)
-                    total += part.to(tl.float32) * scale
+                    total += unscaled(part, EXACT, CODES).to(tl.float32) * scale
             else:
                 total = tl.dot(code, x, total, out_dtype=kind)
     write(

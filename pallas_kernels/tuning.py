@@ -20,10 +20,12 @@ from pallas_kernels.tiles import (
     SHARED_BYTES,
     SIGN,
     AnyTile,
+    DirectTile,
     FewTile,
     Problem,
     Tile,
     TritonTile,
+    few_tile,
     mosaic_rule,
     shared_bytes,
     triton_rule,
@@ -46,7 +48,10 @@ def candidates(backend: str, problem: Problem, device: Device) -> list[AnyTile]:
         first = triton_rule(problem)
         return list(dict.fromkeys([first, *_triton(first)]))
     rule = mosaic_rule(problem, device.multiprocessors)
-    tried = _few(rule) if isinstance(rule, FewTile) else _many(problem)
+    if isinstance(rule, DirectTile):
+        tried = [*_direct(), *_few(problem)]
+    else:
+        tried = _few(problem) if isinstance(rule, FewTile) else _many(problem)
     bits = problem.activation_bits
     fitting = [tile for tile in tried if shared_bytes(tile, bits) <= SHARED_BYTES]
     return list(dict.fromkeys([rule, *fitting]))
@@ -80,9 +85,15 @@ def _triton(rule: TritonTile) -> list[TritonTile]:
     ]
 
 
-def _few(rule: FewTile) -> list[FewTile]:
+def _direct() -> list[DirectTile]:
+    shapes = ((1, 3), (1, 2), (1, 4), (2, 2), (2, 3), (3, 1), (3, 2), (4, 2), (4, 3))
+    return [DirectTile(groups=groups, stages=stages) for groups, stages in shapes]
+
+
+def _few(problem: Problem) -> list[FewTile]:
     shapes = ((4, 2), (4, 3), (2, 2), (2, 3), (1, 4))
-    return [FewTile(tokens=rule.tokens, groups=groups, stages=s) for groups, s in shapes]
+    tokens = few_tile(problem).tokens
+    return [FewTile(tokens=tokens, groups=groups, stages=s) for groups, s in shapes]
 
 
 def _many(problem: Problem) -> list[Tile]:

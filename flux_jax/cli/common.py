@@ -195,17 +195,22 @@ def load_and_encode(
     batch_size = request.plan.device_batch_size
 
     def encode(texts: list[str]) -> PromptEmbeds:
-        return encoders.encode(texts, max_sequence_length=length, batch_size=batch_size)
+        return encoders.encode(
+            texts,
+            max_sequence_length=length,
+            batch_size=batch_size,
+            for_digests=with_fingerprint,
+        )
 
     # Reading and copying leave the interpreter to tracing.
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(2) as pool:
         others = pool.submit(loading.load_image_parts, path, dtype=dtype, mesh=mesh, given={})
         programs = pool.submit(loading.lower_ahead, request, dtype, mesh)
         encoders = TextEncoders.from_pretrained(path, dtype=dtype, mesh=mesh, placement=STREAMED)
-        digests = pool.submit(lambda: encoders.digests() if with_fingerprint else {})
         # All at once: T5's weights are read once.
         embeds = encode(prompts if negative is None else [*prompts, negative])
-        digests.result()
+        if with_fingerprint:
+            encoders.digests()
         encoders.free()
         for program in programs.result():
             program.compile()

@@ -73,7 +73,7 @@ def unpack_base3(data: UInt8[np.ndarray, "N P"], in_features: int, *, what: str 
     Raises:
       UserError: another width, or a byte above 242.
     """
-    _check_width(data, in_features, what)
+    check_width(data, in_features, what)
     rows = data.shape[0]
     out = np.empty((rows, in_features), np.uint8)
 
@@ -97,7 +97,7 @@ def base3_to_packed(
     Returns:
       (N, `packed_width(K)`) uint8.
     """
-    _check_width(data, in_features, what)
+    check_width(data, in_features, what)
     rows, width = data.shape[0], packed_width(in_features)
     out = np.empty((rows, width), np.uint8)
 
@@ -127,7 +127,12 @@ def check_bytes(data: UInt8[np.ndarray, "N P"], what: str, first_row: int = 0) -
         )
 
 
-def _check_width(data: np.ndarray, in_features: int, what: str) -> None:
+def check_width(data: np.ndarray, in_features: int, what: str) -> None:
+    """Refuse rows of another width than `in_features` codes have.
+
+    Raises:
+      UserError: naming the tensor and both widths.
+    """
     if data.shape[1] != base3_width(in_features):
         raise UserError(
             f"tensor `{what}` has {data.shape[1]} bytes a row, expected "

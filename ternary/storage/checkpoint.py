@@ -30,6 +30,7 @@ from ternary.layers import TernaryLinear
 from ternary.policy import replace_linears
 from ternary.storage import files
 from ternary.storage.base3 import base3_to_packed, unpack_base3
+from ternary.storage.device_base3 import base3_to_packed_on
 from ternary.storage.format import (
     BFLOAT16,
     CODES,
@@ -119,6 +120,11 @@ class TernaryCheckpoint:
         columns = self.shapes[layer + WEIGHT][1]
         return base3_to_packed(self.read(layer + CODES), columns, what=layer + CODES)
 
+    def packed_on(self, device: jax.Device, layer: str) -> UInt8[jax.Array, "N Kp"]:
+        """As `packed`, decoded on a device."""
+        columns = self.shapes[layer + WEIGHT][1]
+        return base3_to_packed_on(device, self.read(layer + CODES), columns, what=layer + CODES)
+
     def codes(self, layer: str) -> UInt8[np.ndarray, "N K"]:
         """A layer's codes, 0, 1 and 2, one a byte."""
         columns = self.shapes[layer + WEIGHT][1]
@@ -176,6 +182,9 @@ class TernaryCheckpoint:
 
         def bring(name: str) -> jax.Array:
             layer, last = name.rpartition(".")[::2]
+            if last == "packed" and (device := _decoder(places[name])) is not None:
+                packed = self.packed_on(device, layer)
+                return jax.device_put(packed, places[name]).block_until_ready()
             host = self.packed(layer) if last == "packed" else self.read(name)
             host = host.astype(flat[name].dtype, copy=False)
             return jax.make_array_from_callback(
@@ -189,6 +198,12 @@ class TernaryCheckpoint:
     def close(self) -> None:
         """Close the file."""
         self._tensors.close()
+
+
+def _decoder(place: jax.sharding.Sharding) -> jax.Device | None:
+    """The device that decodes what goes to `place`; None leaves it to the host."""
+    first = min(place.addressable_devices, key=lambda device: device.id)
+    return first if place.is_fully_addressable and first.platform != "cpu" else None
 
 
 @contextlib.contextmanager

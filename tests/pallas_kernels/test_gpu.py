@@ -22,7 +22,15 @@ from pallas_kernels import (
 )
 from pallas_kernels.backends import describe, device_of, why_not
 from pallas_kernels.checking import CASES, Case, check, public_op
-from pallas_kernels.tiles import CODE, SHARED_BYTES, SIGN, FewTile, Tile, shared_bytes
+from pallas_kernels.tiles import (
+    CODE,
+    SHARED_BYTES,
+    SIGN,
+    DirectTile,
+    FewTile,
+    Tile,
+    shared_bytes,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +112,25 @@ def test_every_tile_of_few_rows(hopper, tokens, bits):
         case = Case(m=tokens - 1, n=264, k=1040, activation_bits=bits)
         outcome = check(case, "mosaic", with_tile(tile, hopper))
         assert outcome.passed, (tile, outcome)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16])
+def test_every_tile_of_fewest_rows(hopper, tokens, bits):
+    for groups, stages in ((1, 1), (1, 3), (2, 2), (3, 1), (4, 2)):
+        tile = DirectTile(groups=groups, stages=stages)
+        for n, k in ((264, 1040), (1, 256), (130, 4096)):
+            case = Case(m=tokens, n=n, k=k, activation_bits=bits, extras=True)
+            outcome = check(case, "mosaic", with_tile(tile, hopper))
+            assert outcome.passed, (tile, outcome)
+
+
+@pytest.mark.parametrize("tokens", [3, 16])
+def test_sums_of_fewest_rows_are_exact(hopper, tokens):
+    for groups in (1, 2, 3):
+        case = Case(m=tokens, n=200, k=3072, integers=True, out_dtype="float32", row_sum=False)
+        outcome = check(case, "mosaic", with_tile(DirectTile(groups=groups), hopper))
+        assert outcome.passed, outcome
 
 
 def test_every_tile_of_the_table_runs(hopper):

@@ -12,13 +12,14 @@ import pytest
 from pallas_kernels import mosaic, pack_codes, quantize_activations, reference
 from pallas_kernels.checking import SMALL_CASES, Case, check, interpreted_mosaic
 from pallas_kernels.mosaic_api import interpret_params
+from pallas_kernels.mosaic_direct import product_direct
 from pallas_kernels.mosaic_epilogue import Operands
 from pallas_kernels.mosaic_few import product_few
 from pallas_kernels.mosaic_matmul import decodes_to, product
 from pallas_kernels.mosaic_quantize import Modulation, quantize_rows
 from pallas_kernels.reference import Columns
 from pallas_kernels.tile_table import Device
-from pallas_kernels.tiles import CODE, SIGN, FewTile, Tile
+from pallas_kernels.tiles import CODE, SIGN, DirectTile, FewTile, Tile
 
 SMALL = {"rows": 64, "tokens": 32, "store": 32, "stages": 3, "code_stages": 2}
 FEW_BLOCKS = {"multiprocessors": 1, "per_multiprocessor": 2}
@@ -67,6 +68,35 @@ def test_sums_of_a_few_rows_are_exact(shape):
     settings = {"tile": tile, "interpret": interpret_params()}
     y = product_few(x, packed, operands, out_dtype=FLOAT32, **settings)
     np.testing.assert_array_equal(np.asarray(y), exact)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((1, 768, 72), 1), ((9, 256, 64), 1), ((16, 1280, 8), 2)]
+)
+def test_sums_of_fewest_rows_are_exact(shape, groups):
+    x, packed, exact = integers(*shape)
+    operands = Operands(scale=jnp.ones(shape[2], jnp.float32))
+    settings = {"tile": DirectTile(groups=groups), "interpret": interpret_params()}
+    y = product_direct(x, packed, operands, out_dtype=FLOAT32, **settings)
+    np.testing.assert_array_equal(np.asarray(y), exact)
+
+
+def test_signs_are_codes_less_one_at_the_top():
+    """What the registers' decoding computes, in NumPy: all sixteen codes of a word, every plane."""
+    codes = np.random.default_rng(0).integers(0, 3, (1000, 4, 4))
+    words = sum(
+        (codes[:, byte, plane] << (8 * byte + 2 * plane)) for byte in range(4) for plane in range(4)
+    )
+    words = words.astype(np.uint32)
+    either = words | (words << 1)
+    signs = (~either & np.uint32(0xAAAAAAAA)) | (~words & np.uint32(0x55555555))
+    for plane in range(4):
+        top = (signs << np.uint32(6 - 2 * plane)) & np.uint32(0xC0C0C0C0)
+        as_int8 = top[:, None].view(np.int8)
+        np.testing.assert_array_equal(as_int8, 64 * (codes[:, :, plane] - 1))
+        halves = (top[:, None] >> np.uint32([0, 8, 16, 24]) & np.uint32(0xFF)) << 8
+        as_bfloat16 = halves.astype(np.uint16).view(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(as_bfloat16, 2 * (codes[:, :, plane] - 1))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pallas_kernels.errors import UserError
 from pallas_kernels.tile_table import Device, Entry
 from pallas_kernels.tiles import (
     SHARED_BYTES,
+    DirectTile,
     FewTile,
     Problem,
     Tile,
@@ -45,7 +46,8 @@ def assert_fits(tile, problem):
 def test_rules_give_tiles_that_fit(problem):
     tile = mosaic_rule(problem, 132)
     assert_fits(tile, problem)
-    assert isinstance(tile, FewTile) == (problem.m <= 64 and not problem.grouped)
+    assert isinstance(tile, DirectTile) == (problem.m <= 16 and not problem.grouped)
+    assert isinstance(tile, FewTile) == (16 < problem.m <= 64 and not problem.grouped)
     if isinstance(tile, FewTile):
         assert tile.tokens >= problem.m
 
@@ -65,6 +67,8 @@ def test_shared_memory_is_counted():
     # 8 stages of 16 x 256 16-bit inputs and 64 x 64 codes, three sums of 64 x 16, and the result.
     few = FewTile(tokens=16)
     assert shared_bytes(few, 16) == 8 * (8192 + 4096) + 3 * 4096 + 2048
+    # Of 8 warps, 2 stages of 64 x 64 codes, and sums of 64 x 16.
+    assert shared_bytes(DirectTile(groups=2, stages=2), 8) == 8 * (2 * 4096 + 4096)
 
 
 def test_fewer_tokens_are_cut_into_more_tiles():

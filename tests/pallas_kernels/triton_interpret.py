@@ -51,6 +51,11 @@ CASES = (
 )
 
 
+def as_it_is(value, EXACT: tl.constexpr, CODES: tl.constexpr):
+    """As `triton_kernels.prepare` and `unscaled`: here, signs are decoded as they are."""
+    return value
+
+
 def decode(packed, plane: tl.constexpr, dtype: tl.constexpr, CODES: tl.constexpr):
     """As `triton_kernels.decode`."""
     code = ((packed >> (2 * plane)) & 3).to(tl.int8)
@@ -64,6 +69,7 @@ def install() -> None:
     from pallas_kernels import triton_kernels
 
     triton_kernels.decode = triton_kernels.jit(decode)
+    triton_kernels.prepare = triton_kernels.unscaled = triton_kernels.jit(as_it_is)
     jax_triton: Any = types.ModuleType("jax_triton")
     jax_triton.triton_call = call
     sys.modules["jax_triton"] = jax_triton

@@ -1,5 +1,6 @@
 """Base-3 bytes: exact inverses for every shape, and damage found."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from flux_jax.errors import UserError
 from pallas_kernels import pack_codes
 from ternary.storage import threads
 from ternary.storage.base3 import base3_to_packed, base3_width, pack_base3, unpack_base3
+from ternary.storage.device_base3 import base3_to_packed_on
 
 
 def random_codes(rows, columns, seed=0):
@@ -52,6 +54,26 @@ def test_bytes_are_as_documented():
 def test_every_byte_is_read_back():
     data = np.arange(243, dtype=np.uint8)[None]
     np.testing.assert_array_equal(pack_base3(unpack_base3(data, 5 * 243)), data)
+
+
+def on_device(data, in_features, *, what="data"):
+    return base3_to_packed_on(jax.devices()[0], data, in_features, what=what)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 128, 255, 256, 257, 1300])
+def test_a_device_decodes_the_same(columns):
+    codes = random_codes(7, columns)
+    packed = on_device(pack_base3(codes), columns)
+    np.testing.assert_array_equal(np.asarray(packed), pack_codes(codes))
+
+
+def test_a_device_refuses_the_same():
+    data = pack_base3(random_codes(3, 40))
+    data[1, 2] = 243
+    with pytest.raises(UserError, match="tensor `x`: byte 243 at row 1, column 2"):
+        on_device(data, 40, what="x")
+    with pytest.raises(UserError, match="tensor `x` has 8 bytes a row, expected 20"):
+        on_device(data, 100, what="x")
 
 
 @pytest.mark.parametrize("unpack", [unpack_base3, base3_to_packed])

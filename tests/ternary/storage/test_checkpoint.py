@@ -25,7 +25,7 @@ from flux_jax.tree import to_flat
 from ternary.config import GRANULARITIES, QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy, linears, replace_linears, select
-from ternary.storage import base3
+from ternary.storage import base3, checkpoint
 from ternary.storage.checkpoint import abstract_ternary, dense_shapes, open_checkpoint
 from ternary.storage.format import FILE, expected_tensors
 from ternary.storage.rounding import quantize_checkpoint
@@ -241,6 +241,25 @@ def test_a_flipped_bit_is_found(copy, name):
     put(copy / FILE, start + 3, (copy / FILE).read_bytes()[start + 3] ^ 1)
     with pytest.raises(UserError, match=f"tensor `{name}` is damaged: its checksum is"):
         transformer(copy.parent)
+
+
+@pytest.mark.parametrize("mesh", [None, {"tensor": 2}])
+def test_codes_decoded_by_a_device_are_the_same(rounded, monkeypatch, mesh):
+    """On a CPU the host decodes: here a device is made to, as on a GPU."""
+    options = {} if mesh is None else {"mesh": make_mesh(**mesh)}
+    expected = transformer(rounded, **options)
+    asked = []
+
+    def decoder(place):
+        asked.append(place)
+        return jax.devices()[0]
+
+    monkeypatch.setattr(checkpoint, "_decoder", decoder)
+    found = transformer(rounded, **options)
+    assert asked
+    assert_same_arrays(found, expected)
+    for name, value in to_flat(found).items():
+        assert value.sharding == to_flat(expected)[name].sharding, name
 
 
 def test_a_byte_above_242_is_found_even_with_its_checksum(copy):

@@ -1,0 +1,134 @@
+"""The ternary product of up to 16 rows on Hopper: nothing between memory and the tensor cores.
+
+A block of threads has 64 outputs. Its warps share the inputs out, and the first four add up what
+all have summed, in a fixed order, so that results repeat. What a warp does is in `mosaic_warp`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int8, UInt8
+
+from pallas_kernels.mosaic_api import pl, plgpu, read
+from pallas_kernels.mosaic_decode import decode_plane, unscaled
+from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window, add_residual, scaled
+from pallas_kernels.mosaic_warp import (
+    LANE_BYTES,
+    PLANES,
+    ROWS,
+    WIDTH,
+    Shape,
+    write_partial_sums,
+    write_result,
+)
+from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
+from pallas_kernels.tiles import SIGN, DirectTile
+
+# Of a warpgroup.
+WARPS = 4
+
+
+def product_direct(
+    x: Float[Array, "M K"] | Int8[Array, "M K"],
+    packed: UInt8[Array, "N Kp"],
+    operands: Operands,
+    *,
+    out_dtype: Any,
+    tile: DirectTile,
+    gelu: bool = False,
+    interpret: Any = None,
+) -> Float[Array, "M N"]:
+    """As `mosaic_matmul.product`, for M up to 16; scales per output, and `row_sum` is not used."""
+    (tokens, columns), (outputs, width) = x.shape, packed.shape
+    native, exact = interpret is None, x.dtype == jnp.int8
+    blocks = width // BLOCK_BYTES
+    groups = min(tile.groups, -(-blocks // WARPS))
+    stages = min(tile.stages, -(-blocks // (WARPS * groups)))
+    shape = Shape(tokens, outputs, blocks, WARPS * groups, stages, exact)
+    size = (ROWS, WIDTH * shape.columns)
+    n_tiles = pl.cdiv(outputs, ROWS)
+    # Rows of whole blocks. Pallas' interpreter reads whole tiles, and wants them to be there.
+    rows = (0, 0) if native else (0, size[1] - tokens)
+    if columns < 4 * width or rows[1]:
+        x = jnp.pad(x, (rows, (0, 4 * width - columns)))
+    if not native:
+        packed = jnp.pad(packed, ((0, n_tiles * ROWS - outputs), (0, 0)))
+    run = operands.run(tokens)
+    operands = operands._replace(row_sum=None).padded(size[1], n_tiles * ROWS)
+
+    def body(x_gmem, packed_gmem, *rest):
+        rest = list(rest)
+        given = operands.take(rest)
+        y_gmem, code_smem, part_smem, done = rest
+        group = lax.axis_index("group")
+        output = lax.axis_index("outputs") * ROWS
+        window = Window(output=output, token=0, shape=size, run=run, native=native)
+        ready = window.ahead(given)
+        if native:
+            write_partial_sums(x_gmem, packed_gmem, code_smem, part_smem, shape)
+        else:
+            _sum_in_jax(x_gmem, packed_gmem, part_smem, group, window.output, blocks)
+
+        def finish():
+            if groups > 1:
+                plgpu.barrier_wait(done)
+            total = read(part_smem.at[0], LAYOUT, native)
+            for warp in range(1, WARPS * groups):
+                total = total + read(part_smem.at[warp], LAYOUT, native)
+            total = unscaled(total, SIGN, native)
+            total = scaled(total, given, window, gelu=gelu, scale_done=False, ready=ready)
+            total = add_residual(total, given.residual, window).astype(out_dtype)
+            if native:
+                write_result(y_gmem, total, tokens, outputs)
+            else:
+                y_gmem[:, pl.ds(window.output, ROWS)] = total.T
+
+        # Of all warps of the group, before any of them reads.
+        plgpu.commit_smem()
+        pl.when(group != 0)(lambda: plgpu.barrier_arrive(done))
+        pl.when(group == 0)(finish)
+
+    y_shape = (tokens, outputs) if native else (size[1], n_tiles * ROWS)
+    call = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(y_shape, out_dtype),
+        grid=(n_tiles,),
+        grid_names=("outputs",),
+        num_threads=groups,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        scratch_types=[
+            plgpu.SMEM((stages, WARPS * groups, 32 * LANE_BYTES), jnp.uint8),
+            plgpu.SMEM((WARPS * groups, *size), jnp.int32 if exact else jnp.float32),
+            plgpu.Barrier(num_arrivals=max(groups - 1, 1)),
+        ],
+        **({} if native else {"interpret": interpret}),
+    )
+    return call(x, packed, *operands.given())[:tokens, :outputs]
+
+
+def _sum_in_jax(x: Any, packed: Any, parts: Any, group: Any, output: Any, blocks: int) -> None:
+    """`write_partial_sums` for interpret mode: the same shares, one after the other."""
+    warps = parts.shape[0]
+    for own in range(WARPS):
+        warp = group * WARPS + own
+        parts[warp] = jnp.zeros(parts.shape[1:], parts.dtype)
+
+        @pl.loop(0, lax.div(blocks - warp + warps - 1, warps))
+        def _(step):
+            block = warp + step * warps  # noqa: B023  (the loop's body is traced at once)
+            codes = packed[pl.ds(output, ROWS), pl.ds(block * BLOCK_BYTES, BLOCK_BYTES)]
+            for plane in range(PLANES):
+                at = pl.ds(block * BLOCK_CODES + plane * BLOCK_BYTES, BLOCK_BYTES)
+                signs = decode_plane(codes, plane, x.dtype, SIGN, native=False)
+                parts[warp] += lax.dot_general(  # noqa: B023
+                    signs, x[:, at], (((1,), (1,)), ((), ())), preferred_element_type=parts.dtype
+                )
