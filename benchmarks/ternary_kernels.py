@@ -6,6 +6,9 @@ The shapes are the products of one FLUX.1-dev step at 1024 x 1024 (4608 tokens),
 at 1 and 16 rows. Medians over programs that call a product once for each of several sets of inputs,
 more than the cache holds; see `pallas_kernels.bench` for what is in each time.
 
+- *_device_ms: of a few rows, whose calls in a queue wait for the host: from the first kernel of a
+  program to the end of its last, by the profiler, for one call. gemlite's calls are replayed from a
+  CUDA graph, which is the same; few rows are compared by these.
 - a16, a8: the op from bfloat16 to bfloat16, with scale and bias; a8 quantises its activations.
 - a8_product: from activations that are quantised already.
 - *_speedup: geometric mean over the shapes, of XLA's dense time over ours: the bf16 dot, or for
@@ -61,6 +64,9 @@ def times(rows: Iterable[Row]) -> dict[str, Figure]:
         note = f"{row.tops:.0f} TOP/s" if row.tops else ""
         name = f"{backend}{NAMES[row.what]}_ms/{shape_name(row)}"
         figures[name] = Figure(value=row.ms, unit="ms", note=note)
+        if row.device_ms is not None:
+            name = f"{backend}{NAMES[row.what]}_device_ms/{shape_name(row)}"
+            figures[name] = Figure(value=row.device_ms, unit="ms", note="first kernel to last")
     return figures
 
 
@@ -118,7 +124,7 @@ def over_gemlite(rows: list[Row], measured: Mapping[str, Any]) -> dict[str, Figu
         prefix = "" if backend == "mosaic" else f"{backend}_"
         for what, (key, name) in GEMLITE.items():
             ratios = {
-                row: theirs[key, row.m, row.k, row.n] / row.ms
+                row: theirs[key, row.m, row.k, row.n] / row.compared_ms
                 for row in rows
                 if row.backend == backend
                 and row.what == what

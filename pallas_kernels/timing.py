@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,6 +57,56 @@ def median_ms(
     queued = min(max(2, math.ceil(QUEUED_SECONDS / max(alone, 1e-9))), MOST_QUEUED)
     times = [_seconds(program, sets, queued) / (queued * len(sets)) for _ in range(repeats)]
     return 1e3 * statistics.median(times)
+
+
+def device_ms(program: Program, sets: Sequence[tuple[Any, ...]], *, runs: int = 10) -> float | None:
+    """Median time of one call on a GPU: from its program's first kernel to the end of the last.
+
+    Calls of a few microseconds wait for the host, which is what `median_ms` then measures. Here the
+    profiler tells when kernels ran; each run of the program is waited for.
+
+    Args:
+      program: what `compile_calls` made.
+      sets: its arguments.
+      runs: of the program; the median is over them.
+
+    Returns:
+      Milliseconds; None where the profiler tells of no kernels.
+    """
+    jax.block_until_ready(program(sets))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(runs):
+                jax.block_until_ready(program(sets))
+        kernels = [
+            (event.start_ns, event.end_ns)
+            for path in Path(folder).rglob("*.xplane.pb")
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            # Other lines show the same once more, by what it was for.
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    found = spans(kernels, runs)
+    return None if found is None else 1e-6 * statistics.median(found) / len(sets)
+
+
+def spans(kernels: Sequence[tuple[float, float]], runs: int) -> list[float] | None:
+    """From the first start to the last end of each of `runs` equal runs.
+
+    Args:
+      kernels: (start, end) of all, in any order.
+      runs: one after the other, of as many kernels each.
+
+    Returns:
+      None if there are no kernels, or not as many in each run.
+    """
+    if not kernels or len(kernels) % runs:
+        return None
+    ordered, many = sorted(kernels), len(kernels) // runs
+    each = [ordered[start : start + many] for start in range(0, len(ordered), many)]
+    return [max(end for _, end in run) - run[0][0] for run in each]
 
 
 def _seconds(program: Program, sets: Sequence[tuple[Any, ...]], queued: int) -> float:

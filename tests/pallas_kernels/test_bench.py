@@ -1,5 +1,7 @@
 """What is made of measured times."""
 
+import dataclasses
+
 from pallas_kernels import bench
 from pallas_kernels.bench import Row
 
@@ -24,3 +26,12 @@ def test_ratios():
         True,
         True,
     ]
+
+
+def test_few_rows_are_compared_by_the_time_on_the_device():
+    def timed(what, ms, device_ms):
+        return Row(m=1, k=2, n=3, what=what, backend="xla", ms=ms, tops=1.0, device_ms=device_ms)
+
+    rows = [timed("bf16 dot", 9.0, 4.0), dataclasses.replace(timed("A16", 9.0, 2.0), backend="jax")]
+    assert bench.ratio_to_dense(rows, "A16", "jax") == {(1, 2, 3): 2.0}
+    assert bench.ratio_to_dense([rows[0]], "A16", "jax") == {}

@@ -41,3 +41,19 @@ def test_inputs_are_rotated_past_the_cache():
     assert shapes.input_sets(300e6) == 2
     assert shapes.input_sets(1e9) == 2
     assert shapes.input_sets(1) == shapes.ENOUGH_SETS
+
+
+def test_runs_are_told_apart_by_their_kernels():
+    kernels = [(100.0, 101.0), (0.0, 2.0), (3.0, 5.0), (102.0, 108.0)]
+    assert timing.spans(kernels, runs=2) == [5.0, 8.0]
+    assert timing.spans(kernels, runs=3) is None
+    assert timing.spans([], runs=2) is None
+
+
+def test_kernels_that_overlap_end_with_the_last():
+    assert timing.spans([(0.0, 9.0), (1.0, 4.0)], runs=1) == [9.0]
+
+
+def test_without_a_gpu_no_kernels_are_told():
+    sets = [(jnp.ones(2),)]
+    assert timing.device_ms(timing.compile_calls(lambda x: x, sets), sets, runs=2) is None
