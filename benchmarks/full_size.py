@@ -18,7 +18,7 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -70,21 +70,37 @@ def derived(figures: dict[str, Figure], peers: dict[str, Peer]) -> dict[str, Fig
 def combine(paths: list[Path]) -> Result:
     """One result of several runs of this benchmark that differ in their parts.
 
+    What a run at another commit found says so in its notes.
+
     Raises:
-      UserError: runs of other benchmarks, devices or commits.
+      UserError: runs of other benchmarks or devices.
     """
     results = [read_result(path) for path in paths]
     first = results[0]
     figures: dict[str, Figure] = {}
     peers: dict[str, Peer] = {}
     for path, result in zip(paths, results, strict=True):
-        for field in ("benchmark", "device", "commit"):
+        for field in ("benchmark", "device"):
             mine, other = getattr(first, field), getattr(result, field)
             if mine != other:
                 raise UserError(f"{path}: {field} is {other}, not {mine} as before")
-        figures |= result.figures
-        peers |= result.peers
-    return dataclasses.replace(first, figures={**figures, **derived(figures, peers)}, peers=peers)
+        at = "" if result.commit == first.commit else f"at {result.commit[:12]}"
+        figures |= _noted(result.figures, at)
+        peers |= {
+            name: dataclasses.replace(peer, figures=_noted(peer.figures, at))
+            for name, peer in result.peers.items()
+        }
+    commands = " and ".join(dict.fromkeys(result.command for result in results))
+    figures |= derived(figures, peers)
+    return dataclasses.replace(first, figures=figures, peers=peers, command=commands)
+
+
+def _noted(figures: Mapping[str, Figure], note: str) -> dict[str, Figure]:
+    """Figures, with more in their notes."""
+    return {
+        name: dataclasses.replace(figure, note=", ".join(filter(None, (figure.note, note))))
+        for name, figure in figures.items()
+    }
 
 
 def measure(

@@ -17,6 +17,7 @@ class Layout:
         then theirs, in the order of the file, and the peers'.
       targets: (figure, label, of the paper, what is to be reached), shown first, as a table.
       image: of docs/images, shown last if it is there.
+      drawn: a pattern of rows that the image shows, and the table then does not.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Layout:
     columns: tuple[tuple[str, str], ...] = ()
     targets: tuple[tuple[str, str, str, str], ...] = ()
     image: str = ""
+    drawn: str = ""
 
 
 _CATEGORIES = (
@@ -257,6 +259,7 @@ LAYOUTS = {
             ("draw_s", "a picture"),
         ),
         image="full_size.svg",
+        drawn=r".+ pixels, batch \d+",
     ),
     "convert_fullsize": Layout(
         title="FLUX.1-dev transformer, diffusers folder to Flax checkpoint",

@@ -34,7 +34,7 @@ def render_result(result: Result, images: str = "docs/images") -> str:
     layout = LAYOUTS.get(result.benchmark)
     if layout is not None and layout.columns:
         lines = [*_targets(result, layout), *_matrix(result, layout), "", _source(result)]
-        if layout.image and (REPOSITORY / "docs" / "images" / layout.image).exists():
+        if layout.image and _image(layout).exists():
             lines += ["", f"![{layout.title}]({images}/{layout.image})"]
         return "\n".join(lines)
     columns = {"ours": result.figures, **{name: p.figures for name, p in result.peers.items()}}
@@ -61,6 +61,10 @@ def render_result(result: Result, images: str = "docs/images") -> str:
     return "\n".join([*lines, "", _source(result)])
 
 
+def _image(layout: Layout) -> Path:
+    return REPOSITORY / "docs" / "images" / layout.image
+
+
 def _targets(result: Result, layout: Layout) -> list[str]:
     """What was found beside what was to be reached; what was not measured says so."""
     if not layout.targets:
@@ -85,7 +89,10 @@ def _matrix(result: Result, layout: Layout) -> list[str]:
         f"| {layout.title} | " + " | ".join(label for _, label in layout.columns) + " |",
         "| --- |" + " ---: |" * len(layout.columns),
     ]
+    drawn = layout.drawn if layout.drawn and _image(layout).exists() else None
     for row in dict.fromkeys(name.rpartition("/")[0] for name in everything if "/" in name):
+        if drawn and re.fullmatch(drawn, row):
+            continue
         figures = [everything.get(f"{row}/{measure}") for measure, _ in layout.columns]
         cells = [_cell(figure.value, figure.unit) if figure else "" for figure in figures]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")

@@ -1,5 +1,6 @@
 """The full-size benchmark, on the tiny model."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -192,6 +193,12 @@ def test_parts_of_several_runs_are_joined(tmp_path):
     result = full_size.combine(paths)
     assert result.figures["over_fp8"].value == pytest.approx(1.65)
     assert set(result.peers) == set(PEERS)
+    later = dataclasses.replace(
+        make_result({"floor_ms": STEP["floor_ms"]}), commit="1234567890abcdef"
+    )
+    mixed = full_size.combine([*paths, later.write(tmp_path / "later")])
+    assert mixed.figures["floor_ms"].note.endswith("at 1234567890ab")
+    assert "at " not in mixed.figures["ternary A8/step_ms"].note
     other = make_result(STEP, device="NVIDIA A100").write(tmp_path / "other")
     with pytest.raises(UserError, match="device is NVIDIA A100, not NVIDIA H200 as before"):
         full_size.combine([*paths, other])
