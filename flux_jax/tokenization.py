@@ -23,6 +23,17 @@ _CLASSES = ("CLIPTokenizer", "T5Tokenizer")
 _NO_LIMIT = 1_000_000
 
 
+def import_tokenizers() -> None:
+    """Imports what `load_tokenizer` needs, for a thread that does so while others read weights.
+
+    It takes a second, and some more where PyTorch is installed, which transformers then imports.
+    """
+    import transformers
+
+    for name in _CLASSES:
+        getattr(transformers, name)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a local folder, read by transformers without touching the network.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import api, reference
 from pallas_kernels.backends import BACKENDS, device_of, why_not
-from pallas_kernels.packing import group_count, pack_codes, unpack_codes
+from pallas_kernels.packing import group_count, pack_codes
 from pallas_kernels.shapes import FEW as FEW
 from pallas_kernels.shapes import MANY as MANY
 from pallas_kernels.shapes import SMALL as SMALL
@@ -33,9 +33,10 @@ class Row:
 
     Attributes:
       m, k, n: tokens, inputs, outputs.
-      what: "bf16 dot" and "int8 dot" (to int32) are XLA's, of dense weights; "A16" and "A8" are
-        the op from bfloat16 to bfloat16 with scale and bias; "A8 product" is that of activations
-        quantised before; "quantize" and "normalize, quantize" are those of the m x k activations.
+      what: "bf16 dot" and "int8 dot" (to int32) are XLA's, of dense random weights; "A16" and
+        "A8" are the op from bfloat16 to bfloat16 with scale and bias; "A8 product" is that of
+        activations quantised before; "quantize" and "normalize, quantize" are those of the m x k
+        activations.
       backend: "xla" or one of `BACKENDS`.
       ms: median, of one call in a queue.
       tops: 1e12 operations a second, two for each weight and token; 0 where nothing is multiplied.
@@ -124,10 +125,16 @@ def _dense_calls(sets: list[Any], k: int) -> Iterator[_Call]:
     def to_int32(x: Any, w: Any) -> Any:
         return jax.lax.dot_general(x, w, contract_last, preferred_element_type=jnp.int32)
 
-    signs = jax.jit(lambda packed: unpack_codes(packed, k).astype(jnp.int8) - 1)
-    dense = [(s[0], signs(s[1])) for s in sets]
-    yield _Call(BF16_DOT, "xla", dot, [(x, w.astype(jnp.bfloat16)) for x, w in dense])
-    yield _Call(INT8_DOT, "xla", to_int32, [(_quantize(x)[0], w) for x, w in dense])
+    # Spread out, as what a ternary weight replaces: of signs alone a product takes less power, and
+    # so less time.
+    shape = (sets[0][1].shape[0], k)
+    keys = jax.random.split(jax.random.key(1), len(sets))
+    wide = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+    narrow = [jax.random.randint(key, shape, -127, 128, jnp.int8) for key in keys]
+    rows = [s[0] for s in sets]
+    yield _Call(BF16_DOT, "xla", dot, list(zip(rows, wide, strict=True)))
+    quantized = [_quantize(x)[0] for x in rows]
+    yield _Call(INT8_DOT, "xla", to_int32, list(zip(quantized, narrow, strict=True)))
 
 
 def _calls(sets: list[Any], backends: Sequence[str]) -> Iterator[_Call]:

@@ -82,7 +82,7 @@ def ternary_matmul(
         return product_direct(x, packed, operands, tile=tile, **settings)
     if isinstance(tile, FewTile):
         return product_few(x, packed, operands, tile=tile, **settings)
-    if row_sum is None:
+    if row_sum is None and tile.decode == CODE:
         # Summing the activations would be another pass over them.
         tile = dataclasses.replace(tile, decode=SIGN)
     elif decodes_to(tile, x.dtype, grouped) == CODE:

@@ -3,10 +3,11 @@
 A thread holds a few bytes of the packed tile, each with the codes of four planes (see `packing`),
 and turns them into one plane's operand by a shift and a mask: nothing moves between threads.
 
-Signs are had as cheaply as codes. Once for all planes, every code c becomes (c - 1) mod 4, which is
-11, 00 or 01 in binary. A plane's two bits at the top of an operand, with zeros below, are then -64,
-0 or 64 as int8, and -2, 0 or 2 as bfloat16 (the exponent's highest bit alone). Sums are too large
-by that factor, a power of two, which `unscaled` takes off at the end: nothing is rounded by it.
+There are three ways: to codes (`CODE`), to signs (`SIGN`), and to signs at the top of an operand
+(`TOP`), which is as cheap as codes. There, once for all planes, every code c becomes (c - 1) mod 4,
+in binary 11, 00 or 01. A plane's two bits at the top, with zeros below, are then -64, 0 or 64 as
+int8, and -2, 0 or 2 as bfloat16 (the exponent's highest bit alone). Sums are too large by that
+factor, a power of two, which `unscaled` takes off at the end: nothing is rounded by it.
 
 Pallas offers no arithmetic on 8-bit registers, so this is written for the level below it
 (`inline_mgpu`), which Pallas' interpret mode does not run. There, `decode_plane` is the same
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.mosaic_api import plgpu
-from pallas_kernels.tiles import CODE, SIGN
+from pallas_kernels.tiles import CODE, SIGN, TOP
 
 
 def packed_layout(dtype: Any) -> Any:
@@ -37,11 +38,11 @@ def decode_plane(packed: Any, plane: int, dtype: Any, kind: str, native: bool) -
       packed: (rows, 64) uint8, in `packed_layout(dtype)`.
       plane: 0 to 3.
       dtype: int8 or bfloat16.
-      kind: `CODE` or `SIGN`; bfloat16 is always `SIGN`.
+      kind: `CODE`, `SIGN` or `TOP`; of bfloat16 one of the last two.
       native: for a GPU, not for interpret mode.
 
     Returns:
-      (rows, 64) of `dtype`, in the same layout; signs are too large, see `unscaled`.
+      (rows, 64) of `dtype`, in the same layout; of `TOP` too large, see `unscaled`.
     """
     if not native:
         codes = ((packed >> (2 * plane)) & 3).astype(jnp.int8)
@@ -76,7 +77,7 @@ def unscaled(sums: Any, kind: str, native: bool) -> Any:
       sums: int32 or float32.
       kind, native: as for `decode_plane`.
     """
-    if kind == CODE or not native:
+    if kind != TOP or not native:
         return sums
     return sums >> 6 if sums.dtype == jnp.int32 else sums * 0.5
 
@@ -113,12 +114,17 @@ def _int8_words(registers: list[Any], plane: int, kind: str) -> list[Any]:
     words = []
     for register in registers:
         word = utils.bitcast(register, ir.IntegerType.get_signless(32))
-        if kind == SIGN:
+        if kind == TOP:
             word = top_bits(sign_word(word), 6 - 2 * plane, 0xC0C0C0C0)
         else:
             if plane:
                 word = arith.shrui(word, _constant(2 * plane))
             word = arith.andi(word, _constant(0x03030303))
+        if kind == SIGN:
+            # One less in each byte. The top bits, set before and cleared after, keep a byte from
+            # borrowing of its neighbour; where it would have borrowed, it becomes 255, which is -1.
+            top = _constant(0x80808080)
+            word = arith.xori(arith.subi(arith.ori(word, top), _constant(0x01010101)), top)
         words.append(utils.bitcast(word, register.type))
     return words
 
@@ -133,8 +139,8 @@ def _bfloat16_words(registers: list[Any], plane: int, kind: str) -> list[Any]:
     """Two packed bytes of each register to two bfloat16."""
     from jax.experimental.mosaic.gpu import utils
 
-    ir, arith = mlir("ir", "arith")
-    if kind != SIGN:
+    ir, arith, llvm = mlir("ir", "arith", "llvm")
+    if kind == CODE:
         raise ValueError(f"bfloat16 operands are signs, got kind={kind!r}")
     i32 = ir.IntegerType.get_signless(32)
     spread = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
@@ -143,7 +149,17 @@ def _bfloat16_words(registers: list[Any], plane: int, kind: str) -> list[Any]:
     for first, second in zip(registers[::2], registers[1::2], strict=True):
         # Two registers share one until they are decoded: they are alive through all four planes.
         low, high = (utils.bitcast(arith.extui(spread, r), i32) for r in (first, second))
-        both = sign_word(arith.ori(low, arith.shli(high, _constant(8))))
-        for shift in (14 - 2 * plane, 6 - 2 * plane):
-            words.append(utils.bitcast(top_bits(both, shift, 0xC000C000), two))
+        both = arith.ori(low, arith.shli(high, _constant(8)))
+        if kind == TOP:
+            signs = sign_word(both)
+            shifts = (14 - 2 * plane, 6 - 2 * plane)
+            words += [utils.bitcast(top_bits(signs, shift, 0xC000C000), two) for shift in shifts]
+            continue
+        for shift in (2 * plane, 2 * plane + 8):
+            word = arith.shrui(both, _constant(shift)) if shift else both
+            # 128 + code, exactly: bfloat16 has steps of one from 128 to 256. Less 129: the sign.
+            word = arith.ori(arith.andi(word, _constant(0x00030003)), _constant(0x43004300))
+            operands = [word, _constant(0x43014301)]
+            sign: Any = llvm.inline_asm(i32, operands, "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r")
+            words.append(utils.bitcast(sign, two))
     return words

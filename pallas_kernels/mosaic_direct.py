@@ -26,7 +26,7 @@ from pallas_kernels.mosaic_warp import (
     write_result,
 )
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
-from pallas_kernels.tiles import SIGN, DirectTile
+from pallas_kernels.tiles import TOP, DirectTile
 
 # Of a warpgroup.
 WARPS = 4
@@ -79,7 +79,7 @@ def product_direct(
             total = read(part_smem.at[0], LAYOUT, native)
             for warp in range(1, WARPS * groups):
                 total = total + read(part_smem.at[warp], LAYOUT, native)
-            total = unscaled(total, SIGN, native)
+            total = unscaled(total, TOP, native)
             total = scaled(total, given, window, gelu=gelu, scale_done=False, ready=ready)
             total = add_residual(total, given.residual, window).astype(out_dtype)
             if native:
@@ -128,7 +128,7 @@ def _sum_in_jax(x: Any, packed: Any, parts: Any, group: Any, output: Any, blocks
             codes = packed[pl.ds(output, ROWS), pl.ds(block * BLOCK_BYTES, BLOCK_BYTES)]
             for plane in range(PLANES):
                 at = pl.ds(block * BLOCK_CODES + plane * BLOCK_BYTES, BLOCK_BYTES)
-                signs = decode_plane(codes, plane, x.dtype, SIGN, native=False)
+                signs = decode_plane(codes, plane, x.dtype, TOP, native=False)
                 parts[warp] += lax.dot_general(  # noqa: B023
                     signs, x[:, at], (((1,), (1,)), ((), ())), preferred_element_type=parts.dtype
                 )

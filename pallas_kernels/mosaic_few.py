@@ -28,7 +28,7 @@ from pallas_kernels.mosaic_api import (
 from pallas_kernels.mosaic_decode import decode_plane, packed_layout, unscaled
 from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window, add_residual, scaled
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
-from pallas_kernels.tiles import SIGN, FewTile
+from pallas_kernels.tiles import TOP, FewTile
 
 # Outputs of a block: the height of one instruction of the tensor cores.
 ROWS = 64
@@ -88,7 +88,7 @@ def product_few(
                 plgpu.barrier_wait(full.at[group * stages + slot])
                 codes = read(code_smem.at[group, slot], packed_layout(x.dtype), native)
                 for plane in range(4):
-                    a = decode_plane(codes, plane, x.dtype, SIGN, native)
+                    a = decode_plane(codes, plane, x.dtype, TOP, native)
                     b = x_smem.at[group, slot, :, pl.ds(plane * BLOCK_BYTES, BLOCK_BYTES)]
                     multiply(acc, a, b, [buffer.at[group] for buffer in spare])
                 plgpu.wgmma_wait(0)
@@ -99,7 +99,7 @@ def product_few(
                     plgpu.commit_smem()
                     fetch(index + stages)
 
-            return unscaled(acc[...], SIGN, native)
+            return unscaled(acc[...], TOP, native)
 
         def finish(total):
             if groups > 1:

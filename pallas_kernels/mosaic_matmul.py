@@ -99,8 +99,10 @@ def product(
 
 
 def decodes_to(tile: Tile, x_dtype: Any, grouped: bool) -> str:
-    """`CODE` or `SIGN`: codes need sums of integers over all of K."""
-    return CODE if tile.decode == CODE and x_dtype == jnp.int8 and not grouped else SIGN
+    """The tile's decoding, or `SIGN` for `CODE`: codes need sums of integers over all of K."""
+    if tile.decode == CODE and (x_dtype != jnp.int8 or grouped):
+        return SIGN
+    return tile.decode
 
 
 def _scratch(plan: Plan) -> list[Any]:

@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
       tile: how the product is cut up.
-      decode: `CODE` or `SIGN`.
+      decode: `CODE`, `SIGN` or `TOP`.
       store: tokens that are written at once.
       m_tiles, n_tiles: how many tiles there are.
       blocks: of 256 inputs.

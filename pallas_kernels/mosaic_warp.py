@@ -30,6 +30,8 @@ from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 ROWS, HEIGHT, WIDTH, PLANES, WORDS = 64, 16, 8, 4, 4
 # Of the codes that a lane reads of a block of inputs.
 LANE_BYTES = 16 * ROWS // WIDTH
+# Sums that a warp adds to in turn.
+_IN_TURN = 4
 
 
 class Shape(NamedTuple):
@@ -135,6 +137,10 @@ def _first_row() -> Any:
     return arith.muli(block, utils.c(ROWS, i32))
 
 
+def _part(values: list[Any], index: int, size: int) -> list[Any]:
+    return values[size * index : size * (index + 1)]
+
+
 class _Warp:
     """Emits the program of one lane. Values are 32-bit words unless said otherwise."""
 
@@ -183,7 +189,7 @@ class _Warp:
         """The whole of it."""
         shape, arith, scf = self.shape, self.arith, self.scf
         fetch, take = self.ring(packed, codes)
-        read = self.reader(x)
+        read, touch = self.reader(x)
         index = self.ir.IndexType.get()
         count = 4 * ROWS // HEIGHT * shape.columns
         zero = self.utils.c(0 if shape.exact else 0.0, self.sum_type)
@@ -193,9 +199,12 @@ class _Warp:
         def block(step: Any) -> Any:
             return arith.addi(self.warp, arith.muli(step, self.word(shape.warps)))
 
+        # Activations first, which are few: what is asked for first comes first.
+        first = read(block(self.word(0))) if ahead else []
+        for step in range(shape.stages):
+            touch(block(self.word(step)))
         for step in range(shape.stages):
             fetch(block(self.word(step)), self.word(step))
-        first = read(block(self.word(0))) if ahead else []
         warps = self.word(shape.warps)
         mine = arith.subi(self.word(shape.blocks + shape.warps - 1), self.warp)
         trips = arith.index_cast(index, arith.divui(mine, warps))
@@ -211,7 +220,9 @@ class _Warp:
             slot = arith.remui(step, self.word(shape.stages))
             sums = self.multiply(take(slot), now, carried[:count])
             # The slot is read: what was in it has been multiplied.
-            fetch(block(arith.addi(step, self.word(shape.stages))), slot)
+            later = block(arith.addi(step, self.word(shape.stages)))
+            touch(later)
+            fetch(later, slot)
             scf.yield_([*sums, *then])
         self.write(parts, list(loop.results)[:count])
 
@@ -279,10 +290,11 @@ class _Warp:
 
         return fetch, take
 
-    def reader(self, x: Any) -> Callable[[Any], list[Any]]:
-        """A function that reads this lane's activations of a block of inputs.
+    def reader(self, x: Any) -> tuple[Callable[[Any], list[Any]], Callable[[Any], None]]:
+        """Functions that read this lane's activations of a block of inputs, and that call them in.
 
         They are, of each instruction's token and each plane, 4 words of int8 or 8 of bfloat16.
+        Called in, they come to the second-level cache while others are multiplied.
         """
         arith, shape = self.arith, self.shape
         size = 1 if shape.exact else 2
@@ -292,20 +304,26 @@ class _Warp:
             token = arith.minui(token, self.word(shape.tokens - 1))
             tokens.append(self.pointer(x, token, size * BLOCK_CODES * shape.blocks, 16 * size))
 
-        def read(block: Any) -> list[Any]:
+        def places(block: Any) -> list[tuple[Any, int]]:
             wide = arith.extui(self.i64, self.within(block))
             at = arith.muli(wide, self.utils.c(size * BLOCK_CODES, self.i64))
+            starts = [arith.addi(start, at) for start in tokens]
+            offsets = [size * BLOCK_BYTES * plane for plane in range(PLANES)]
+            return [(start, offset) for start in starts for offset in offsets]
+
+        def read(block: Any) -> list[Any]:
             return [
                 word
-                for start in tokens
-                for plane in range(PLANES)
+                for start, offset in places(block)
                 for half in range(size)
-                for word in self.load(
-                    "ld.global.nc", arith.addi(start, at), size * BLOCK_BYTES * plane + 16 * half
-                )
+                for word in self.load("ld.global.nc", start, offset + 16 * half)
             ]
 
-        return read
+        def touch(block: Any) -> None:
+            for start, offset in places(block):
+                self.asm([], [start], f"prefetch.global.L2 [$0 + {offset}];", stays=True)
+
+        return read, touch
 
     def load(self, kind: str, address: Any, offset: int) -> list[Any]:
         """Sixteen bytes, as words."""
@@ -317,38 +335,45 @@ class _Warp:
         """The sums with a block's more; four values for each tile of 16 outputs and 8 tokens."""
         shape, sums = self.shape, list(sums)
         per_plane = WORDS if shape.exact else 2 * WORDS
-        for tile in range(ROWS // HEIGHT):
-            both = codes[2 * WORDS * tile : 2 * WORDS * (tile + 1)]
-            signed = [sign_word(word) for word in both]
+        # As many sums in turn as hide the time of an instruction: neighbours must not wait for each
+        # other. More would take registers.
+        some = max(1, _IN_TURN // shape.columns)
+        for first in range(0, ROWS // HEIGHT, some):
+            tiles = range(first, first + some)
+            signs = {t: [sign_word(w) for w in _part(codes, t, 2 * WORDS)] for t in tiles}
             for plane in range(PLANES):
-                shift = 2 * (PLANES - 1 - plane)
-                a = [top_bits(word, shift, 0xC0C0C0C0) for word in signed]
-                for column in range(shape.columns):
-                    at = (column * PLANES + plane) * per_plane
-                    b = x[at : at + per_plane]
-                    where = 4 * (tile * shape.columns + column)
-                    for left, right in self.pairs(a, b):
-                        sums[where : where + 4] = self.mma(left, right, sums[where : where + 4])
+                for part in range(per_plane // 2):
+                    for tile in tiles:
+                        left = self.left(signs[tile], plane, part)
+                        for column in range(shape.columns):
+                            at = (column * PLANES + plane) * per_plane + 2 * part
+                            where = 4 * (tile * shape.columns + column)
+                            done = self.mma(left, x[at : at + 2], sums[where : where + 4])
+                            sums[where : where + 4] = done
         return sums
 
-    def pairs(self, a: list[Any], b: list[Any]) -> list[tuple[list[Any], list[Any]]]:
-        """Operands of instructions, from a plane's words of two rows, and of activations."""
-        upper, lower = a[:WORDS], a[WORDS:]
-        if self.shape.exact:
-            return [
-                ([upper[i], lower[i], upper[i + 1], lower[i + 1]], b[i : i + 2])
-                for i in range(0, WORDS, 2)
-            ]
-        # Two bytes to the upper halves of two bfloat16.
-        halves = [
-            [self.asm([self.i32], [word], f"prmt.b32 $0, $1, 0, {choice};")[0] for word in words]
-            for choice in ("0x1404", "0x3424")
-            for words in (upper, lower)
+    def left(self, signs: list[Any], plane: int, part: int) -> list[Any]:
+        """An instruction's operand of 16 rows: of a plane, 32 int8 or 16 bfloat16 of each.
+
+        Args:
+          signs: 4 words of the row `lane / 4`, and 4 of that plus 8.
+          plane, part: which codes of them; as many parts as it takes for all words.
+        """
+        upper, lower = signs[:WORDS], signs[WORDS:]
+        count = 2 if self.shape.exact else 1
+        shift = 2 * (PLANES - 1 - plane)
+        both = [
+            top_bits(row[part * count + i], shift, 0xC0C0C0C0)
+            for i in range(count)
+            for row in (upper, lower)
         ]
-        low_upper, low_lower, high_upper, high_lower = halves
+        if self.shape.exact:
+            return both
+        # Two bytes to the upper halves of two bfloat16.
         return [
-            ([low_upper[i], low_lower[i], high_upper[i], high_lower[i]], b[2 * i : 2 * i + 2])
-            for i in range(WORDS)
+            self.asm([self.i32], [word], f"prmt.b32 $0, $1, 0, {choice};")[0]
+            for choice in ("0x1404", "0x3424")
+            for word in both
         ]
 
     def mma(self, a: list[Any], b: list[Any], sums: list[Any]) -> list[Any]:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels.packing import BLOCK_BYTES
 
 # What a decoded code is: the code itself (0, 1, 2; the sum of the activations is taken off later),
-# or the sign that it stands for.
-CODE, SIGN = "code", "sign"
+# the sign that it stands for, or that sign at the top of an operand (see `mosaic_decode`).
+CODE, SIGN, TOP = "code", "sign", "top"
 
 # What a block can have on Hopper, less a kilobyte for barriers and alignment.
 SHARED_BYTES = 226 * 1024
@@ -56,8 +56,8 @@ class Tile:
       along_n: whether a band runs along the outputs; along the tokens otherwise.
       lag: 1 keeps the products of a stage running while the next stage is begun; 0 does not.
       flight: how many of a stage's products may run at once; None for all.
-      decode: `CODE` or `SIGN`. `CODE` needs int8 activations whose sums are known and a scale that
-        is not per group; elsewhere signs are decoded whatever this says.
+      decode: `CODE`, `SIGN` or `TOP`. `CODE` needs int8 activations whose sums are known and a
+        scale that is not per group; elsewhere it is `SIGN`.
     """
 
     rows: int = 128

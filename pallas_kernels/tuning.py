@@ -20,6 +20,7 @@ from pallas_kernels.tiles import (
     FEW_ROWS,
     SHARED_BYTES,
     SIGN,
+    TOP,
     AnyTile,
     DirectTile,
     FewTile,
@@ -124,7 +125,8 @@ def _many(problem: Problem) -> list[Tile]:
             {**wide, "flight": 0},
         )
         return [
-            Tile(**size, along_n=along_n, decode=SIGN)
+            Tile(**size, along_n=along_n, decode=decode)
+            for decode in (SIGN, TOP)
             for along_n in (False, True)
             for size in sizes
         ]

@@ -26,6 +26,7 @@ from pallas_kernels.tiles import (
     CODE,
     SHARED_BYTES,
     SIGN,
+    TOP,
     DirectTile,
     FewTile,
     Tile,
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.gpu
 TILES = [
     Tile(),
     Tile(decode=SIGN),
+    Tile(decode=TOP),
     Tile(along_n=True, band=16),
     Tile(lag=1),
     Tile(planes=2, stages=8, lag=1),
@@ -238,6 +240,7 @@ def test_transforms(backend, bits, granularity):
 
 def test_both_decodings_give_the_same_bits(hopper):
     case = Case(m=200, n=520, k=768)
-    outcomes = [check(case, "mosaic", with_tile(Tile(decode=d), hopper)) for d in (CODE, SIGN)]
+    tiles = [Tile(decode=decode) for decode in (CODE, SIGN, TOP)]
+    outcomes = [check(case, "mosaic", with_tile(tile, hopper)) for tile in tiles]
     assert all(outcome.passed for outcome in outcomes), outcomes
     assert outcomes[0].error == outcomes[1].error
