@@ -48,7 +48,7 @@ def ternary_matmul(
         triton   as mosaic, and float16 x with 16-bit activations
         jax      everything
 
-    Kernels with 16-bit activations sum twice the products: bfloat16 beyond 1.7e38 becomes inf.
+    Some kernels with 16-bit activations sum twice the products: beyond 1.7e38 x becomes inf.
     Every backend takes every kind of scale and every option, any M, N and K. Results have 16 or 32
     bits; other types only in plain JAX. A scale per group costs Mosaic most of what int8 gains.
 

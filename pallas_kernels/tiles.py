@@ -98,7 +98,7 @@ class DirectTile:
     """
 
     groups: int = 1
-    stages: int = 3
+    stages: int = 2
 
     @property
     def tokens(self) -> int:
