@@ -115,6 +115,13 @@ def render(text: str, directory: Path = RESULTS, images: str = "docs/images") ->
     return _BLOCK.sub(replace, text)
 
 
+def render_document(path: Path) -> str:
+    """A document's text with every marked block rewritten."""
+    inside = path.parent.name == "docs"
+    text = path.read_text(encoding="utf-8")
+    return render(text, images="images" if inside else "docs/images")
+
+
 def _cell(value: float, unit: str) -> str:
     if unit == "yes":
         return "yes" if value else "no"
@@ -144,9 +151,7 @@ def main(
 ) -> None:
     """Writes the tables of the README and of docs/ from benchmarks/results."""
     for path in DOCUMENTS:
-        before = path.read_text(encoding="utf-8")
-        inside = path.parent.name == "docs"
-        after = render(before, images="images" if inside else "docs/images")
+        before, after = path.read_text(encoding="utf-8"), render_document(path)
         if before == after:
             continue
         if check:
