@@ -1,6 +1,6 @@
 """Base-3 bytes to the 2-bit layout on a device: what `base3` does on the host, in one program.
 
-A model's codes are some ten billion digits: minutes of a processor's time, milliseconds of a GPU's.
+FLUX.1-dev has twelve billion of these digits: half a minute of two cores, milliseconds of a GPU.
 And the host's threads, which would take the interpreter for every few operations on arrays, leave
 it to whatever else a process does when it starts.
 """

@@ -100,6 +100,27 @@ def test_a_streamed_pipeline_draws_the_same_image():
     assert resident.fingerprint() == streamed.fingerprint()
 
 
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 2}])
+def test_weights_are_read_once_for_states_and_digest(mesh):
+    encoder = random_t5("float32")
+    host = {path: np.asarray(value) for path, value in to_flat(encoder).items()}
+    reads = []
+
+    def read(path):
+        reads.append(path)
+        return host[path]
+
+    mesh = None if mesh is None else make_mesh(**mesh)
+    opened = contextlib.nullcontext(read)
+    streamed = StreamedT5(CONFIG, lambda: opened, dtype="float32", mesh=mesh)
+    streamed.states(IDS, for_digest=True)
+    assert streamed.digest("t5") == component_digest("t5", encoder)
+    assert sorted(reads) == sorted(host)
+    # Encoding without it keeps what is known.
+    streamed.states(IDS[:1])
+    assert streamed.digest("t5") == component_digest("t5", encoder)
+
+
 def test_a_block_is_spread_over_a_mesh():
     encoder = random_t5("float32")
     mesh = make_mesh(fsdp=2, tensor=2)
