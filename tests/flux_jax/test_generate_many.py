@@ -136,6 +136,7 @@ def test_a_mesh_draws_the_same_images(inputs, whole, tmp_path):
     assert "a mesh of data=16 needs 16 devices, 8 are here" in message
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(inputs, whole, tmp_path):
     out = tmp_path / "out"
@@ -162,6 +163,7 @@ def test_killed_at_any_moment_it_goes_on(inputs, whole, tmp_path):
     assert len(list(out.iterdir())) == len(PROMPTS)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_draw_the_images_of_one(inputs, whole, tmp_path):
     out = tmp_path / "out"

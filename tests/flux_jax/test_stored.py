@@ -130,6 +130,7 @@ print(len(traced))
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_second_process_draws_the_same_without_the_model_s_code(tmp_path):
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}

@@ -137,6 +137,7 @@ def test_rounding_to_bytes_is_theirs(pipes):
     np.testing.assert_array_equal(np.asarray(ours[0]), np.asarray(theirs[0]))
 
 
+@pytest.mark.long
 def test_compare_finds_no_difference(folder):
     findings = list(compare(folder, num_inference_steps=2))
     assert [finding.name for finding in findings if not finding.passed] == []
@@ -144,6 +145,7 @@ def test_compare_finds_no_difference(folder):
     assert names >= {"text_encoder", "text_encoder_2", "scheduler", "transformer", "vae", "image"}
 
 
+@pytest.mark.long
 def test_compare_finds_a_difference(folder, monkeypatch):
     """A fault in one component is found there, and the command exits with 1."""
 

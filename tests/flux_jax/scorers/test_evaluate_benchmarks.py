@@ -103,6 +103,7 @@ def as_dpg_reads(images, resolution, pictures):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_geneval_of_teacher_and_student(files, tmp_path):
     """The shipped models, from the same noise."""

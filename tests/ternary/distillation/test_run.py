@@ -153,6 +153,7 @@ def command(teacher, prompts, settings, out):
     ]
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bit_for_bit(teacher, prompts, settings, whole, tmp_path):
     """Killed in the middle of things, then run again: the losses are those of the whole run."""
     out = tmp_path / "run"
@@ -174,6 +175,7 @@ def test_a_killed_run_goes_on_bit_for_bit(teacher, prompts, settings, whole, tmp
     ).read_bytes()
 
 
+@pytest.mark.long
 def test_a_full_disk_loses_nothing_saved(teacher, prompts, settings, whole, tmp_path):
     """No file may grow beyond a limit that only the checkpoints exceed: writing one fails."""
     out = tmp_path / "run"
@@ -205,6 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(teacher, prompts, settings, tmp
         distill(task, tmp_path / "run", config, mesh=one_device(), progress=False)
 
 
+@pytest.mark.long
 def test_a_run_starts_from_calibrated_weights(teacher, prompts, settings, whole, tmp_path):
     """From the teacher's own it is the run without a start; from others it is not."""
     config = read_run_config(settings)

@@ -328,6 +328,7 @@ def test_an_evaluation_is_shown_in_place_of_the_runs_scores(tmp_path):
     assert "plain rounding" not in page_of(folder).text
 
 
+@pytest.mark.long
 def test_score_draws_and_judges_all_three(teacher, student, tmp_path):
     folder = make_run(tmp_path / "run", teacher=str(teacher))
     settings = folder / "run.yaml"
