@@ -42,7 +42,7 @@ demo: $(VENV)/.installed ## install, then draw one prompt with the shipped model
 test: $(VENV)/.installed-test $(VENV)/.browser ## install what the tests need, then run them (two at a time)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
 
-test-long: $(VENV)/.installed-test ## the tests that take minutes each: notebooks, killed jobs, benchmarks at tiny size
+test-long: $(VENV)/.installed-test ## the slowest tests: notebooks, killed jobs, benchmarks at tiny size
 	$(BIN)/python -m pytest -n 2 --dist load -m long $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test ## ruff (format and rules) and pyright

@@ -54,7 +54,7 @@ def _kernels(prefix: str, backend: str) -> tuple[tuple[str, str], ...]:
     )
     means = tuple(
         (f"{prefix}{name.format(few)}", f"{label.format(tokens)}, {backend}")
-        for few, tokens in (("", ""), ("few_", ", 1 and 16 tokens"))
+        for few, tokens in (("", ""), ("few_", ", 1 and 16 tokens, on the device"))
         for name, label in named
     )
     return means + worst

@@ -190,7 +190,7 @@ def ratio_to_dense(rows: list[Row], what: str, backend: str) -> dict[tuple[int, 
 def table(rows: list[Row]) -> list[str]:
     """Lines for a terminal."""
     lines = [
-        f"{'shape':>20}  {'what':20} {'backend':8} {'ms':>9} {'on it':>9} {'TOP/s':>7}  over XLA's"
+        f"{'shape':>20}  {'what':20} {'backend':8} {'ms':>9} {'device':>9} {'TOP/s':>7}  over XLA's"
     ]
     for row in rows:
         ratio = ratio_to_dense(rows, row.what, row.backend).get((row.m, row.k, row.n))

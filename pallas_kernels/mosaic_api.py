@@ -23,6 +23,24 @@ def interpret_params() -> Any:
     return InterpretGPUParams()
 
 
+def product_kernel(body: Any, *, interpret: Any, **settings: Any) -> Any:
+    """`plgpu.kernel` as all products need it: warpgroups on an axis "group", own barriers.
+
+    Args:
+      body: of references.
+      interpret: None on a GPU, else the parameters of Pallas' GPU interpret mode.
+      settings: of `plgpu.kernel`; `num_threads` is how many warpgroups.
+    """
+    if interpret is not None:
+        settings["interpret"] = interpret
+    parameters = plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
+    return plgpu.kernel(body, thread_name="group", compiler_params=parameters, **settings)
+
+
 def transpose_ref(ref: Any) -> Any:
     """A two-dimensional reference with its axes exchanged: a method since JAX 0.11."""
     if hasattr(plgpu, "transform_ref"):
@@ -141,6 +159,7 @@ __all__ = [
     "multiply",
     "pl",
     "plgpu",
+    "product_kernel",
     "read",
     "spare_operands",
     "store_transposed",

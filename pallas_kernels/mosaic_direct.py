@@ -1,4 +1,4 @@
-"""The ternary product of up to 16 rows on Hopper: nothing between memory and the tensor cores.
+"""The ternary product of up to 16 rows on Hopper: every lane multiplies what it has read itself.
 
 A block of threads has 64 outputs. Its warps share the inputs out, and the first four add up what
 all have summed, in a fixed order, so that results repeat. What a warp does is in `mosaic_warp`.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, UInt8
 
-from pallas_kernels.mosaic_api import pl, plgpu, read
+from pallas_kernels.mosaic_api import pl, plgpu, product_kernel, read
 from pallas_kernels.mosaic_decode import decode_plane, unscaled
 from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window, add_residual, scaled
 from pallas_kernels.mosaic_warp import (
@@ -93,24 +93,18 @@ def product_direct(
         pl.when(group == 0)(finish)
 
     y_shape = (tokens, outputs) if native else (size[1], n_tiles * ROWS)
-    call = plgpu.kernel(
+    call = product_kernel(
         body,
         out_type=jax.ShapeDtypeStruct(y_shape, out_dtype),
         grid=(n_tiles,),
         grid_names=("outputs",),
         num_threads=groups,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
         scratch_types=[
             plgpu.SMEM((stages, WARPS * groups, 32 * LANE_BYTES), jnp.uint8),
             plgpu.SMEM((WARPS * groups, *size), jnp.int32 if exact else jnp.float32),
             plgpu.Barrier(num_arrivals=max(groups - 1, 1)),
         ],
-        **({} if native else {"interpret": interpret}),
+        interpret=interpret,
     )
     return call(x, packed, *operands.given())[:tokens, :outputs]
 

@@ -18,6 +18,7 @@ from pallas_kernels.mosaic_api import (
     multiply,
     pl,
     plgpu,
+    product_kernel,
     read,
     spare_operands,
     store_transposed,
@@ -136,19 +137,13 @@ def product_few(
     if not native:
         scratch += spare_operands(groups, ROWS, BLOCK_BYTES, tokens, x.dtype)
     y_columns = whole(asked_n, 128 // jnp.dtype(out_dtype).itemsize) if native else len(packed)
-    call = plgpu.kernel(
+    call = product_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((x.shape[0], y_columns), out_dtype),
         grid=(n_tiles, m_tiles),
         grid_names=("outputs", "tokens"),
         num_threads=groups,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
         scratch_types=scratch,
-        **({} if native else {"interpret": interpret}),
+        interpret=interpret,
     )
     return call(x, packed, *operands.given())[:asked_m, :asked_n]

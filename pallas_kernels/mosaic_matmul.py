@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int8, UInt8
 from pallas_kernels.mosaic_api import (
     pl,
     plgpu,
+    product_kernel,
     spare_operands,
     store_transposed,
     tiled,
@@ -80,20 +81,14 @@ def product(
     )
     operands = operands.padded(plan.m_tiles * tile.tokens, plan.n_tiles * outputs)
     y_columns = whole(asked_n, 128 // jnp.dtype(out_dtype).itemsize) if native else len(packed)
-    call = plgpu.kernel(
+    call = product_kernel(
         lambda *refs: _body(plan, operands, refs),
         out_type=jax.ShapeDtypeStruct((x.shape[0], y_columns), out_dtype),
         grid=(multiprocessors,),
         grid_names=("block",),
         num_threads=COMPUTE + 1,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
         scratch_types=_scratch(plan),
-        **({} if native else {"interpret": interpret}),
+        interpret=interpret,
     )
     return call(x, packed, *operands.given())[:asked_m, :asked_n]
 
