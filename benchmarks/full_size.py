@@ -67,20 +67,22 @@ def derived(figures: dict[str, Figure], peers: dict[str, Peer]) -> dict[str, Fig
     }
 
 
-def combine(paths: list[Path]) -> Result:
+def combine(paths: list[Path], *, mixed: bool = False) -> Result:
     """One result of several runs of this benchmark that differ in their parts.
 
-    What a run at another commit found says so in its notes.
+    Args:
+      paths: the result files; the date, commit and versions are the first's.
+      mixed: whether commits may differ; what was found at another one then says so in its note.
 
     Raises:
-      UserError: runs of other benchmarks or devices.
+      UserError: runs of other benchmarks or devices, or of other commits unless `mixed`.
     """
     results = [read_result(path) for path in paths]
     first = results[0]
     figures: dict[str, Figure] = {}
     peers: dict[str, Peer] = {}
     for path, result in zip(paths, results, strict=True):
-        for field in ("benchmark", "device"):
+        for field in ("benchmark", "device", *(() if mixed else ("commit",))):
             mine, other = getattr(first, field), getattr(result, field)
             if mine != other:
                 raise UserError(f"{path}: {field} is {other}, not {mine} as before")
@@ -152,12 +154,16 @@ def main(
         list[Path] | None,
         typer.Option("--combine", help="Measure nothing: join these result files of other parts."),
     ] = None,
+    mixed: Annotated[
+        bool,
+        typer.Option("--mixed-commits", help="Join results of several commits, noted at figures."),
+    ] = False,
     out: OutOrNone = None,
     commit: Commit = None,
 ) -> None:
     """Measures the parts and writes the result file."""
     if combined:
-        print(f"written: {combine(combined).write(out or RESULTS).name}")
+        print(f"written: {combine(combined, mixed=mixed).write(out or RESULTS).name}")
         return
     wanted = found_by(only, list(PARTS))
     with tempfile.TemporaryDirectory(prefix="full-size-") as temporary:

@@ -196,7 +196,10 @@ def test_parts_of_several_runs_are_joined(tmp_path):
     later = dataclasses.replace(
         make_result({"floor_ms": STEP["floor_ms"]}), commit="1234567890abcdef"
     )
-    mixed = full_size.combine([*paths, later.write(tmp_path / "later")])
+    every = [*paths, later.write(tmp_path / "later")]
+    with pytest.raises(UserError, match="commit is 1234567890abcdef, not .* as before"):
+        full_size.combine(every)
+    mixed = full_size.combine(every, mixed=True)
     assert mixed.figures["floor_ms"].note.endswith("at 1234567890ab")
     assert "at " not in mixed.figures["ternary A8/step_ms"].note
     other = make_result(STEP, device="NVIDIA A100").write(tmp_path / "other")
@@ -252,7 +255,14 @@ def test_a_failed_part_is_told_and_the_others_are_kept(monkeypatch, tmp_path, ca
     monkeypatch.setattr(full_size, "PARTS", {"a": fails, "b": works})
     with pytest.raises(SystemExit, match="not measured: a"):
         full_size.main(
-            tiny=True, only=None, minutes=None, work=None, combined=None, out=tmp_path, commit="x"
+            tiny=True,
+            only=None,
+            minutes=None,
+            work=None,
+            combined=None,
+            mixed=False,
+            out=tmp_path,
+            commit="x",
         )
     assert "a: no such thing" in capsys.readouterr().err
     (path,) = tmp_path.glob("*.json")
