@@ -19,7 +19,7 @@ from flux_jax.plan import ARGUMENTS, Plan, make_plan
 from flux_jax.prompts import TextEncoders
 from flux_jax.residence import AUTO, PLACEMENTS, RESIDENT, STREAMED, fits
 from flux_jax.sharding import place_shapes
-from flux_jax.tokenization import load_tokenizer, max_length
+from flux_jax.tokenization import load_tokenizer, stored_max_length
 
 _TEXT = ("text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -75,7 +75,7 @@ def check_request(
         configs["transformer"],
         configs["vae"],
         found.scheduler,
-        token_limit=max_length(load_tokenizer(found.tokenizer_paths["tokenizer_2"])),
+        token_limit=stored_max_length(found.tokenizer_paths["tokenizer_2"]),
         num_images_per_prompt=num_images_per_prompt,
         mesh=None if mesh is None else mesh.shape,
         **{name: settings[name] for name in ARGUMENTS if name in settings},

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -35,6 +36,9 @@ _CUSTOM_CALLS = (
     "__cudnn$fmhaSoftmaxF8",
     "__cudnn$fmhaScaleBiasSoftmax",
 )
+# What a program calls by these names is found only once the module is imported, which the model's
+# code would have done: Mosaic's compiled kernels look for its runtime.
+_RUNTIMES = {b"mosaic_gpu": "jax.experimental.mosaic.gpu"}
 
 Program = Callable[[list[Any], tuple[Any, ...]], Any]
 
@@ -100,6 +104,9 @@ class StoredProgram:
                 # Not everything can be exported. It runs all the same.
                 return self._function
             _write(path, data)
+        for name, module in _RUNTIMES.items():
+            if name in exported.mlir_module_serialized:
+                importlib.import_module(module)
 
         def call(leaves: list[Any], args: tuple[Any, ...]) -> Any:
             return exported.call(*jax.tree.leaves((leaves, args)))

@@ -58,10 +58,15 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _class_name(folder: Path) -> str | None:
     """The class that a tokenizer's folder names, as transformers calls it since version 5."""
+    name = _setting(folder, "tokenizer_class")
+    return name.removesuffix("Fast") if isinstance(name, str) else None
+
+
+def _setting(folder: Path, name: str) -> Any:
+    """What a tokenizer's folder says of itself; None where it does not."""
     try:
-        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return content["tokenizer_class"].removesuffix("Fast")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -69,6 +74,14 @@ def max_length(tokenizer: Any, otherwise: int = DEV_TOKENS) -> int:
     """The tokenizer's own length limit, or `otherwise` if it has none."""
     limit = getattr(tokenizer, "model_max_length", None)
     return int(limit) if limit is not None and limit < _NO_LIMIT else otherwise
+
+
+def stored_max_length(folder: Path, otherwise: int = DEV_TOKENS) -> int:
+    """`max_length` of the tokenizer in a folder, which is not loaded where its settings tell."""
+    limit = _setting(folder, "model_max_length")
+    if isinstance(limit, int | float):
+        return int(limit) if limit < _NO_LIMIT else otherwise
+    return max_length(load_tokenizer(folder), otherwise)
 
 
 def tokenize(

@@ -20,7 +20,7 @@ from flux_jax.files import claimed, writing
 from flux_jax.latents import PATCH, check_size
 from flux_jax.plan import sequence_length
 from flux_jax.prompts import TextEncoders
-from flux_jax.tokenization import load_tokenizer, max_length
+from flux_jax.tokenization import stored_max_length
 from ternary.calibration.calibrator import Calibrator, Listener
 from ternary.calibration.plan import check_prompts, make_plan
 from ternary.calibration.progress import PartReport, Progress
@@ -82,7 +82,7 @@ def encode_prompts(
     config: Any = found.components["transformer"].config
     if "tokenizer_2" not in found.tokenizer_paths:
         raise UserError(f"{src} has no tokenizer_2, which prompts need")
-    limit = max_length(load_tokenizer(found.tokenizer_paths["tokenizer_2"]))
+    limit = stored_max_length(found.tokenizer_paths["tokenizer_2"])
     length = sequence_length(config, limit, max_sequence_length)
     encoders = TextEncoders.from_pretrained(src, dtype=jnp.bfloat16)
     # A batch at a time to the host: thousands of prompts would not fit the device.

@@ -238,13 +238,19 @@ def abstract_ternary(
     """A transformer with ternary linears, of shapes alone."""
     module = abstract_module("transformer", config, dtype)
 
+    # Hundreds of linears have a handful of shapes.
+    @functools.cache
+    def parts(columns: int, rows: int, bias: bool, axes: tuple[Any, ...]) -> tuple[Any, Any]:
+        return nnx.split(
+            nnx.eval_shape(
+                lambda: TernaryLinear(columns, rows, quant, bias=bias, axes=axes, dtype=dtype)
+            )
+        )
+
     def make(name: str, linear: Any) -> TernaryLinear:
         rows, columns = linear.weight.shape
         axes = linear.weight.get_metadata()["axes"]
-        with_bias = linear.bias is not None
-        return nnx.eval_shape(
-            lambda: TernaryLinear(columns, rows, quant, bias=with_bias, axes=axes, dtype=dtype)
-        )
+        return nnx.merge(*parts(columns, rows, linear.bias is not None, axes), copy=True)
 
     replace_linears(module, layers, make)
     return module

@@ -35,6 +35,21 @@ def test_the_parameters_are_those_of_the_published_files(name, config, tensors, 
     assert sum(math.prod(value.shape) for value in found.values()) == parameters
 
 
+def test_a_module_of_shapes_is_the_caller_s_own():
+    """They are built once and copied: what is done to a copy is not done to the next one."""
+    config = CONFIGS["transformer"]
+    first, second = (abstract_module("transformer", config) for _ in range(2))
+    del first.final_layer
+    variables = dict(nnx.to_flat_state(nnx.state(first, nnx.Param)))
+    for variable in variables.values():
+        variable.set_metadata(axes="changed")
+    assert variables
+    for module in (second, abstract_module("transformer", config)):
+        assert hasattr(module, "final_layer")
+        found = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+        assert all(found[path].get_metadata()["axes"] != "changed" for path in variables)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_names_its_axes(name):
     flat = nnx.to_flat_state(nnx.state(abstract_module(name, CONFIGS[name]), nnx.Param))

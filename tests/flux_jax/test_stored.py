@@ -84,6 +84,32 @@ def test_half_a_file_is_made_anew(tmp_path):
     assert path.stat().st_size == len(whole)
 
 
+# Two programs of which one calls a Mosaic kernel, as one process keeps them and another finds them.
+RUNTIME_SCRIPT = """
+import sys, jax, jax.numpy as jnp
+from pathlib import Path
+from flux_jax.stored import StoredProgram
+def plain(leaves, args):
+    return leaves[0] + 1
+def kernel(leaves, args):
+    x = leaves[0]
+    return jax.ffi.ffi_call("mosaic_gpu_v2", jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+name = "jax.experimental.mosaic.gpu"
+for function in (plain, kernel):
+    StoredProgram(function, Path(sys.argv[1]), ()).lower([jnp.ones(3)], ())
+    print(function.__name__, name in sys.modules)
+"""
+
+
+def test_a_program_found_again_has_its_kernels_runtime(tmp_path):
+    """Its model's code, which would have imported it, does not run."""
+    for _ in range(2):
+        command = [sys.executable, "-c", RUNTIME_SCRIPT, str(tmp_path)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        assert result.stdout.split() == ["plain", "False", "kernel", "True"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     file = tmp_path / "file"
     file.write_text("")

@@ -9,7 +9,7 @@ import pytest
 
 from flux_jax.assets import TEACHER, shipped_path
 from flux_jax.errors import UserError
-from flux_jax.tokenization import load_tokenizer, max_length, tokenize
+from flux_jax.tokenization import load_tokenizer, max_length, stored_max_length, tokenize
 
 
 @pytest.mark.parametrize("content", ["{", "null", "[]", '{"model": {}}', "\xff"])
@@ -34,6 +34,14 @@ def test_the_limit_of_a_tokenizer():
         assert max_length(none) == 512
         assert max_length(none, 77) == 77
     assert max_length(SimpleNamespace(model_max_length=256)) == 256
+
+
+@pytest.mark.parametrize(("told", "limit"), [("256", 256), ("1e30", 512), ("null", 77), ("{", 77)])
+def test_the_limit_is_read_from_the_settings_where_they_tell(tmp_path, monkeypatch, told, limit):
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {told}}}')
+    loaded = SimpleNamespace(model_max_length=77)
+    monkeypatch.setattr("flux_jax.tokenization.load_tokenizer", lambda folder: loaded)
+    assert stored_max_length(tmp_path) == limit
 
 
 def test_ids_are_padded_or_cut_to_the_length(caplog):
