@@ -117,9 +117,7 @@ def _int8_words(registers: list[Any], plane: int, kind: str) -> list[Any]:
         if kind == TOP:
             word = top_bits(sign_word(word), 6 - 2 * plane, 0xC0C0C0C0)
         else:
-            if plane:
-                word = arith.shrui(word, _constant(2 * plane))
-            word = arith.andi(word, _constant(0x03030303))
+            word = masked(word, 2 * plane, 0x03030303)
         if kind == SIGN:
             # One less in each byte. The top bits, set before and cleared after, keep a byte from
             # borrowing of its neighbour; where it would have borrowed, it becomes 255, which is -1.
@@ -133,6 +131,12 @@ def top_bits(word: Any, shift: int, mask: int) -> Any:
     """A word shifted to the left, where there is something to shift, and masked."""
     arith = mlir("arith")[0]
     return arith.andi(arith.shli(word, _constant(shift)) if shift else word, _constant(mask))
+
+
+def masked(word: Any, shift: int, mask: int) -> Any:
+    """A word shifted to the right, where there is something to shift, and masked."""
+    arith = mlir("arith")[0]
+    return arith.andi(arith.shrui(word, _constant(shift)) if shift else word, _constant(mask))
 
 
 def _bfloat16_words(registers: list[Any], plane: int, kind: str) -> list[Any]:

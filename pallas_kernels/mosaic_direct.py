@@ -1,7 +1,8 @@
 """The ternary product of up to 16 rows on Hopper: every lane multiplies what it has read itself.
 
-A block of threads has 64 outputs. Its warps share the inputs out, and the first four add up what
-all have summed, in a fixed order, so that results repeat. What a warp does is in `mosaic_warp`.
+A block of threads has 64 outputs. Its warps share them and the inputs out, and the first four add
+up what all have summed, in a fixed order, so that results repeat. What a warp does is in
+`mosaic_warp`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,8 @@ from jaxtyping import Array, Float, Int8, UInt8
 from pallas_kernels.mosaic_api import pl, plgpu, product_kernel, read
 from pallas_kernels.mosaic_decode import decode_plane, unscaled
 from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window, add_residual, scaled
-from pallas_kernels.mosaic_warp import (
-    LANE_BYTES,
-    PLANES,
-    ROWS,
-    WIDTH,
-    Shape,
-    write_partial_sums,
-    write_result,
-)
+from pallas_kernels.mosaic_mma import PLANES, ROWS, WIDTH, Shape
+from pallas_kernels.mosaic_warp import per_token, write_partial_sums, write_result
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 from pallas_kernels.tiles import TOP, DirectTile
 
@@ -46,9 +40,11 @@ def product_direct(
     (tokens, columns), (outputs, width) = x.shape, packed.shape
     native, exact = interpret is None, x.dtype == jnp.int8
     blocks = width // BLOCK_BYTES
-    groups = min(tile.groups, -(-blocks // WARPS))
-    stages = min(tile.stages, -(-blocks // (WARPS * groups)))
-    shape = Shape(tokens, outputs, blocks, WARPS * groups, stages, exact)
+    # As many warps as have something to do; and as much under way as there is.
+    alone = WARPS * tile.rows // ROWS
+    groups = min(tile.groups, -(-blocks // alone))
+    stages = min(tile.stages, -(-blocks // (alone * groups)))
+    shape = Shape(tokens, outputs, blocks, WARPS * groups, tile.rows, stages, exact)
     size = (ROWS, WIDTH * shape.columns)
     n_tiles = pl.cdiv(outputs, ROWS)
     # Rows of whole blocks. Pallas' interpreter reads whole tiles, and wants them to be there.
@@ -58,7 +54,11 @@ def product_direct(
     if not native:
         packed = jnp.pad(packed, ((0, n_tiles * ROWS - outputs), (0, 0)))
     run = operands.run(tokens)
+    token_scale = operands.token_scale
     operands = operands._replace(row_sum=None).padded(size[1], n_tiles * ROWS)
+    if native:
+        # Padding it would be a kernel of its own, which takes as long as all of this.
+        operands = operands._replace(token_scale=token_scale)
 
     def body(x_gmem, packed_gmem, *rest):
         rest = list(rest)
@@ -67,19 +67,24 @@ def product_direct(
         group = lax.axis_index("group")
         output = lax.axis_index("outputs") * ROWS
         window = Window(output=output, token=0, shape=size, run=run, native=native)
-        ready = window.ahead(given)
         if native:
+            ready = window.ahead(given._replace(token_scale=None))
+            if given.token_scale is not None:
+                vector = per_token(given.token_scale, tokens, LAYOUT.reduce(0))
+                ready = ready._replace(token_scale=vector)
             write_partial_sums(x_gmem, packed_gmem, code_smem, part_smem, shape)
         else:
-            _sum_in_jax(x_gmem, packed_gmem, part_smem, group, window.output, blocks)
+            ready = window.ahead(given)
+            _sum_in_jax(x_gmem, packed_gmem, part_smem, group, window.output, shape)
 
         def finish():
             if groups > 1:
                 plgpu.barrier_wait(done)
             total = read(part_smem.at[0], LAYOUT, native)
-            for warp in range(1, WARPS * groups):
-                total = total + read(part_smem.at[warp], LAYOUT, native)
-            total = unscaled(total, TOP, native)
+            for share in range(1, shape.shares):
+                total = total + read(part_smem.at[share], LAYOUT, native)
+            if not exact:
+                total = unscaled(total, TOP, native)
             total = scaled(total, given, window, gelu=gelu, scale_done=False, ready=ready)
             total = add_residual(total, given.residual, window).astype(out_dtype)
             if native:
@@ -100,8 +105,8 @@ def product_direct(
         grid_names=("outputs",),
         num_threads=groups,
         scratch_types=[
-            plgpu.SMEM((stages, WARPS * groups, 32 * LANE_BYTES), jnp.uint8),
-            plgpu.SMEM((WARPS * groups, *size), jnp.int32 if exact else jnp.float32),
+            plgpu.SMEM((stages, shape.warps, BLOCK_BYTES * tile.rows), jnp.uint8),
+            plgpu.SMEM((shape.shares, *size), jnp.int32 if exact else jnp.float32),
             plgpu.Barrier(num_arrivals=max(groups - 1, 1)),
         ],
         interpret=interpret,
@@ -109,20 +114,23 @@ def product_direct(
     return call(x, packed, *operands.given())[:tokens, :outputs]
 
 
-def _sum_in_jax(x: Any, packed: Any, parts: Any, group: Any, output: Any, blocks: int) -> None:
+def _sum_in_jax(x: Any, packed: Any, parts: Any, group: Any, output: Any, shape: Shape) -> None:
     """`write_partial_sums` for interpret mode: the same shares, one after the other."""
-    warps = parts.shape[0]
     for own in range(WARPS):
-        warp = group * WARPS + own
-        parts[warp] = jnp.zeros(parts.shape[1:], parts.dtype)
+        warp, others = group * WARPS + own, ROWS // shape.rows
+        share = lax.div(warp, others)
+        first = lax.rem(warp, others) * shape.rows
+        mine = pl.ds(first, shape.rows)
+        parts[share, mine] = jnp.zeros((shape.rows, parts.shape[2]), parts.dtype)
 
-        @pl.loop(0, lax.div(blocks - warp + warps - 1, warps))
+        @pl.loop(0, lax.div(shape.blocks - share + shape.shares - 1, shape.shares))
         def _(step):
-            block = warp + step * warps  # noqa: B023  (the loop's body is traced at once)
-            codes = packed[pl.ds(output, ROWS), pl.ds(block * BLOCK_BYTES, BLOCK_BYTES)]
+            block = share + step * shape.shares  # noqa: B023  (the loop's body is traced at once)
+            rows = pl.ds(output + first, shape.rows)  # noqa: B023
+            codes = packed[rows, pl.ds(block * BLOCK_BYTES, BLOCK_BYTES)]
             for plane in range(PLANES):
                 at = pl.ds(block * BLOCK_CODES + plane * BLOCK_BYTES, BLOCK_BYTES)
                 signs = decode_plane(codes, plane, x.dtype, TOP, native=False)
-                parts[warp] += lax.dot_general(  # noqa: B023
+                parts[share, mine] += lax.dot_general(  # noqa: B023
                     signs, x[:, at], (((1,), (1,)), ((), ())), preferred_element_type=parts.dtype
                 )

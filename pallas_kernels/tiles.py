@@ -93,12 +93,14 @@ class DirectTile:
     """Of the Mosaic kernel for up to 16 rows, which are all in one tile.
 
     Attributes:
-      groups: warpgroups of a block, which share the inputs out among their warps.
+      groups: warpgroups of a block, whose warps share out the outputs and the inputs.
+      rows: outputs of a warp, of the 64 of a block; 16, 32 or 64.
       stages: of a warp, 256 inputs.
     """
 
-    groups: int = 1
-    stages: int = 2
+    groups: int = 2
+    rows: int = 32
+    stages: int = 3
 
     @property
     def tokens(self) -> int:
@@ -196,7 +198,7 @@ def shared_bytes(tile: Tile | FewTile | DirectTile, activation_bits: int) -> int
     """
     plane = BLOCK_BYTES * activation_bits // 8
     if isinstance(tile, DirectTile):
-        return 4 * tile.groups * (tile.stages * 64 * BLOCK_BYTES + 64 * tile.tokens * 4)
+        return 4 * tile.groups * tile.rows * (tile.stages * BLOCK_BYTES + tile.tokens * 4)
     if isinstance(tile, FewTile):
         stage = tile.tokens * 4 * plane + 64 * BLOCK_BYTES
         sums, result = 64 * tile.tokens * 4, 64 * tile.tokens * 2

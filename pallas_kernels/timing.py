@@ -46,17 +46,42 @@ def median_ms(
     Raises:
       ValueError: nothing to time.
     """
-    if repeats < 1 or not sets:
-        raise ValueError(
-            f"median_ms needs repeats >= 1 and a set of inputs, got repeats={repeats}, "
-            f"{len(sets)} sets"
-        )
-    program = compile_calls(function, sets) if program is None else program
-    jax.block_until_ready(program(sets))
-    alone = _seconds(program, sets, 1)
-    queued = min(max(2, math.ceil(QUEUED_SECONDS / max(alone, 1e-9))), MOST_QUEUED)
-    times = [_seconds(program, sets, queued) / (queued * len(sets)) for _ in range(repeats)]
-    return 1e3 * statistics.median(times)
+    program = compile_calls(function, sets) if program is None and sets else program
+    (found,) = medians_ms([(program, sets)], repeats=repeats)
+    return found
+
+
+def medians_ms(
+    programs: Sequence[tuple[Any, Sequence[tuple[Any, ...]]]], *, repeats: int
+) -> list[float]:
+    """`median_ms` of several programs that are compared, timed in turn.
+
+    A card at its limit of power slows down over the first tenths of a second: what is timed first
+    would look faster than it is. In turn, all are timed in the same state.
+
+    Args:
+      programs: what `compile_calls` made, and the sets of its arguments.
+      repeats: timings of each.
+
+    Raises:
+      ValueError: nothing to time.
+    """
+    for _, sets in programs:
+        if repeats < 1 or not sets:
+            raise ValueError(
+                f"a median needs repeats >= 1 and a set of inputs, got repeats={repeats}, "
+                f"{len(sets)} sets"
+            )
+    queued = []
+    for program, sets in programs:
+        jax.block_until_ready(program(sets))
+        alone = _seconds(program, sets, 1)
+        queued.append(min(max(2, math.ceil(QUEUED_SECONDS / max(alone, 1e-9))), MOST_QUEUED))
+    times: list[list[float]] = [[] for _ in programs]
+    for _ in range(repeats):
+        for (program, sets), many, found in zip(programs, queued, times, strict=True):
+            found.append(_seconds(program, sets, many) / (many * len(sets)))
+    return [1e3 * statistics.median(found) for found in times]
 
 
 def device_ms(program: Program, sets: Sequence[tuple[Any, ...]], *, runs: int = 10) -> float | None:

@@ -119,8 +119,8 @@ def test_every_tile_of_few_rows(hopper, tokens, bits):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16])
 def test_every_tile_of_fewest_rows(hopper, tokens, bits):
-    for groups, stages in ((1, 1), (1, 3), (2, 2), (3, 1), (4, 2)):
-        tile = DirectTile(groups=groups, stages=stages)
+    for groups, rows, stages in ((1, 64, 1), (1, 32, 3), (2, 16, 2), (3, 64, 1), (4, 32, 2)):
+        tile = DirectTile(groups=groups, rows=rows, stages=stages)
         for n, k in ((264, 1040), (1, 256), (130, 4096)):
             case = Case(m=tokens, n=n, k=k, activation_bits=bits, extras=True)
             outcome = check(case, "mosaic", with_tile(tile, hopper))
@@ -129,9 +129,9 @@ def test_every_tile_of_fewest_rows(hopper, tokens, bits):
 
 @pytest.mark.parametrize("tokens", [3, 16])
 def test_sums_of_fewest_rows_are_exact(hopper, tokens):
-    for groups in (1, 2, 3):
+    for groups, rows in ((1, 64), (2, 32), (3, 16)):
         case = Case(m=tokens, n=200, k=3072, integers=True, out_dtype="float32", row_sum=False)
-        outcome = check(case, "mosaic", with_tile(DirectTile(groups=groups), hopper))
+        outcome = check(case, "mosaic", with_tile(DirectTile(groups=groups, rows=rows), hopper))
         assert outcome.passed, outcome
 
 

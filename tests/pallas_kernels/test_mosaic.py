@@ -4,14 +4,12 @@ Interpret mode runs the copies, barriers, products and epilogues of every warpgr
 the decoding of codes in registers, which `mosaic_decode` replaces there: `-m gpu` tests do.
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, mosaic_warp, pack_codes, quantize_activations, reference
+from pallas_kernels import mosaic, pack_codes, quantize_activations, reference
 from pallas_kernels.checking import SMALL_CASES, Case, check, interpreted_mosaic
 from pallas_kernels.mosaic_api import interpret_params
 from pallas_kernels.mosaic_decode import decode_plane, unscaled
@@ -74,50 +72,16 @@ def test_sums_of_a_few_rows_are_exact(shape):
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((1, 768, 72), 1), ((9, 256, 64), 1), ((16, 1280, 8), 2)]
+    ("shape", "groups", "rows"),
+    [((1, 768, 72), 1, 64), ((9, 256, 64), 1, 32), ((16, 1280, 8), 2, 64), ((3, 1000, 64), 1, 16)],
 )
-def test_sums_of_fewest_rows_are_exact(shape, groups):
+def test_sums_of_fewest_rows_are_exact(shape, groups, rows):
     x, packed, exact = integers(*shape)
     operands = Operands(scale=jnp.ones(shape[2], jnp.float32))
-    settings = {"tile": DirectTile(groups=groups), "interpret": interpret_params()}
+    tile = DirectTile(groups=groups, rows=rows)
+    settings = {"tile": tile, "interpret": interpret_params()}
     y = product_direct(x, packed, operands, out_dtype=FLOAT32, **settings)
     np.testing.assert_array_equal(np.asarray(y), exact)
-
-
-@pytest.mark.parametrize("tokens", [3, 16])
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_warp_multiplies_every_code_once(exact, tokens, monkeypatch):
-    """Which operands meet, with names in place of registers: no machine code is needed for that."""
-    monkeypatch.setattr(mosaic_warp, "sign_word", lambda word: word)
-    monkeypatch.setattr(mosaic_warp, "top_bits", lambda word, shift, mask: (*word, shift))
-    warp = object.__new__(mosaic_warp._Warp)
-    shape = mosaic_warp.Shape(tokens=tokens, outputs=64, blocks=12, warps=4, stages=2, exact=exact)
-    warp.shape, warp.i32 = shape, None
-    warp.asm = lambda results, operands, text: [(*operands[0], "0x1404" not in text)]
-    met = []
-
-    def mma(left, right, sums):
-        met.append((tuple(left), tuple(right), sums[0]))
-        return sums
-
-    warp.mma = mma
-    # Four words of each eight rows; a tile is of sixteen rows and eight tokens.
-    codes = [(row, word) for row in range(8) for word in range(4)]
-    sums = [index // 4 for index in range(16 * shape.columns)]
-    assert warp.multiply(codes, list(range(shape.words)), sums) == sums
-    expected = set()
-    four, columns = range(4), range(shape.columns)
-    for tile, column, plane, word in itertools.product(four, columns, four, four):
-        shift, rows = 6 - 2 * plane, (2 * tile, 2 * tile + 1)
-        at = 4 * (4 * column + plane) + word
-        if not exact:
-            left = tuple((row, word, shift, high) for high in (False, True) for row in rows)
-            expected.add((left, (2 * at, 2 * at + 1), tile * shape.columns + column))
-        elif word % 2 == 0:
-            left = tuple((row, word + i, shift) for i in range(2) for row in rows)
-            expected.add((left, (at, at + 1), tile * shape.columns + column))
-    assert len(met) == len(expected)
-    assert set(met) == expected
 
 
 def test_the_plain_twin_knows_no_factor():

@@ -68,7 +68,9 @@ def test_shared_memory_is_counted():
     few = FewTile(tokens=16)
     assert shared_bytes(few, 16) == 8 * (8192 + 4096) + 3 * 4096 + 2048
     # Of 8 warps, 2 stages of 64 x 64 codes, and sums of 64 x 16.
-    assert shared_bytes(DirectTile(groups=2, stages=2), 8) == 8 * (2 * 4096 + 4096)
+    assert shared_bytes(DirectTile(groups=2, rows=64, stages=2), 8) == 8 * (2 * 4096 + 4096)
+    # Two warps share 64 outputs: half the codes for each, and half as many sums.
+    assert shared_bytes(DirectTile(groups=2, rows=32, stages=2), 8) == 8 * 2 * 2048 + 4 * 4096
 
 
 def test_fewer_tokens_are_cut_into_more_tiles():
