@@ -33,6 +33,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,8 +57,8 @@ def run_stage(
     return figures
 
 
-def measure(size: str, work: Path) -> dict[str, Any]:
-    """All stages' figures by stage."""
+def measure(size: str, work: Path) -> Iterator[dict[str, Any]]:
+    """The stages' figures by stage: all but the step's, then all."""
     found = {"source": run_stage("source", size, work)}
     print("quantize ...", flush=True)
     command = [sys.executable, "-m", "ternary", "quantize", str(work / "teacher")]
@@ -72,9 +73,10 @@ def measure(size: str, work: Path) -> dict[str, Any]:
         found["calibrate"] = run_stage("calibrate", size, work, card_environment())
         found["calibrate"]["stored_bytes"] = folder_bytes(work / "calibrated" / "transformer")
     shutil.rmtree(work / "teacher")
-    for stage in ("load", "step"):
-        found[stage] = run_stage(stage, size, work)
-    return found
+    found["load"] = run_stage("load", size, work)
+    yield found
+    found["step"] = run_stage("step", size, work)
+    yield found
 
 
 def result_figures(found: dict[str, Any]) -> dict[str, Figure]:
@@ -96,9 +98,12 @@ def result_figures(found: dict[str, Any]) -> dict[str, Figure]:
             value=load["ternary_fraction"], unit="share", note="of all parameters"
         ),
         "load_s": Figure(value=load["seconds"], unit="s"),
-        "first_step_s": Figure(value=found["step"]["first_s"], unit="s", note="with compilation"),
-        "step_ms": Figure(value=1e3 * found["step"]["step_s"], unit="ms", note="plain JAX, median"),
     }
+    if step := found.get("step"):
+        figures |= {
+            "first_step_s": Figure(value=step["first_s"], unit="s", note="with compilation"),
+            "step_ms": Figure(value=1e3 * step["step_s"], unit="ms", note="plain JAX, median"),
+        }
     if "calibrate" in found:
         figures |= calibrate_figures(found["calibrate"])
     for stage in ("quantize", "calibrate", "load", "step"):
@@ -169,17 +174,18 @@ def main(
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ternary-fullsize-", dir=work) as name:
-        found = measure(size, Path(name))
-    result = Result(
-        benchmark="ternary_fullsize" if size == "full" else f"ternary_fullsize_{size}",
-        device=found["load"]["device"],
-        figures=result_figures(found),
-        commit=commit or git_commit(),
-    )
+        for found in measure(size, Path(name)):
+            result = Result(
+                benchmark="ternary_fullsize" if size == "full" else f"ternary_fullsize_{size}",
+                device=found["load"]["device"],
+                figures=result_figures(found),
+                commit=commit or git_commit(),
+            )
+            if out is not None or not tiny:
+                # A run that is stopped in its last stage has the others.
+                print(f"written: {result.write(out or RESULTS).name}", flush=True)
     for name, figure in result.figures.items():
         print(f"  {name:22} {figure.value:12.4g} {figure.unit:6} {figure.note}")
-    if out is not None or not tiny:
-        print(f"written: {result.write(out or RESULTS).name}")
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
 
 
