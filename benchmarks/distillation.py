@@ -17,6 +17,7 @@ import dataclasses
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -189,8 +190,8 @@ class Runner:
 
     def run_all(
         self, rows: dict[str, Row], *, seeds: int, minutes: float | None, grids: Path | None
-    ) -> None:
-        """Every row, then the two best with other seeds.
+    ) -> Iterator[None]:
+        """Every row, then the two best with other seeds; yields after each.
 
         Args:
           rows: by name.
@@ -200,12 +201,12 @@ class Runner:
         """
         for name, row in rows.items():
             if self._time_left(name, minutes):
-                self.run(name, row, grids)
+                yield self.run(name, row, grids)
         for name in self.best(2, rows):
             for seed in range(1, seeds):
                 again = f"{name}, seed {seed}"
                 if self._time_left(again, minutes):
-                    self.run(again, dataclasses.replace(rows[name], seed=seed), grids)
+                    yield self.run(again, dataclasses.replace(rows[name], seed=seed), grids)
 
     def _time_left(self, name: str, minutes: float | None) -> bool:
         left = minutes is None or time.perf_counter() - self.bench.start < 60 * minutes
@@ -229,16 +230,22 @@ class Runner:
         done = [name for name in done if f"{name}/median_psnr" in self.figures]
         return sorted(done, key=lambda name: -self.figures[f"{name}/median_psnr"].value)[:count]
 
-    def finish(self) -> dict[str, Figure]:
-        """All figures, scores among them."""
-        reference = self._teacher.result()
-        for name, future in self._scores.items():
-            score = future.result()
-            self.figures[f"{name}/score"] = Figure(value=score, unit="share")
-            self.figures[f"{name}/kept"] = Figure(value=score / reference, unit="share")
+    def scored(self, *, wait: bool) -> dict[str, Figure]:
+        """All figures, with the scores that are there; or with all, which are waited for."""
+        figures = dict(self.figures)
+        if wait or self._teacher.done():
+            reference = self._teacher.result()
+            figures["teacher/score"] = Figure(value=reference, unit="share")
+            for name, future in self._scores.items():
+                if wait or future.done():
+                    score = future.result()
+                    figures[f"{name}/score"] = Figure(value=score, unit="share")
+                    figures[f"{name}/kept"] = Figure(value=score / reference, unit="share")
+        return figures
+
+    def close(self) -> None:
+        """End the processes that score."""
         self._judges.shutdown()
-        self.figures["teacher/score"] = Figure(value=reference, unit="share")
-        return self.figures
 
 
 def combine(paths: list[Path]) -> dict[str, Figure]:
@@ -304,19 +311,23 @@ def main(
         compiled = dict(zip(wanted, pool.map(bench.compile, wanted.values()), strict=True))
     bench.say(f"{len(compiled)} steps compiled")
     runner = Runner(bench, compiled, calibration_steps=calibration_steps)
-    runner.run_all(rows, seeds=seeds, minutes=minutes, grids=grids)
-    figures = runner.finish()
-    figures["steps"] = Figure(value=steps, unit="count")
-    figures["batch"] = Figure(value=batch, unit="count")
-    figures["prompts"] = Figure(value=prompts, unit="count")
-    figures["held_out"] = Figure(value=len(bench.judged), unit="count")
-    result = Result(
-        benchmark="distillation",
-        device=jax.devices()[0].device_kind,
-        figures=figures,
-        commit=commit or git_commit(),
-    )
-    print(f"written: {result.write(out).name}")
+    counts = {"steps": steps, "batch": batch, "prompts": prompts, "held_out": len(bench.judged)}
+    settings = {name: Figure(value=count, unit="count") for name, count in counts.items()}
+
+    def write(figures: dict[str, Figure]) -> None:
+        result = Result(
+            benchmark="distillation",
+            device=jax.devices()[0].device_kind,
+            figures=figures | settings,
+            commit=commit or git_commit(),
+        )
+        print(f"written: {result.write(out).name}", flush=True)
+
+    # After each row, so that a run that is stopped has those before.
+    for _ in runner.run_all(rows, seeds=seeds, minutes=minutes, grids=grids):
+        write(runner.scored(wait=False))
+    write(runner.scored(wait=True))
+    runner.close()
 
 
 if __name__ == "__main__":
