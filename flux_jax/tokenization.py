@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,22 @@ def import_tokenizers() -> None:
 
     It takes a second, and some more where PyTorch is installed, which transformers then imports.
     """
-    import transformers
-
     for name in _CLASSES:
-        getattr(transformers, name)
+        _tokenizer_class(name)
+
+
+# transformers imports its modules when their names are first asked for, and says that there is no
+# such name to a thread that asks while another one imports.
+_IMPORTING = threading.Lock()
+
+
+def _tokenizer_class(name: str) -> Any:
+    """A class of transformers."""
+    with _IMPORTING:
+        # Late: importing transformers takes a second or more.
+        import transformers
+
+        return getattr(transformers, name)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -42,12 +55,9 @@ def load_tokenizer(folder: Path) -> Any:
     """
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist")
-    # Late: importing transformers takes a second or more.
-    import transformers
-
     # Looking for the class, `AutoTokenizer` imports PyTorch where it is installed: seconds.
     name = _class_name(folder)
-    tokenizer_class = getattr(transformers, name if name in _CLASSES else "AutoTokenizer")
+    tokenizer_class = _tokenizer_class(name if name in _CLASSES else "AutoTokenizer")
     try:
         return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
     # Whatever a damaged file makes of it: `tokenizers` raises plain `Exception`.

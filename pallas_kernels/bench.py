@@ -19,7 +19,7 @@ from pallas_kernels.shapes import MANY as MANY
 from pallas_kernels.shapes import SMALL as SMALL
 from pallas_kernels.shapes import sets_of
 from pallas_kernels.tiles import FEW_ROWS
-from pallas_kernels.timing import compile_calls, device_ms, medians_ms
+from pallas_kernels.timing import compile_calls, device_ms, median_ms
 
 # What is timed.
 BF16_DOT, INT8_DOT = "bf16 dot", "int8 dot"
@@ -81,7 +81,7 @@ def activations(key: Any, m: int, k: int) -> Any:
 
 
 def time_shape(m: int, k: int, n: int, *, backends: tuple[str, ...], repeats: int) -> Iterator[Row]:
-    """Times one shape: all in turn, XLA's dense products too.
+    """Times one shape, XLA's dense products first; rows come as they are measured.
 
     Args:
       m, k, n: tokens, inputs, outputs.
@@ -97,10 +97,10 @@ def time_shape(m: int, k: int, n: int, *, backends: tuple[str, ...], repeats: in
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = pool.map(lambda call: compile_calls(call.function, call.arguments), calls)
         programs = list(compiled)
-    arguments = [call.arguments for call in calls]
-    medians = medians_ms(list(zip(programs, arguments, strict=True)), repeats=repeats)
-    for call, program, ms in zip(calls, programs, medians, strict=True):
-        alone = device_ms(program, call.arguments) if m <= FEW_ROWS else None
+    for call, program in zip(calls, programs, strict=True):
+        arguments = call.arguments
+        ms = median_ms(call.function, arguments, repeats=repeats, program=program)
+        alone = device_ms(program, arguments) if m <= FEW_ROWS else None
         multiplies = call.what not in (QUANTIZE, NORMALIZE)
         tops = 2e-9 * m * n * k / (alone or ms) if multiplies else 0.0
         kind = {"what": call.what, "backend": call.backend}

@@ -18,8 +18,8 @@ from pallas_kernels.reference import MAX_INVERSE, Columns, Quantized
 
 # Of a warpgroup; the columns of a part must be a multiple of it.
 THREADS = 128
-# Of rows that a multiprocessor works on at once, at most; and its registers.
-PER_MULTIPROCESSOR, REGISTERS = 8, 65536
+# Of rows that a multiprocessor works on at once.
+PER_MULTIPROCESSOR = 8
 # Adding it rounds to an integer, halves to even, and leaves that in the low bits: conversions run
 # at a quarter of the rate of additions. 1.5 * 2^23, and its bits.
 ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
@@ -49,7 +49,7 @@ def quantize_rows(
     *,
     multiprocessors: int,
     norm: Modulation | None = None,
-    per_multiprocessor: int | None = None,
+    per_multiprocessor: int = PER_MULTIPROCESSOR,
     interpret: Any = None,
 ) -> Quantized:
     """Each row to int8 with its own scale, as `reference.quantize_columns` does.
@@ -58,13 +58,12 @@ def quantize_rows(
       parts: of arrays (M, W), sizes multiples of 128. A row is all of them, joined.
       multiprocessors: of the device.
       norm: what is done to a row first, in float32; for one part.
-      per_multiprocessor: how many rows it works on at once; by default as many as its registers
-        hold, so that no block waits for another to end.
+      per_multiprocessor: how many rows it works on at once.
       interpret: None on a GPU, else the parameters of Pallas' GPU interpret mode.
     """
     native, m = interpret is None, parts[0].array.shape[0]
     k = sum(part.size for part in parts)
-    blocks = min((per_multiprocessor or at_once(k, norm)) * multiprocessors, m)
+    blocks = min(per_multiprocessor * multiprocessors, m)
     vectors = [] if norm is None else [v for v in norm[:2] if v is not None]
 
     def read(ref, part):
@@ -129,13 +128,6 @@ def quantize_rows(
         **({} if native else {"interpret": interpret}),
     )
     return Quantized(*call(*(part.array for part in parts), *vectors))
-
-
-def at_once(k: int, norm: Modulation | None) -> int:
-    """How many rows of `k` columns a multiprocessor has registers for."""
-    # In float32, and the next row in 16 bits; gain and shift of the norm likewise.
-    of_a_thread = 20 + k // THREADS * (1.5 if norm is None else 3.5)
-    return max(1, min(PER_MULTIPROCESSOR, int(REGISTERS / (THREADS * of_a_thread))))
 
 
 def _normalized(value: Any, norm: Modulation, vectors: list[Any]) -> Any:

@@ -98,9 +98,9 @@ class DirectTile:
       stages: of a warp, 256 inputs.
     """
 
-    groups: int = 2
+    groups: int = 1
     rows: int = 32
-    stages: int = 3
+    stages: int = 2
 
     @property
     def tokens(self) -> int:
@@ -143,7 +143,8 @@ _SIZES = (((128, 128), 1.0), ((128, 144), 1.0), ((64, 128), 0.8), ((64, 64), 0.5
 def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile | DirectTile:
     """The Mosaic tile of a product that no table has."""
     if problem.m <= DIRECT_ROWS and not problem.grouped:
-        return DirectTile()
+        # Activations of 8 tokens in 8 bits leave registers for more outputs of a warp.
+        return DirectTile(rows=64 if problem.m * problem.activation_bits <= 64 else 32)
     if problem.m <= FEW_ROWS and not problem.grouped:
         return few_tile(problem)
     if problem.grouped:

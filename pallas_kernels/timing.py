@@ -15,6 +15,10 @@ import jax
 # Work that is queued in each timing, so that the device does not wait for the host.
 QUEUED_SECONDS = 0.01
 MOST_QUEUED = 64
+# A card at its limit of power slows down over the first tenths of a second, and products differ in
+# what power they take. Each is timed in the state that it brings the card to, as in a model whose
+# products are all alike.
+WARM_SECONDS = 0.3
 
 Program = Callable[[Sequence[tuple[Any, ...]]], Any]
 
@@ -35,7 +39,8 @@ def median_ms(
 ) -> float:
     """Median time of one call, in milliseconds.
 
-    As many runs of a program of calls are timed together as fill `QUEUED_SECONDS`.
+    As many runs of a program of calls are timed together as fill `QUEUED_SECONDS`, after a while in
+    which the card comes to the clock that it keeps under such calls (`WARM_SECONDS`).
 
     Args:
       function: of arrays.
@@ -46,42 +51,20 @@ def median_ms(
     Raises:
       ValueError: nothing to time.
     """
-    program = compile_calls(function, sets) if program is None and sets else program
-    (found,) = medians_ms([(program, sets)], repeats=repeats)
-    return found
-
-
-def medians_ms(
-    programs: Sequence[tuple[Any, Sequence[tuple[Any, ...]]]], *, repeats: int
-) -> list[float]:
-    """`median_ms` of several programs that are compared, timed in turn.
-
-    A card at its limit of power slows down over the first tenths of a second: what is timed first
-    would look faster than it is. In turn, all are timed in the same state.
-
-    Args:
-      programs: what `compile_calls` made, and the sets of its arguments.
-      repeats: timings of each.
-
-    Raises:
-      ValueError: nothing to time.
-    """
-    for _, sets in programs:
-        if repeats < 1 or not sets:
-            raise ValueError(
-                f"a median needs repeats >= 1 and a set of inputs, got repeats={repeats}, "
-                f"{len(sets)} sets"
-            )
-    queued = []
-    for program, sets in programs:
-        jax.block_until_ready(program(sets))
-        alone = _seconds(program, sets, 1)
-        queued.append(min(max(2, math.ceil(QUEUED_SECONDS / max(alone, 1e-9))), MOST_QUEUED))
-    times: list[list[float]] = [[] for _ in programs]
-    for _ in range(repeats):
-        for (program, sets), many, found in zip(programs, queued, times, strict=True):
-            found.append(_seconds(program, sets, many) / (many * len(sets)))
-    return [1e3 * statistics.median(found) for found in times]
+    if repeats < 1 or not sets:
+        raise ValueError(
+            f"median_ms needs repeats >= 1 and a set of inputs, got repeats={repeats}, "
+            f"{len(sets)} sets"
+        )
+    program = compile_calls(function, sets) if program is None else program
+    jax.block_until_ready(program(sets))
+    alone = _seconds(program, sets, 1)
+    queued = min(max(2, math.ceil(QUEUED_SECONDS / max(alone, 1e-9))), MOST_QUEUED)
+    warm = 0.0 if jax.default_backend() == "cpu" else WARM_SECONDS
+    while warm > 0:
+        warm -= _seconds(program, sets, queued)
+    times = [_seconds(program, sets, queued) / (queued * len(sets)) for _ in range(repeats)]
+    return 1e3 * statistics.median(times)
 
 
 def device_ms(program: Program, sets: Sequence[tuple[Any, ...]], *, runs: int = 10) -> float | None:

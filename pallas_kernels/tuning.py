@@ -88,19 +88,8 @@ def _triton(rule: TritonTile) -> list[TritonTile]:
 
 
 def _direct() -> list[DirectTile]:
-    # More warps wait less for each other; fewer outputs of a warp leave registers for more of them.
-    sizes = (
-        (1, 64),
-        (2, 64),
-        (3, 64),
-        (1, 32),
-        (2, 32),
-        (3, 32),
-        (4, 32),
-        (2, 16),
-        (3, 16),
-        (4, 16),
-    )
+    # Several warpgroups are fast only where their registers leave room for two blocks.
+    sizes = ((1, 64), (1, 32), (2, 32), (3, 32), (2, 16))
     return [
         DirectTile(groups=groups, rows=rows, stages=stages)
         for groups, rows in sizes

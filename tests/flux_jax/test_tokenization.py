@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,27 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
     with pytest.raises(UserError, match=f"^no usable tokenizer in {folder}: .") as raised:
         load_tokenizer(folder)
     assert "\n" not in str(raised.value)
+
+
+THREADS = """
+import sys, threading, time
+from pathlib import Path
+from flux_jax.tokenization import import_tokenizers, load_tokenizer
+thread = threading.Thread(target=import_tokenizers)
+thread.start()
+time.sleep(float(sys.argv[2]))
+for name in ("tokenizer", "tokenizer_2"):
+    print(type(load_tokenizer(Path(sys.argv[1]) / name)).__name__)
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("later", [0.3, 0.8])
+def test_one_thread_imports_what_another_needs(later):
+    """Without a lock transformers would have no such class for the second of them."""
+    command = [sys.executable, "-c", THREADS, str(shipped_path(TEACHER)), str(later)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout.split() == ["CLIPTokenizer", "T5Tokenizer"]
 
 
 def test_a_folder_that_is_not_there(tmp_path):
