@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from flux_jax.compile_cache import lowered_folder
-from flux_jax.sharding import axis_size
+from flux_jax.sharding import axis_size, mesh_in_scope
 from flux_jax.stored import StoredProgram, is_ours
 
 Axes = tuple[str | None, ...]
@@ -88,6 +88,7 @@ class ModuleFunction:
         *,
         arguments: tuple[Axes, ...] | None = None,
         result: Axes = (),
+        compiler_splits: frozenset[str] = frozenset(),
     ):
         """A function, and which dimensions of its arguments a mesh may divide.
 
@@ -100,10 +101,14 @@ class ModuleFunction:
           arguments: of each argument, the names of its first dimensions, as in `SPLIT`; by default
             every device has all of them.
           result: of the result.
+          compiler_splits: axes of a mesh over which the function says itself what is divided
+            (`sharding.constrain`). Where one of them has several devices, all of the function is
+            left to the compiler.
         """
         self._function = function
         self._arguments = arguments
         self._result = result
+        self._compiler_splits = compiler_splits
         self._programs: dict[Any, Any] = {}
 
     def bind(self, module: nnx.Module, **static: Any) -> BoundFunction:
@@ -156,6 +161,14 @@ class ModuleFunction:
         if split and isinstance(sharding, NamedSharding):
             places = self._places(sharding, split)
             result = _place(sharding, self._result, split)
+            if split & self._compiler_splits:
+
+                def scoped(leaves: list, args: tuple) -> Any:
+                    with mesh_in_scope(sharding.mesh):
+                        return call(leaves, args)
+
+                scoped.__name__ = call.__name__
+                return jax.jit(scoped, in_shardings=(None, places), out_shardings=result)
             others = [a for a, size in sharding.mesh.shape.items() if size > 1 and a not in split]
             part = jax.shard_map(
                 call,

@@ -15,6 +15,7 @@ from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
 from flux_jax.latents import PATCH, unpack
 from flux_jax.residence import device_memory
+from flux_jax.sharding import constrain
 
 # Above this many pixels a whole decode would need more memory than the denoising loop.
 WHOLE_DECODE_PIXELS = 1024 * 1024
@@ -25,10 +26,18 @@ TILE, OVERLAP = 64, 16
 def _unpack_decode(
     vae: Autoencoder, tokens: Float[Array, "B I P"], *, rows: int, columns: int
 ) -> Float[Array, "B H W C"]:
-    return vae.decode(unpack(tokens, rows * PATCH, columns * PATCH))
+    latents = unpack(tokens, rows * PATCH, columns * PATCH)
+    return vae.decode(constrain(latents, ("batch", "rows", None, None)))
 
 
-UNPACK_DECODE = ModuleFunction(_unpack_decode, arguments=(("batch",),), result=("batch",))
+# The devices that share an image's tokens share its rows: the compiler exchanges what convolutions
+# see of their neighbours, and sums what norms and attention see of all.
+UNPACK_DECODE = ModuleFunction(
+    _unpack_decode,
+    arguments=(("batch",),),
+    result=("batch",),
+    compiler_splits=frozenset({"sequence"}),
+)
 
 
 def decode(

@@ -33,7 +33,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Output features of the wide products over `tensor` (heads stay whole), the residual width over
 # `fsdp`. Convolutions are small and stay replicated. Devices that share parameters by `fsdp` each
-# have examples of their own: a layer's weights are gathered where they are used.
+# have examples of their own: a layer's weights are gathered where they are used. Of a picture that
+# is decoded, each device of a `sequence` has some rows.
 DEFAULT_RULES: Rules = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
@@ -42,6 +43,7 @@ DEFAULT_RULES: Rules = {
     "vocab": "tensor",
     "conv_in": None,
     "conv_out": None,
+    "rows": "sequence",
 }
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")

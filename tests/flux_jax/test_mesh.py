@@ -15,9 +15,10 @@ from flux_jax.attention import attention
 from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.denoise import VELOCITY
 from flux_jax.errors import UserError
+from flux_jax.images import UNPACK_DECODE
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.sequence import tokens_of_a_part
-from flux_jax.sharding import make_mesh
+from flux_jax.sharding import make_mesh, spread
 from flux_jax.transformer import FluxTransformer
 from ternary.config import QuantConfig
 from ternary.policy import Policy
@@ -174,6 +175,25 @@ def test_a_step_exchanges_what_the_documentation_says():
     found = [line for line in program.splitlines() if " all-to-all(" in line]
     assert len(found) == 2 * (config.depth + config.depth_single_blocks)
     assert not [name for name in (" all-gather(", " all-reduce(") if name in program]
+
+
+@pytest.mark.parametrize("axes", [{"sequence": 4}, {"data": 2, "sequence": 2}], ids=str)
+def test_the_rows_of_a_picture_are_shared(axes):
+    """What a device computes of a decoder, and that the picture is that of one device."""
+    vae = random_module("vae", VAE, jnp.float32, 1)
+    grid = {"rows": 16, "columns": 8}
+    tokens = jax.random.normal(jax.random.key(0), (2, 128, VAE.latent_channels * 4))
+    alone = UNPACK_DECODE.bind(vae, **grid)
+    expected = alone(tokens)
+    spread(vae, make_mesh(**axes))
+    shared = UNPACK_DECODE.bind(vae, **grid)
+    np.testing.assert_allclose(shared(*shared.place(tokens)), expected, atol=2e-5)
+    whole, part = (
+        function.lower(*function.place(tokens)).compile().cost_analysis()["flops"]
+        for function in (alone, shared)
+    )
+    # A quarter, and the little that all of them compute.
+    assert part < 0.3 * whole
 
 
 def test_one_device_costs_nothing():
