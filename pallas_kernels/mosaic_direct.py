@@ -44,7 +44,16 @@ def product_direct(
     alone = WARPS * tile.rows // ROWS
     groups = min(tile.groups, -(-blocks // alone))
     stages = min(tile.stages, -(-blocks // (alone * groups)))
-    shape = Shape(tokens, outputs, blocks, WARPS * groups, tile.rows, stages, exact)
+    shape = Shape(
+        tokens=tokens,
+        outputs=outputs,
+        blocks=blocks,
+        warps=WARPS * groups,
+        rows=tile.rows,
+        stages=stages,
+        ahead=tile.ahead,
+        exact=exact,
+    )
     size = (ROWS, WIDTH * shape.columns)
     n_tiles = pl.cdiv(outputs, ROWS)
     # Rows of whole blocks. Pallas' interpreter reads whole tiles, and wants them to be there.

@@ -39,6 +39,7 @@ class Shape(NamedTuple):
       warps: of a thread block.
       rows: outputs of a warp; 16, 32 or 64. Neighbouring warps have the others of the 64.
       stages: blocks of inputs whose codes a warp has under way.
+      ahead: whether the next block's activations are read early, see `reads_ahead`.
       exact: int8 activations; bfloat16 otherwise.
     """
 
@@ -48,7 +49,13 @@ class Shape(NamedTuple):
     warps: int
     rows: int
     stages: int
+    ahead: bool
     exact: bool
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether two blocks' activations are held at once: if there is a next, and room."""
+        return self.ahead and self.words <= 2 * PLANES * WORDS and self.blocks > self.shares
 
     @property
     def shares(self) -> int:

@@ -162,8 +162,7 @@ class _Warp(Multiplier):
         index = self.ir.IndexType.get()
         count = 4 * shape.columns * (SETS * shape.tiles + int(shape.exact))
         zero = self.utils.c(0 if shape.exact else 0.0, self.sum_type)
-        # Two blocks' activations at once, where there are registers for them.
-        ahead = shape.words <= 2 * PLANES * WORDS and shape.blocks > shape.shares
+        ahead = shape.reads_ahead
 
         def block(step: Any) -> Any:
             return arith.addi(self.share, arith.muli(step, self.word(shape.shares)))

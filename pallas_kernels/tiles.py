@@ -96,11 +96,14 @@ class DirectTile:
       groups: warpgroups of a block, whose warps share out the outputs and the inputs.
       rows: outputs of a warp, of the 64 of a block; 16, 32 or 64.
       stages: of a warp, 256 inputs.
+      ahead: whether the activations of the next 256 inputs are read while these are multiplied;
+        in 8 bits, or of up to 8 tokens. It takes registers, and so the room for other blocks.
     """
 
     groups: int = 1
     rows: int = 32
     stages: int = 2
+    ahead: bool = True
 
     @property
     def tokens(self) -> int:

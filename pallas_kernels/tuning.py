@@ -91,9 +91,10 @@ def _direct() -> list[DirectTile]:
     # Several warpgroups are fast only where their registers leave room for two blocks.
     sizes = ((1, 64), (1, 32), (2, 32), (3, 32), (2, 16))
     return [
-        DirectTile(groups=groups, rows=rows, stages=stages)
+        DirectTile(groups=groups, rows=rows, stages=stages, ahead=ahead)
         for groups, rows in sizes
         for stages in (2, 3)
+        for ahead in (True, False)
     ]
 
 

@@ -120,7 +120,7 @@ def test_every_tile_of_few_rows(hopper, tokens, bits):
 @pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16])
 def test_every_tile_of_fewest_rows(hopper, tokens, bits):
     for groups, rows, stages in ((1, 64, 1), (1, 32, 3), (2, 16, 2), (3, 64, 1), (4, 32, 2)):
-        tile = DirectTile(groups=groups, rows=rows, stages=stages)
+        tile = DirectTile(groups=groups, rows=rows, stages=stages, ahead=groups < 3)
         for n, k in ((264, 1040), (1, 256), (130, 4096)):
             case = Case(m=tokens, n=n, k=k, activation_bits=bits, extras=True)
             outcome = check(case, "mosaic", with_tile(tile, hopper))

@@ -98,7 +98,9 @@ def numbers(monkeypatch):
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_warp_s_sums_are_the_product(numbers, exact, tokens, rows):
     random = np.random.default_rng(0)
-    shape = Shape(tokens=tokens, outputs=ROWS, blocks=2, warps=4, rows=rows, stages=2, exact=exact)
+    shape = Shape(
+        tokens=tokens, outputs=ROWS, blocks=2, warps=4, rows=rows, stages=2, ahead=True, exact=exact
+    )
     warp = Lanes(shape)
     sums = [np.zeros(32, np.int32 if exact else np.float32)] * (
         4 * shape.columns * (2 * shape.tiles + int(exact))
