@@ -226,7 +226,7 @@ def gathered(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shaped
 
 
 @contextlib.contextmanager
-def mesh_in_scope(mesh: Mesh | None) -> Iterator[None]:
+def mesh_in_scope(mesh: Mesh | AbstractMesh | None) -> Iterator[None]:
     """While a function is traced: the mesh that `constrain` means. None changes nothing."""
     if mesh is None:
         yield
