@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from flux_jax import denoise
 from flux_jax.assets import STUDENT
@@ -112,3 +117,25 @@ def test_kernels_draw_what_the_reference_draws_on_the_cpu(pipe, backend, bits):
         set_bits(on_cpu, bits)
         reference = on_cpu(PROMPT, **CALL).images
     assert psnr(drawn, reference)[0] >= KERNELS_DB
+
+
+@pytest.mark.gpu
+def test_the_third_process_draws_what_the_first_did(tmp_path):
+    """The first traces, the second finds programs lowered, the third runs none of the code that
+    would import the kernels' libraries; each reads what was compiled before."""
+    environment = {**os.environ, "FLUX_JAX_COMPILATION_CACHE": str(tmp_path / "cache")}
+    images = []
+    for number in range(3):
+        path = tmp_path / f"{number}.png"
+        command = [sys.executable, "-m", "flux_jax", "generate", PROMPT, "--out", str(path)]
+        done = subprocess.run(
+            [*command, "--model", STUDENT, "--seed", "3"],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert number == 0 or "persistent compilation cache" not in done.stderr
+        images.append(np.asarray(Image.open(path)))
+    np.testing.assert_array_equal(images[1], images[0])
+    np.testing.assert_array_equal(images[2], images[0])
