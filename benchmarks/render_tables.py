@@ -37,6 +37,8 @@ def render_result(result: Result, images: str = "docs/images") -> str:
         if layout.image and _image(layout).exists():
             lines += ["", f"![{layout.title}]({images}/{layout.image})"]
         return "\n".join(lines)
+    if layout is not None and layout.compared:
+        return "\n".join([*_comparison(result, layout), "", _source(result)])
     columns = {"ours": result.figures, **{name: p.figures for name, p in result.peers.items()}}
     names = dict.fromkeys(name for figures in columns.values() for name in figures)
     rows = layout.rows if layout else tuple((name, name.replace("_", " ")) for name in names)
@@ -75,6 +77,19 @@ def _targets(result: Result, layout: Layout) -> list[str]:
         found = _cell(figure.value, figure.unit) if figure else "not measured yet"
         lines.append(f"| {label} | {paper} | {reach} | {found} |")
     return [*lines, ""]
+
+
+def _comparison(result: Result, layout: Layout) -> list[str]:
+    """Each variant's figure beside its limit and what was to be reached."""
+    headings = ["limit", "reach", *layout.variants]
+    lines = [f"| {layout.title} | " + " | ".join(headings) + " |"]
+    lines.append("| --- |" + " ---: |" * len(headings))
+    for label, limit, reach, names in layout.compared:
+        figures = [result.figures.get(name) for name in names]
+        cells = [_cell(figure.value, figure.unit) if figure else "" for figure in figures]
+        if any(cells):
+            lines.append(f"| {label} | {limit} | {reach} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _matrix(result: Result, layout: Layout) -> list[str]:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from benchmarks import render_tables
@@ -81,6 +83,22 @@ def test_a_benchmark_without_a_layout_shows_every_figure(tmp_path):
         figures={"peak_bytes": Figure(value=12345, unit="count")},
     ).write(tmp_path)
     assert "| peak bytes | 12,345 |" in render_tables.render_benchmark("other", tmp_path)
+
+
+def test_variants_stand_beside_their_limit():
+    figures = {
+        "a8_speedup": Figure(value=1.8, unit="x"),
+        "triton_a8_speedup": Figure(value=1.1, unit="x"),
+        "few_a16_speedup": Figure(value=2.5, unit="x"),
+        "quantize_ms/1x2x3": Figure(value=1.0, unit="ms"),
+    }
+    result = dataclasses.replace(RESULT, benchmark="ternary_kernels", figures=figures)
+    lines = render_tables.render_result(result).splitlines()
+    assert lines[0].endswith("| limit | reach | Mosaic | Triton |")
+    ends = [line.partition("tokens")[2] for line in lines[2:4]]
+    # What was not measured has no row, or an empty cell.
+    assert ends == [" | 2.0 x | 1.75 x | 1.80 x | 1.10 x |", " | 8 x | 4 x | 2.50 x |  |"]
+    assert not lines[4]
 
 
 def test_figures_of_rows_and_measures_become_a_matrix(tmp_path):
