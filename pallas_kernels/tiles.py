@@ -147,7 +147,8 @@ def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile | Dire
     """The Mosaic tile of a product that no table has."""
     if problem.m <= DIRECT_ROWS and not problem.grouped:
         # Activations of 8 tokens in 8 bits leave registers for more outputs of a warp.
-        return DirectTile(rows=64 if problem.m * problem.activation_bits <= 64 else 32)
+        light = problem.activation_bits == 8 and problem.m <= 8
+        return DirectTile(rows=64 if light else 32)
     if problem.m <= FEW_ROWS and not problem.grouped:
         return few_tile(problem)
     if problem.grouped:
