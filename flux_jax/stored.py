@@ -39,6 +39,9 @@ _CUSTOM_CALLS = (
 # What a program calls by these names is found only once the module is imported, which the model's
 # code would have done: Mosaic's compiled kernels look for its runtime.
 _RUNTIMES = {b"mosaic_gpu": "jax.experimental.mosaic.gpu"}
+# Where Mosaic finds its libraries. It sets these when it is imported: with them, a program would
+# have one name before that and another one after.
+_PLACES = ("_ROOT", "_PATH")
 
 Program = Callable[[list[Any], tuple[Any, ...]], Any]
 
@@ -157,7 +160,9 @@ def _environment() -> tuple[Any, ...]:
         name: value
         for name, value in os.environ.items()
         # Kernels are compiled by Triton and Mosaic while they are lowered.
-        if name.startswith(("TRITON_", "MOSAIC_", "XLA_")) and "CACHE" not in name
+        if name.startswith(("TRITON_", "MOSAIC_", "XLA_"))
+        and "CACHE" not in name
+        and not (name.startswith("MOSAIC_") and name.endswith(_PLACES))
     }
     return (
         _packages_digest(),

@@ -88,7 +88,8 @@ def test_half_a_file_is_made_anew(tmp_path):
 RUNTIME_SCRIPT = """
 import sys, jax, jax.numpy as jnp
 from pathlib import Path
-from flux_jax.stored import StoredProgram
+from flux_jax.stored import StoredProgram, _environment
+before = _environment()
 def plain(leaves, args):
     return leaves[0] + 1
 def kernel(leaves, args):
@@ -98,11 +99,13 @@ name = "jax.experimental.mosaic.gpu"
 for function in (plain, kernel):
     StoredProgram(function, Path(sys.argv[1]), ()).lower([jnp.ones(3)], ())
     print(function.__name__, name in sys.modules)
+assert _environment() == before
 """
 
 
 def test_a_program_found_again_has_its_kernels_runtime(tmp_path):
-    """Its model's code, which would have imported it, does not run."""
+    """Its model's code, which would have imported it, does not run. And the import, which sets
+    variables of the environment, does not change the names of the programs that come after."""
     for _ in range(2):
         command = [sys.executable, "-c", RUNTIME_SCRIPT, str(tmp_path)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
