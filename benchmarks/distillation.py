@@ -201,12 +201,14 @@ class Runner:
         """
         for name, row in rows.items():
             if self._time_left(name, minutes):
-                yield self.run(name, row, grids)
+                self.run(name, row, grids)
+                yield
         for name in self.best(2, rows):
             for seed in range(1, seeds):
                 again = f"{name}, seed {seed}"
                 if self._time_left(again, minutes):
-                    yield self.run(again, dataclasses.replace(rows[name], seed=seed), grids)
+                    self.run(again, dataclasses.replace(rows[name], seed=seed), grids)
+                    yield
 
     def _time_left(self, name: str, minutes: float | None) -> bool:
         left = minutes is None or time.perf_counter() - self.bench.start < 60 * minutes

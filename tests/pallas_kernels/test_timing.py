@@ -24,6 +24,16 @@ def test_short_programs_are_queued_until_they_outlast_the_host(alone, queued, mo
     assert len(runs) == 1 + 1 + queued
 
 
+def test_a_card_is_brought_to_its_own_clock_first(monkeypatch):
+    """What runs before the first timing is not timed; a CPU keeps its clock."""
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(timing, "WARM_SECONDS", 0.5)
+    # One program alone; three times two while the card warms up, 0.2 s each; one timing of two.
+    clock = iter([0.0, 1.0, *(0.0, 0.2) * 3, 0.0, 8.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert timing.median_ms(lambda x: x, [(0,)], repeats=1, program=lambda sets: 0) == 4000.0
+
+
 def test_every_set_is_multiplied():
     program = timing.compile_calls(lambda x, y: x * y, [(jnp.ones(2), 3.0), (jnp.ones(2), 4.0)])
     first, second = program([(jnp.ones(2), 5.0), (jnp.ones(2), 6.0)])
