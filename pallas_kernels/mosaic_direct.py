@@ -51,7 +51,7 @@ def product_direct(
         warps=WARPS * groups,
         rows=tile.rows,
         stages=stages,
-        ahead=tile.ahead,
+        activations=tile.activations,
         exact=exact,
     )
     size = (ROWS, WIDTH * shape.columns)
@@ -114,7 +114,7 @@ def product_direct(
         grid_names=("outputs",),
         num_threads=groups,
         scratch_types=[
-            plgpu.SMEM((stages, shape.warps, BLOCK_BYTES * tile.rows), jnp.uint8),
+            plgpu.SMEM((stages, shape.warps, shape.slot_bytes), jnp.uint8),
             plgpu.SMEM((shape.shares, *size), jnp.int32 if exact else jnp.float32),
             plgpu.Barrier(num_arrivals=max(groups - 1, 1)),
         ],

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels.mosaic_decode import masked, mlir, sign_word, top_bits
+from pallas_kernels.tiles import AHEAD, STAGED
 
 # Outputs of a block, outputs and tokens of an instruction, planes of a packed byte, and 32-bit
 # words that a lane reads at once.
@@ -39,7 +40,7 @@ class Shape(NamedTuple):
       warps: of a thread block.
       rows: outputs of a warp; 16, 32 or 64. Neighbouring warps have the others of the 64.
       stages: blocks of inputs whose codes a warp has under way.
-      ahead: whether the next block's activations are read early, see `reads_ahead`.
+      activations: how they are read; see `DirectTile`.
       exact: int8 activations; bfloat16 otherwise.
     """
 
@@ -49,13 +50,19 @@ class Shape(NamedTuple):
     warps: int
     rows: int
     stages: int
-    ahead: bool
+    activations: str
     exact: bool
 
     @property
     def reads_ahead(self) -> bool:
         """Whether two blocks' activations are held at once: if there is a next, and room."""
-        return self.ahead and self.words <= 2 * PLANES * WORDS and self.blocks > self.shares
+        room = self.words <= 2 * PLANES * WORDS
+        return self.activations == AHEAD and room and self.blocks > self.shares
+
+    @property
+    def staged(self) -> bool:
+        """Whether activations come through shared memory, as the codes do."""
+        return self.activations == STAGED
 
     @property
     def shares(self) -> int:
@@ -73,9 +80,25 @@ class Shape(NamedTuple):
         return -(-self.tokens // WIDTH)
 
     @property
+    def size(self) -> int:
+        """Bytes of an activation."""
+        return 1 if self.exact else 2
+
+    @property
     def words(self) -> int:
         """Of activations that a lane has for a block of inputs."""
-        return self.columns * PLANES * WORDS * (1 if self.exact else 2)
+        return self.columns * PLANES * WORDS * self.size
+
+    @property
+    def code_words(self) -> int:
+        """Of codes that a lane has for a block of inputs."""
+        return self.rows // WIDTH * WORDS
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of shared memory that a warp takes for a block of inputs."""
+        words = self.code_words + (self.words if self.staged else 0)
+        return words // WORDS * READ_BYTES
 
 
 def _part(values: list[Any], index: int, size: int) -> list[Any]:

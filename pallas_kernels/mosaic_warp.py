@@ -31,6 +31,9 @@ from pallas_kernels.mosaic_mma import (
 )
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 
+# What a copy of codes or activations brings into the second-level cache around it.
+PREFETCH = ""
+
 
 def write_partial_sums(x: Any, packed: Any, codes: Any, parts: Any, shape: Shape) -> None:
     """Each warp's sums over its share of the inputs; of bfloat16 too large (`unscaled`).
@@ -38,7 +41,7 @@ def write_partial_sums(x: Any, packed: Any, codes: Any, parts: Any, shape: Shape
     Args:
       x: (tokens, 256 * blocks) in global memory, C order.
       packed: (outputs, 64 * blocks) likewise; the grid's first axis has a block for 64 rows of it.
-      codes: (stages, warps, 64 * rows) uint8 in shared memory.
+      codes: (stages, warps, slot_bytes) uint8 in shared memory.
       parts: (shares, 64, 8 * columns) int32 or float32 in shared memory; each warp writes its own.
     """
     refs = (plgpu.RefType(),) * 4
@@ -156,37 +159,51 @@ class _Warp(Multiplier):
 
     def run(self, x: Any, packed: Any, codes: Any, parts: Any) -> None:
         """The whole of it."""
-        shape, arith, scf = self.shape, self.arith, self.scf
-        fetch, take = self.ring(packed, codes)
-        read = self.reader(x)
-        index = self.ir.IndexType.get()
+        shape, arith = self.shape, self.arith
+        places = self.places(x)
+        read, (fetch, take) = self.reader(places), self.ring(packed, codes, places)
         count = 4 * shape.columns * (SETS * shape.tiles + int(shape.exact))
         zero = self.utils.c(0 if shape.exact else 0.0, self.sum_type)
-        ahead = shape.reads_ahead
+        early = shape.reads_ahead
 
         def block(step: Any) -> Any:
             return arith.addi(self.share, arith.muli(step, self.word(shape.shares)))
 
+        # Activations before codes, of which there are more: what is asked for first comes first.
+        first = read(block(self.word(0))) if early else []
         for step in range(shape.stages):
             fetch(block(self.word(step)), self.word(step))
-        first = read(block(self.word(0))) if ahead else []
-        mine = arith.subi(self.word(shape.blocks + shape.shares - 1), self.share)
-        trips = arith.index_cast(index, arith.divui(mine, self.word(shape.shares)))
-        bounds = (self.utils.c(0, index), trips, self.utils.c(1, index))
-        loop = scf.ForOp(*bounds, [*[zero] * count, *first])
-        with self.ir.InsertionPoint(loop.body):
-            carried = list(loop.inner_iter_args)
-            step = arith.index_cast(self.i32, loop.induction_variable)
-            if ahead:
-                now, then = carried[count:], read(block(arith.addi(step, self.word(1))))
-            else:
-                now, then = read(block(step)), []
+
+        def multiply(step: Any, carried: list[Any]) -> list[Any]:
+            now, then = carried[count:], []
+            if early:
+                then = read(block(arith.addi(step, self.word(1))))
+            elif not shape.staged:
+                now = read(block(step))
             slot = arith.remui(step, self.word(shape.stages))
-            sums = self.multiply(take(slot), now, carried[:count])
+            words = take(slot)
+            own, staged = words[: shape.code_words], words[shape.code_words :]
+            sums = self.multiply(own, staged or now, carried[:count])
             # The slot is read: what was in it has been multiplied.
             fetch(block(arith.addi(step, self.word(shape.stages))), slot)
-            scf.yield_([*sums, *then])
-        self.write(parts, self.joined(list(loop.results)[:count]))
+            return [*sums, *then]
+
+        mine = arith.subi(self.word(shape.blocks + shape.shares - 1), self.share)
+        trips = arith.divui(mine, self.word(shape.shares))
+        sums = self.loop(trips, [*[zero] * count, *first], multiply)
+        self.write(parts, self.joined(sums[:count]))
+
+    def loop(
+        self, trips: Any, carried: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+    ) -> list[Any]:
+        """What is carried after `body(step, carried)` for each step."""
+        index, scf = self.ir.IndexType.get(), self.scf
+        start, step = (self.utils.c(value, index) for value in (0, 1))
+        loop = scf.ForOp(start, self.arith.index_cast(index, trips), step, carried)
+        with self.ir.InsertionPoint(loop.body):
+            at = self.arith.index_cast(self.i32, loop.induction_variable)
+            scf.yield_(body(at, list(loop.inner_iter_args)))
+        return list(loop.results)
 
     def pointer(self, ref: Any, row: Any, stride: int, lane_bytes: int) -> Any:
         """The 64-bit address of this lane's first bytes of a row."""
@@ -201,14 +218,16 @@ class _Warp(Multiplier):
         """The block of inputs, or the last one: what is read past the end is not used."""
         return self.arith.minui(block, self.word(self.shape.blocks - 1))
 
-    def ring(self, packed: Any, codes: Any) -> tuple[Callable[..., None], Callable[..., list[Any]]]:
-        """Functions that bring a block's codes on their way to a slot, and that read a slot.
+    def ring(
+        self, packed: Any, codes: Any, activations: list[tuple[Any, int]]
+    ) -> tuple[Callable[..., None], Callable[..., list[Any]]]:
+        """Functions that bring a block on its way to a slot, and that read a slot.
 
-        The codes are those of the rows `lane / 4`, that plus 8, and so on, 4 words each.
+        In a slot are the codes of the rows `lane / 4`, that plus 8, and so on, 4 words each; then,
+        if they are staged, the activations of `places`.
         """
         arith, shape = self.arith, self.shape
         width, first = BLOCK_BYTES * shape.blocks, arith.addi(_first_row(), self.first)
-        warp_bytes = READ_BYTES * (shape.rows // WIDTH)
         rows: list[tuple[Any, int]] = []
         for step in range(shape.rows // WIDTH):
             row = arith.addi(arith.addi(first, self.word(WIDTH * step)), self.row)
@@ -221,25 +240,33 @@ class _Warp(Multiplier):
             rows.append((self.pointer(packed, row, width, 16), 0))
         start = self.llvm.ptrtoint(self.i32, self.utils.memref_ptr(codes))
         own = arith.addi(
-            arith.muli(self.warp, self.word(warp_bytes)), arith.muli(self.lane, self.word(16))
+            arith.muli(self.warp, self.word(shape.slot_bytes)),
+            arith.muli(self.lane, self.word(16)),
         )
         start = arith.addi(start, own)
 
         def place(slot: Any) -> Any:
-            return arith.addi(start, arith.muli(slot, self.word(warp_bytes * shape.warps)))
+            return arith.addi(start, arith.muli(slot, self.word(shape.slot_bytes * shape.warps)))
 
         def fetch(block: Any, slot: Any) -> None:
-            at = arith.muli(
-                arith.extui(self.i64, self.within(block)), self.utils.c(BLOCK_BYTES, self.i64)
-            )
+            wide = arith.extui(self.i64, self.within(block))
             target = place(slot)
             # Zeros are written, and nothing is read, past the end.
             inside = arith.cmpi(arith.CmpIPredicate.ult, block, self.word(shape.blocks))
             many = arith.select(inside, self.word(16), self.word(0))
-            for step, (pointer, offset) in enumerate(rows):
-                places = f"[$0 + {READ_BYTES * step}], [$1 + {offset}]"
-                text = f"cp.async.cg.shared.global {places}, 16, $2;"
-                self.asm([], [target, arith.addi(pointer, at), many], text, stays=True)
+
+            def copy(kind: str, into: int, start: Any, offset: int, block_bytes: int) -> None:
+                at = arith.addi(start, arith.muli(wide, self.utils.c(block_bytes, self.i64)))
+                places = f"[$0 + {READ_BYTES * into}], [$1 + {offset}]"
+                text = f"cp.async.{kind}.shared.global{PREFETCH} {places}, 16, $2;"
+                self.asm([], [target, at, many], text, stays=True)
+
+            if shape.staged:
+                # Through the first-level cache: other warps and blocks read the same.
+                for into, (start, offset) in enumerate(activations, len(rows)):
+                    copy("ca", into, start, offset, shape.size * BLOCK_CODES)
+            for into, (start, offset) in enumerate(rows):
+                copy("cg", into, start, offset, BLOCK_BYTES)
             self.asm([], [], "cp.async.commit_group;", stays=True)
 
         def take(slot: Any) -> list[Any]:
@@ -248,36 +275,44 @@ class _Warp(Multiplier):
             source = place(slot)
             return [
                 word
-                for step in range(len(rows))
+                for step in range(shape.slot_bytes // READ_BYTES)
                 for word in self.load("ld.shared", source, READ_BYTES * step)
             ]
 
         return fetch, take
 
-    def reader(self, x: Any) -> Callable[[Any], list[Any]]:
-        """A function that reads this lane's activations of a block of inputs.
+    def places(self, x: Any) -> list[tuple[Any, int]]:
+        """Where this lane's activations of the first block of inputs are, 16 bytes each.
 
         They are, of each instruction's token and each plane, 4 words of int8 or 8 of bfloat16.
+
+        Returns:
+          Addresses, and offsets from them.
         """
         arith, shape = self.arith, self.shape
-        size = 1 if shape.exact else 2
+        size = shape.size
         tokens = []
         for column in range(shape.columns):
             token = arith.addi(self.row, self.word(WIDTH * column))
             token = arith.minui(token, self.word(shape.tokens - 1))
             tokens.append(self.pointer(x, token, size * BLOCK_CODES * shape.blocks, 16 * size))
+        return [
+            (start, size * BLOCK_BYTES * plane + 16 * half)
+            for start in tokens
+            for plane in range(PLANES)
+            for half in range(size)
+        ]
+
+    def reader(self, places: list[tuple[Any, int]]) -> Callable[[Any], list[Any]]:
+        """A function that reads this lane's activations of a block of inputs into registers."""
 
         def read(block: Any) -> list[Any]:
-            wide = arith.extui(self.i64, self.within(block))
-            at = arith.muli(wide, self.utils.c(size * BLOCK_CODES, self.i64))
+            wide = self.arith.extui(self.i64, self.within(block))
+            at = self.arith.muli(wide, self.utils.c(self.shape.size * BLOCK_CODES, self.i64))
             return [
                 word
-                for start in tokens
-                for plane in range(PLANES)
-                for half in range(size)
-                for word in self.load(
-                    "ld.global.nc", arith.addi(start, at), size * BLOCK_BYTES * plane + 16 * half
-                )
+                for start, offset in places
+                for word in self.load("ld.global.nc", self.arith.addi(start, at), offset)
             ]
 
         return read

@@ -16,6 +16,9 @@ from pallas_kernels.packing import BLOCK_BYTES
 # the sign that it stands for, or that sign at the top of an operand (see `mosaic_decode`).
 CODE, SIGN, TOP = "code", "sign", "top"
 
+# When a lane of the kernel for the fewest rows reads its activations, see `DirectTile`.
+AHEAD, LATE, STAGED = "ahead", "late", "staged"
+
 # What a block can have on Hopper, less a kilobyte for barriers and alignment.
 SHARED_BYTES = 226 * 1024
 
@@ -96,14 +99,15 @@ class DirectTile:
       groups: warpgroups of a block, whose warps share out the outputs and the inputs.
       rows: outputs of a warp, of the 64 of a block; 16, 32 or 64.
       stages: of a warp, 256 inputs.
-      ahead: whether the activations of the next 256 inputs are read while these are multiplied;
-        in 8 bits, or of up to 8 tokens. It takes registers, and so the room for other blocks.
+      activations: `AHEAD`: those of the next 256 inputs are read into registers while these are
+        multiplied, in 8 bits, or of up to 8 tokens; this takes the room of other blocks. `LATE`:
+        when they are multiplied. `STAGED`: through shared memory, as early as the codes.
     """
 
     groups: int = 1
     rows: int = 32
     stages: int = 2
-    ahead: bool = True
+    activations: str = AHEAD
 
     @property
     def tokens(self) -> int:
@@ -203,7 +207,9 @@ def shared_bytes(tile: Tile | FewTile | DirectTile, activation_bits: int) -> int
     """
     plane = BLOCK_BYTES * activation_bits // 8
     if isinstance(tile, DirectTile):
-        return 4 * tile.groups * tile.rows * (tile.stages * BLOCK_BYTES + tile.tokens * 4)
+        staged = 4 * plane * tile.tokens if tile.activations == STAGED else 0
+        stage = tile.rows * BLOCK_BYTES + staged
+        return 4 * tile.groups * (tile.stages * stage + tile.rows * tile.tokens * 4)
     if isinstance(tile, FewTile):
         stage = tile.tokens * 4 * plane + 64 * BLOCK_BYTES
         sums, result = 64 * tile.tokens * 4, 64 * tile.tokens * 2

@@ -17,9 +17,12 @@ from pallas_kernels.bench import activations, weights
 from pallas_kernels.shapes import input_sets
 from pallas_kernels.tile_table import Device, Entry
 from pallas_kernels.tiles import (
+    AHEAD,
     FEW_ROWS,
+    LATE,
     SHARED_BYTES,
     SIGN,
+    STAGED,
     TOP,
     AnyTile,
     DirectTile,
@@ -91,10 +94,10 @@ def _direct() -> list[DirectTile]:
     # Several warpgroups are fast only where their registers leave room for two blocks.
     sizes = ((1, 64), (1, 32), (2, 32), (3, 32), (2, 16))
     return [
-        DirectTile(groups=groups, rows=rows, stages=stages, ahead=ahead)
+        DirectTile(groups=groups, rows=rows, stages=stages, activations=activations)
         for groups, rows in sizes
         for stages in (2, 3)
-        for ahead in (True, False)
+        for activations in (AHEAD, LATE, STAGED)
     ]
 
 

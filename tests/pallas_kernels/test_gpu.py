@@ -23,9 +23,12 @@ from pallas_kernels import (
 from pallas_kernels.backends import describe, device_of, why_not
 from pallas_kernels.checking import CASES, Case, check, public_op
 from pallas_kernels.tiles import (
+    AHEAD,
     CODE,
+    LATE,
     SHARED_BYTES,
     SIGN,
+    STAGED,
     TOP,
     DirectTile,
     FewTile,
@@ -119,8 +122,17 @@ def test_every_tile_of_few_rows(hopper, tokens, bits):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16])
 def test_every_tile_of_fewest_rows(hopper, tokens, bits):
-    for groups, rows, stages in ((1, 64, 1), (1, 32, 3), (2, 16, 2), (3, 64, 1), (4, 32, 2)):
-        tile = DirectTile(groups=groups, rows=rows, stages=stages, ahead=groups < 3)
+    sizes = (
+        (1, 64, 1, STAGED),
+        (1, 64, 2, LATE),
+        (1, 32, 3, STAGED),
+        (2, 32, 2, AHEAD),
+        (2, 16, 2, LATE),
+        (3, 64, 1, AHEAD),
+        (4, 32, 2, STAGED),
+    )
+    for groups, rows, stages, activations in sizes:
+        tile = DirectTile(groups=groups, rows=rows, stages=stages, activations=activations)
         for n, k in ((264, 1040), (1, 256), (130, 4096)):
             case = Case(m=tokens, n=n, k=k, activation_bits=bits, extras=True)
             outcome = check(case, "mosaic", with_tile(tile, hopper))

@@ -1,76 +1,19 @@
-"""A warp's arithmetic, in NumPy in place of machine code: 32 lanes, and PTX's tensor instructions.
+"""A warp's program for the fewest rows, in NumPy in place of machine code.
 
-Interpret mode runs a plain twin of the kernel for the fewest rows. Here its own code decides which
-operands meet, and what is made of the sums; each instruction is done on a word for each lane.
+Interpret mode runs a plain twin of the kernel. Here its own code decides what is read, which
+operands meet, and what is made of the sums (`lanes`).
 """
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic_mma
-from pallas_kernels.mosaic_mma import PLANES, ROWS, WIDTH, WORDS, Multiplier, Shape
-
-LANES = np.arange(32)
-ROW, QUARTER = LANES // 4, LANES % 4
-
-
-def words_of(values):
-    """Each lane's last axis, as 32-bit words."""
-    return np.ascontiguousarray(values).view(np.uint32)
-
-
-def bytes_of(words, dtype):
-    """(32, elements) of the words of each lane."""
-    return np.stack(words, 1).view(dtype)
-
-
-class Lanes(Multiplier):
-    """`Multiplier` of numbers."""
-
-    def __init__(self, shape):
-        self.shape = shape
-        self.i32 = self.sum_type = None
-        self.arith = SimpleNamespace(
-            addi=lambda a, b: a + b,
-            addf=lambda a, b: a + b,
-            subi=lambda a, b: a - b,
-            shrsi=lambda a, b: a >> b.astype(np.int32),
-        )
-
-    def word(self, value):
-        return np.full(32, value, np.uint32)
-
-    def asm(self, results, operands, text, *, stays=False):
-        name, choice = text.split()[0], int(text.rstrip(";").split(",")[-1], 16)
-        assert name == "prmt.b32"
-        pair = bytes_of(operands, np.uint8)
-        chosen = [pair[:, choice >> 4 * i & 7] for i in range(4)]
-        return [words_of(np.stack(chosen, 1))[:, 0]]
-
-    def mma(self, a, b, sums):
-        """ "mma.m16n8k32" and "mma.m16n8k16" of the PTX ISA: which lane has what."""
-        exact = self.shape.exact
-        left_type, right_type = (np.uint8, np.int8) if exact else (ml_dtypes.bfloat16,) * 2
-        size = 4 if exact else 2
-        left, right = np.zeros((16, 8 * size)), np.zeros((8 * size, 8))
-        for register, word in enumerate(a):
-            elements = bytes_of([word], left_type)
-            for i in range(size):
-                at = QUARTER * size + i + 4 * size * (register // 2)
-                left[ROW + 8 * (register % 2), at] = elements[:, i]
-        for register, word in enumerate(b):
-            elements = bytes_of([word], right_type)
-            for i in range(size):
-                right[QUARTER * size + i + 4 * size * register, ROW] = elements[:, i]
-        product = (left @ right).astype(np.int32 if exact else np.float32)
-        return [
-            sums[i] + product[ROW + 8 * (i // 2), 2 * QUARTER + i % 2] for i in range(len(sums))
-        ]
+from pallas_kernels import mosaic_mma, mosaic_warp
+from pallas_kernels.mosaic_mma import PLANES, ROWS, WIDTH, WORDS, Shape
+from pallas_kernels.tiles import AHEAD, LATE, STAGED
+from tests.pallas_kernels.lanes import LANES, QUARTER, ROW, Lanes, Machine, Memory, words_of
 
 
 @pytest.fixture
@@ -99,7 +42,14 @@ def numbers(monkeypatch):
 def test_a_warp_s_sums_are_the_product(numbers, exact, tokens, rows):
     random = np.random.default_rng(0)
     shape = Shape(
-        tokens=tokens, outputs=ROWS, blocks=2, warps=4, rows=rows, stages=2, ahead=True, exact=exact
+        tokens=tokens,
+        outputs=ROWS,
+        blocks=2,
+        warps=4,
+        rows=rows,
+        stages=2,
+        activations=AHEAD,
+        exact=exact,
     )
     warp = Lanes(shape)
     sums = [np.zeros(32, np.int32 if exact else np.float32)] * (
@@ -135,3 +85,52 @@ def test_a_warp_s_sums_are_the_product(numbers, exact, tokens, rows):
                 found[16 * tile + ROW + 8 * (i // 2), 8 * column + 2 * QUARTER + i % 2] = value
     # Of bfloat16 twice as large, see `mosaic_decode.unscaled`.
     np.testing.assert_array_equal(found if exact else found / 2, wanted)
+
+
+def products(random, shape):
+    """Packed codes, activations, and their exact product."""
+    codes = random.integers(0, 3, (shape.outputs, shape.blocks, PLANES, 64), np.uint8)
+    packed = sum(codes[:, :, plane] << 2 * plane for plane in range(PLANES)).astype(np.uint8)
+    whole = random.integers(-127, 128, (shape.tokens, 256 * shape.blocks))
+    x = whole.astype(np.int8) if shape.exact else (whole / 8).astype(ml_dtypes.bfloat16)
+    signs = codes.reshape(shape.outputs, -1) - 1.0
+    return packed.reshape(shape.outputs, -1), x, signs @ x.astype(np.float64).T
+
+
+@pytest.mark.parametrize("activations", [AHEAD, LATE, STAGED])
+@pytest.mark.parametrize(("rows", "stages"), [(64, 1), (32, 2), (16, 3)])
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_block_s_warps_read_and_sum_all_that_is_theirs(
+    numbers, monkeypatch, exact, tokens, rows, stages, activations
+):
+    # The second block of outputs, of which not all are there; shares of unlike length.
+    shape = Shape(
+        tokens=tokens,
+        outputs=100,
+        blocks=7,
+        warps=8,
+        rows=rows,
+        stages=stages,
+        activations=activations,
+        exact=exact,
+    )
+    packed, x, wanted = products(np.random.default_rng(1), shape)
+    memory = Memory(1 << 20)
+    first = 64
+    monkeypatch.setattr(mosaic_warp, "_first_row", lambda: np.full(32, first, np.uint32))
+    addresses = [
+        memory.place(array)
+        for array in (
+            x,
+            packed,
+            np.empty((stages, shape.warps, shape.slot_bytes), np.uint8),
+            np.empty((shape.shares, ROWS, WIDTH * shape.columns), np.int32),
+        )
+    ]
+    for warp in range(shape.warps):
+        Machine(shape, warp, memory).run(*addresses)
+    sums = memory.bytes[addresses[-1] :][: 4 * shape.shares * ROWS * WIDTH * shape.columns]
+    sums = sums.view(np.int32 if exact else np.float32).reshape(shape.shares, ROWS, -1).sum(0)
+    found = sums[: shape.outputs - first, :tokens]
+    np.testing.assert_array_equal(found if exact else found / 2, wanted[first:])
