@@ -14,20 +14,17 @@ Decoding is what takes time, so it is an instruction or two for each operand of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels.mosaic_decode import masked, mlir, sign_word, top_bits
-from pallas_kernels.tiles import AHEAD, STAGED
+from pallas_kernels.tiles import AHEAD
 
-# Outputs of a block, outputs and tokens of an instruction, planes of a packed byte, and 32-bit
-# words that a lane reads at once.
-ROWS, HEIGHT, WIDTH, PLANES, WORDS = 64, 16, 8, 4, 4
+# Outputs and tokens of an instruction, planes of a packed byte, and 32-bit words that a lane reads
+# at once.
+HEIGHT, WIDTH, PLANES, WORDS = 16, 8, 4, 4
 # What a warp reads at once: 64 packed bytes of 8 rows.
 READ_BYTES = 512
-# Planes are summed apart, every second together: neighbouring instructions do not wait for each
-# other, and int8's planes are of two sizes.
-SETS = 2
 
 
 class Shape(NamedTuple):
@@ -36,9 +33,10 @@ class Shape(NamedTuple):
     Attributes:
       tokens: rows of x that there are; 1 to 16.
       outputs: rows of the packed weight.
+      tile: of them, those of a thread block. The last block's overlap with the one before.
       blocks: of 256 inputs.
       warps: of a thread block.
-      rows: outputs of a warp; 16, 32 or 64. Neighbouring warps have the others of the 64.
+      rows: outputs of a warp. Neighbouring warps have the others of the tile.
       stages: blocks of inputs whose codes a warp has under way.
       activations: how they are read; see `DirectTile`.
       exact: int8 activations; bfloat16 otherwise.
@@ -46,6 +44,7 @@ class Shape(NamedTuple):
 
     tokens: int
     outputs: int
+    tile: int
     blocks: int
     warps: int
     rows: int
@@ -60,14 +59,9 @@ class Shape(NamedTuple):
         return self.activations == AHEAD and room and self.blocks > self.shares
 
     @property
-    def staged(self) -> bool:
-        """Whether activations come through shared memory, as the codes do."""
-        return self.activations == STAGED
-
-    @property
     def shares(self) -> int:
         """How many warps share the blocks of inputs out."""
-        return self.warps * self.rows // ROWS
+        return self.warps * self.rows // self.tile
 
     @property
     def tiles(self) -> int:
@@ -85,20 +79,23 @@ class Shape(NamedTuple):
         return 1 if self.exact else 2
 
     @property
+    def sets(self) -> int:
+        """How many sums there are of a value, for every second plane, or for all of them.
+
+        int8's planes are of two sizes. Of bfloat16 it is registers against neighbouring
+        instructions that wait for each other, if there are few between them.
+        """
+        return 2 if self.exact or self.tiles * self.columns < 4 else 1
+
+    @property
     def words(self) -> int:
         """Of activations that a lane has for a block of inputs."""
         return self.columns * PLANES * WORDS * self.size
 
     @property
-    def code_words(self) -> int:
-        """Of codes that a lane has for a block of inputs."""
-        return self.rows // WIDTH * WORDS
-
-    @property
-    def slot_bytes(self) -> int:
-        """Of shared memory that a warp takes for a block of inputs."""
-        words = self.code_words + (self.words if self.staged else 0)
-        return words // WORDS * READ_BYTES
+    def plane_words(self) -> int:
+        """Of them, those of a plane."""
+        return self.words // PLANES
 
 
 def _part(values: list[Any], index: int, size: int) -> list[Any]:
@@ -144,13 +141,15 @@ class Multiplier:
             return [made]
         return [self.llvm.extractvalue(each, made, [i]) for i, each in enumerate(results)]
 
-    def multiply(self, codes: list[Any], x: list[Any], sums: list[Any]) -> list[Any]:
+    def multiply(
+        self, codes: list[Any], x: Callable[[int], list[Any]], sums: list[Any]
+    ) -> list[Any]:
         """The sums with a block's more.
 
         Args:
           codes: words of the rows that a lane has, 4 of each.
-          x: words of `reader`.
-          sums: four values for each of `SETS` planes, tile of 16 outputs and 8 tokens, in this
+          x: gives a plane's activations: of each 8 tokens, 4 words of int8 or 8 of bfloat16.
+          sums: four values for each of `sets`, tile of 16 outputs and 8 tokens, in this
             order; then, of int8, as many for each 8 tokens, of the activations themselves.
         """
         shape, sums = self.shape, list(sums)
@@ -165,15 +164,16 @@ class Multiplier:
             words = [[sign_word(word) for word in some] for some in words]
         ones = [self.word(0x01010101)] * 4
         for plane in range(PLANES):
+            activations = x(plane)
             for part in range(WORDS // 2 if shape.exact else WORDS):
-                right = [self.right(x, column, plane, part) for column in columns]
+                right = [self.right(activations, column, part) for column in columns]
                 for tile in tiles:
                     left = self.left(words[tile], plane, part)
                     for column in columns:
-                        where = (plane % SETS * shape.tiles + tile) * shape.columns + column
+                        where = (plane % shape.sets * shape.tiles + tile) * shape.columns + column
                         add(left, right[column], where)
                 for column in columns if shape.exact else ():
-                    add(ones, right[column], SETS * shape.tiles * shape.columns + column)
+                    add(ones, right[column], shape.sets * shape.tiles * shape.columns + column)
         return sums
 
     def left(self, words: list[Any], plane: int, part: int) -> list[Any]:
@@ -196,10 +196,9 @@ class Multiplier:
             for row in (upper, lower)
         ]
 
-    def right(self, x: list[Any], column: int, plane: int, part: int) -> list[Any]:
+    def right(self, x: list[Any], column: int, part: int) -> list[Any]:
         """An instruction's operand of 8 tokens, of the inputs that `left` has."""
-        per_plane = WORDS if self.shape.exact else 2 * WORDS
-        at = (column * PLANES + plane) * per_plane + 2 * part
+        at = column * WORDS * self.shape.size + 2 * part
         pair = x[at : at + 2]
         if self.shape.exact:
             return pair
@@ -214,6 +213,8 @@ class Multiplier:
         shape, arith = self.shape, self.arith
         many = 4 * shape.tiles * shape.columns
         even, odd, tokens = sums[:many], sums[many : 2 * many], sums[2 * many :]
+        if shape.sets == 1:
+            return even
         if not shape.exact:
             return [arith.addf(*both) for both in zip(even, odd, strict=True)]
         # The odd planes' codes were four times as large.

@@ -3,8 +3,9 @@
 A lane reads 16 packed bytes of a row at once, and the activations that belong to their 64 codes.
 The tensor cores' operands are then made of what the lane itself has: which inputs share an
 instruction does not matter, as long as both operands agree. So nothing moves between lanes, and no
-warp waits for another before its sums are done. The codes of several blocks of inputs are on their
-way at once, through places in shared memory that are a lane's own.
+warp waits for another before its sums are done, but for activations that a thread block shares. The
+codes of several blocks of inputs are on their way at once, through places in shared memory that are
+a lane's own.
 
 Pallas offers none of this, so it is written for the level below (`inline_mgpu`), which its
 interpret mode does not run: there, `mosaic_direct` does the same in plain JAX.
@@ -13,7 +14,7 @@ interpret mode does not run: there, `mosaic_direct` does the same in plain JAX.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from pallas_kernels.mosaic_api import plgpu
 from pallas_kernels.mosaic_decode import mlir
@@ -22,44 +23,55 @@ from pallas_kernels.mosaic_mma import (
     HEIGHT,
     PLANES,
     READ_BYTES,
-    ROWS,
-    SETS,
     WIDTH,
     WORDS,
     Multiplier,
     Shape,
 )
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
+from pallas_kernels.tiles import SHARED, shared_row
 
-# What a copy of codes or activations brings into the second-level cache around it.
-PREFETCH = ""
+# Outputs that a warpgroup finishes.
+PART = 64
 
 
-def write_partial_sums(x: Any, packed: Any, codes: Any, parts: Any, shape: Shape) -> None:
+class Scratch(NamedTuple):
+    """Shared memory of a thread block.
+
+    Attributes:
+      codes: (stages, warps, 64 * rows) uint8.
+      sums: (shares, tile, 8 * columns) int32 or float32.
+      activations: (tokens, `shared_row`) uint8, if they are shared; else of any size.
+    """
+
+    codes: Any
+    sums: Any
+    activations: Any
+
+
+def write_partial_sums(x: Any, packed: Any, scratch: Scratch, shape: Shape) -> None:
     """Each warp's sums over its share of the inputs; of bfloat16 too large (`unscaled`).
 
     Args:
       x: (tokens, 256 * blocks) in global memory, C order.
-      packed: (outputs, 64 * blocks) likewise; the grid's first axis has a block for 64 rows of it.
-      codes: (stages, warps, slot_bytes) uint8 in shared memory.
-      parts: (shares, 64, 8 * columns) int32 or float32 in shared memory; each warp writes its own.
+      packed: (outputs, 64 * blocks) likewise; `first_output` says which of them are meant.
+      scratch: in shared memory. Each warp writes its own sums.
     """
-    refs = (plgpu.RefType(),) * 4
+    refs = [x, packed, *scratch]
 
-    @plgpu.inline_mgpu(arg_types=refs)
-    def run(_: Any, x: Any, packed: Any, codes: Any, parts: Any) -> None:
-        _Warp(shape).run(x, packed, codes, parts)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+    def run(_: Any, x: Any, packed: Any, *scratch: Any) -> None:
+        _Warp(shape).run(x, packed, Scratch(*scratch))
 
-    run(x, packed, codes, parts)  # pyright: ignore[reportCallIssue]
+    run(*refs)  # pyright: ignore[reportCallIssue]
 
 
-def write_result(y: Any, value: Any, tokens: int, outputs: int) -> None:
-    """Writes what lies within the result.
+def write_result(y: Any, value: Any, shape: Shape) -> None:
+    """Writes a warpgroup's part of the result.
 
     Args:
       y: (tokens, outputs) in global memory, C order.
-      value: (64, tokens or more) in the accumulators' layout; the grid's first axis says which.
-      tokens, outputs: how many there are.
+      value: (64, tokens or more) in the accumulators' layout: the warpgroup's `PART` of the tile.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT))
@@ -70,17 +82,18 @@ def write_result(y: Any, value: Any, tokens: int, outputs: int) -> None:
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
         bits = utils.bitwidth(value.mlir_dtype)
         whole = ir.IntegerType.get_signless(bits)
-        start, first = utils.memref_ptr(y), _first_row()
+        start = utils.memref_ptr(y)
         letter = {16: "h", 32: "r"}[bits]
+        group = arith.divui(utils.thread_idx(), utils.c(128, i32))
+        part = arith.muli(group, utils.c(PART, i32))
+        part = arith.minui(part, utils.c(shape.tile - PART, i32))
+        first = arith.addi(first_output(shape), part)
 
         def one(element: Any, at: tuple[Any, Any]) -> None:
             row, token = (arith.index_cast(i32, index) for index in at)
             row = arith.addi(row, first)
-            inside = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.slt, row, utils.c(outputs, i32)),
-                arith.cmpi(arith.CmpIPredicate.slt, token, utils.c(tokens, i32)),
-            )
-            wide = arith.muli(arith.extui(i64, token), utils.c(outputs, i64))
+            inside = arith.cmpi(arith.CmpIPredicate.slt, token, utils.c(shape.tokens, i32))
+            wide = arith.muli(arith.extui(i64, token), utils.c(shape.outputs, i64))
             index = arith.addi(wide, arith.extui(i64, row))
             address = arith.addi(
                 llvm.ptrtoint(i64, start), arith.muli(index, utils.c(bits // 8, i64))
@@ -131,14 +144,15 @@ def per_token(values: Any, tokens: int, layout: Any) -> Any:
     return take(values)  # pyright: ignore[reportCallIssue]
 
 
-def _first_row() -> Any:
-    """The first output of this thread block."""
+def first_output(shape: Shape) -> Any:
+    """Of this thread block. The last has a whole tile too, so that some are another's as well."""
     from jax.experimental.mosaic.gpu import utils
 
     ir, arith, gpu = mlir("ir", "arith", "gpu")
     i32 = ir.IntegerType.get_signless(32)
     block = arith.index_cast(i32, gpu.block_id(gpu.Dimension.x))
-    return arith.muli(block, utils.c(ROWS, i32))
+    last = utils.c(shape.outputs - shape.tile, i32)
+    return arith.minui(arith.muli(block, utils.c(shape.tile, i32)), last)
 
 
 class _Warp(Multiplier):
@@ -146,44 +160,53 @@ class _Warp(Multiplier):
 
     def __init__(self, shape: Shape):
         super().__init__(shape)
-        thread = self.utils.thread_idx()
-        self.lane = lane = self.arith.andi(thread, self.word(31))
-        self.warp = self.arith.shrui(thread, self.word(5))
-        parts = self.word(ROWS // shape.rows)
+        self.thread = self.utils.thread_idx()
+        self.lane = lane = self.arith.andi(self.thread, self.word(31))
+        self.warp = self.arith.shrui(self.thread, self.word(5))
+        parts = self.word(shape.tile // shape.rows)
         self.share = self.arith.divui(self.warp, parts)
-        # Of the block's rows, the first of the warp's; and of each eight rows, the lane's.
+        # Of the tile's rows, the first of the warp's; and of each eight rows, the lane's.
         part = self.arith.remui(self.warp, parts)
         self.first = self.arith.muli(part, self.word(shape.rows))
         self.row = self.arith.shrui(lane, self.word(2))
         self.quarter = self.arith.andi(lane, self.word(3))
 
-    def run(self, x: Any, packed: Any, codes: Any, parts: Any) -> None:
+    def run(self, x: Any, packed: Any, scratch: Scratch) -> None:
         """The whole of it."""
         shape, arith = self.shape, self.arith
-        places = self.places(x)
-        read, (fetch, take) = self.reader(places), self.ring(packed, codes, places)
-        count = 4 * shape.columns * (SETS * shape.tiles + int(shape.exact))
+        fetch, take = self.ring(packed, scratch.codes)
+        read, of_plane = self.reader(x), self.shared_reader(scratch.activations)
+        count = 4 * shape.columns * (shape.sets * shape.tiles + int(shape.exact))
         zero = self.utils.c(0 if shape.exact else 0.0, self.sum_type)
-        early = shape.reads_ahead
+        early, shared = shape.reads_ahead, shape.activations == SHARED
 
         def block(step: Any) -> Any:
             return arith.addi(self.share, arith.muli(step, self.word(shape.shares)))
 
         # Activations before codes, of which there are more: what is asked for first comes first.
         first = read(block(self.word(0))) if early else []
+        if shared:
+            self.share_activations(x, scratch.activations)
         for step in range(shape.stages):
             fetch(block(self.word(step)), self.word(step))
+        if shared:
+            self.wait(shape.stages)
+            self.asm([], [], "barrier.sync 0;", stays=True)
 
         def multiply(step: Any, carried: list[Any]) -> list[Any]:
             now, then = carried[count:], []
             if early:
                 then = read(block(arith.addi(step, self.word(1))))
-            elif not shape.staged:
+            elif not shared:
                 now = read(block(step))
+
+            def activations(plane: int) -> list[Any]:
+                if shared:
+                    return of_plane(block(step), plane)
+                return now[plane * shape.plane_words : (plane + 1) * shape.plane_words]
+
             slot = arith.remui(step, self.word(shape.stages))
-            words = take(slot)
-            own, staged = words[: shape.code_words], words[shape.code_words :]
-            sums = self.multiply(own, staged or now, carried[:count])
+            sums = self.multiply(take(slot), activations, carried[:count])
             # The slot is read: what was in it has been multiplied.
             fetch(block(arith.addi(step, self.word(shape.stages))), slot)
             return [*sums, *then]
@@ -191,7 +214,7 @@ class _Warp(Multiplier):
         mine = arith.subi(self.word(shape.blocks + shape.shares - 1), self.share)
         trips = arith.divui(mine, self.word(shape.shares))
         sums = self.loop(trips, [*[zero] * count, *first], multiply)
-        self.write(parts, self.joined(sums[:count]))
+        self.write(scratch.sums, self.joined(sums[:count]))
 
     def loop(
         self, trips: Any, carried: list[Any], body: Callable[[Any, list[Any]], list[Any]]
@@ -205,8 +228,8 @@ class _Warp(Multiplier):
             scf.yield_(body(at, list(loop.inner_iter_args)))
         return list(loop.results)
 
-    def pointer(self, ref: Any, row: Any, stride: int, lane_bytes: int) -> Any:
-        """The 64-bit address of this lane's first bytes of a row."""
+    def address(self, ref: Any, row: Any, stride: int, lane_bytes: int) -> Any:
+        """Of this lane's first bytes of a row, in global memory: 64 bits."""
         arith = self.arith
         at = arith.addi(
             arith.muli(arith.extui(self.i64, row), self.utils.c(stride, self.i64)),
@@ -214,105 +237,134 @@ class _Warp(Multiplier):
         )
         return arith.addi(self.llvm.ptrtoint(self.i64, self.utils.memref_ptr(ref)), at)
 
+    def shared_address(self, ref: Any) -> Any:
+        """Of the first byte, in shared memory: 32 bits."""
+        return self.llvm.ptrtoint(self.i32, self.utils.memref_ptr(ref))
+
     def within(self, block: Any) -> Any:
         """The block of inputs, or the last one: what is read past the end is not used."""
         return self.arith.minui(block, self.word(self.shape.blocks - 1))
 
-    def ring(
-        self, packed: Any, codes: Any, activations: list[tuple[Any, int]]
-    ) -> tuple[Callable[..., None], Callable[..., list[Any]]]:
-        """Functions that bring a block on its way to a slot, and that read a slot.
+    def copy(self, target: Any, source: Any, count: Any) -> None:
+        """Sixteen bytes to shared memory, later; of them `count` are read, the rest is zeros."""
+        text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
+        self.asm([], [target, source, count], text, stays=True)
 
-        In a slot are the codes of the rows `lane / 4`, that plus 8, and so on, 4 words each; then,
-        if they are staged, the activations of `places`.
+    def wait(self, later: int) -> None:
+        """For a lane's own copies, all but those of the `later` latest groups."""
+        self.asm([], [], f"cp.async.wait_group {later};", stays=True)
+
+    def ring(
+        self, packed: Any, codes: Any
+    ) -> tuple[Callable[[Any, Any], None], Callable[[Any], list[Any]]]:
+        """Functions that bring a block's codes on their way to a slot, and that read a slot.
+
+        The codes are those of the rows `lane / 4`, that plus 8, and so on, 4 words each.
         """
         arith, shape = self.arith, self.shape
-        width, first = BLOCK_BYTES * shape.blocks, arith.addi(_first_row(), self.first)
-        rows: list[tuple[Any, int]] = []
-        for step in range(shape.rows // WIDTH):
-            row = arith.addi(arith.addi(first, self.word(WIDTH * step)), self.row)
-            if shape.outputs % ROWS:
-                # Rows past the end are the last one: what becomes of them is never written.
-                row = arith.minui(row, self.word(shape.outputs - 1))
-            elif step:
-                rows.append((rows[0][0], WIDTH * step * width))
-                continue
-            rows.append((self.pointer(packed, row, width, 16), 0))
-        start = self.llvm.ptrtoint(self.i32, self.utils.memref_ptr(codes))
+        steps = range(shape.rows // WIDTH)
+        row_bytes, warp_bytes = BLOCK_BYTES * shape.blocks, READ_BYTES * len(steps)
+        row = arith.addi(arith.addi(first_output(shape), self.first), self.row)
+        source = self.address(packed, row, row_bytes, 16)
         own = arith.addi(
-            arith.muli(self.warp, self.word(shape.slot_bytes)),
-            arith.muli(self.lane, self.word(16)),
+            arith.muli(self.warp, self.word(warp_bytes)), arith.muli(self.lane, self.word(16))
         )
-        start = arith.addi(start, own)
+        start = arith.addi(self.shared_address(codes), own)
 
         def place(slot: Any) -> Any:
-            return arith.addi(start, arith.muli(slot, self.word(shape.slot_bytes * shape.warps)))
+            return arith.addi(start, arith.muli(slot, self.word(warp_bytes * shape.warps)))
 
         def fetch(block: Any, slot: Any) -> None:
             wide = arith.extui(self.i64, self.within(block))
+            at = arith.addi(source, arith.muli(wide, self.utils.c(BLOCK_BYTES, self.i64)))
             target = place(slot)
             # Zeros are written, and nothing is read, past the end.
             inside = arith.cmpi(arith.CmpIPredicate.ult, block, self.word(shape.blocks))
             many = arith.select(inside, self.word(16), self.word(0))
-
-            def copy(kind: str, into: int, start: Any, offset: int, block_bytes: int) -> None:
-                at = arith.addi(start, arith.muli(wide, self.utils.c(block_bytes, self.i64)))
-                places = f"[$0 + {READ_BYTES * into}], [$1 + {offset}]"
-                text = f"cp.async.{kind}.shared.global{PREFETCH} {places}, 16, $2;"
-                self.asm([], [target, at, many], text, stays=True)
-
-            if shape.staged:
-                # Through the first-level cache: other warps and blocks read the same.
-                for into, (start, offset) in enumerate(activations, len(rows)):
-                    copy("ca", into, start, offset, shape.size * BLOCK_CODES)
-            for into, (start, offset) in enumerate(rows):
-                copy("cg", into, start, offset, BLOCK_BYTES)
+            for step in steps:
+                offset = self.utils.c(WIDTH * step * row_bytes, self.i64)
+                into = arith.addi(target, self.word(READ_BYTES * step))
+                self.copy(into, arith.addi(at, offset), many)
             self.asm([], [], "cp.async.commit_group;", stays=True)
 
         def take(slot: Any) -> list[Any]:
-            # Of a lane's own copies: no other's are waited for.
-            self.asm([], [], f"cp.async.wait_group {shape.stages - 1};", stays=True)
+            self.wait(shape.stages - 1)
             source = place(slot)
             return [
-                word
-                for step in range(shape.slot_bytes // READ_BYTES)
-                for word in self.load("ld.shared", source, READ_BYTES * step)
+                word for step in steps for word in self.load("ld.shared", source, READ_BYTES * step)
             ]
 
         return fetch, take
 
-    def places(self, x: Any) -> list[tuple[Any, int]]:
-        """Where this lane's activations of the first block of inputs are, 16 bytes each.
+    def token(self, column: int) -> Any:
+        """The row of x of this lane in an instruction; past the end the last one."""
+        token = self.arith.addi(self.row, self.word(WIDTH * column))
+        return self.arith.minui(token, self.word(self.shape.tokens - 1))
 
-        They are, of each instruction's token and each plane, 4 words of int8 or 8 of bfloat16.
+    def offsets(self, plane: int) -> list[int]:
+        """Of a plane's activations in a block's, for what a lane loads at once."""
+        size = self.shape.size
+        return [size * BLOCK_BYTES * plane + 16 * half for half in range(size)]
 
-        Returns:
-          Addresses, and offsets from them.
-        """
-        arith, shape = self.arith, self.shape
-        size = shape.size
-        tokens = []
-        for column in range(shape.columns):
-            token = arith.addi(self.row, self.word(WIDTH * column))
-            token = arith.minui(token, self.word(shape.tokens - 1))
-            tokens.append(self.pointer(x, token, size * BLOCK_CODES * shape.blocks, 16 * size))
-        return [
-            (start, size * BLOCK_BYTES * plane + 16 * half)
-            for start in tokens
-            for plane in range(PLANES)
-            for half in range(size)
-        ]
-
-    def reader(self, places: list[tuple[Any, int]]) -> Callable[[Any], list[Any]]:
+    def reader(self, x: Any) -> Callable[[Any], list[Any]]:
         """A function that reads this lane's activations of a block of inputs into registers."""
+        arith, shape = self.arith, self.shape
+        size, columns = shape.size, range(shape.columns)
+        row_bytes = size * BLOCK_CODES * shape.blocks
+        starts = [self.address(x, self.token(column), row_bytes, 16 * size) for column in columns]
 
         def read(block: Any) -> list[Any]:
-            wide = self.arith.extui(self.i64, self.within(block))
-            at = self.arith.muli(wide, self.utils.c(self.shape.size * BLOCK_CODES, self.i64))
+            wide = arith.extui(self.i64, self.within(block))
+            at = arith.muli(wide, self.utils.c(size * BLOCK_CODES, self.i64))
             return [
                 word
-                for start, offset in places
-                for word in self.load("ld.global.nc", self.arith.addi(start, at), offset)
+                for plane in range(PLANES)
+                for start in starts
+                for offset in self.offsets(plane)
+                for word in self.load("ld.global.nc", arith.addi(start, at), offset)
+            ]
+
+        return read
+
+    def share_activations(self, x: Any, shared: Any) -> None:
+        """Brings all of x on its way to shared memory; every thread of the block has a part."""
+        arith, shape = self.arith, self.shape
+        stride = shared_row(BLOCK_CODES * shape.blocks, shape.size)
+        row_bytes = shape.size * BLOCK_CODES * shape.blocks
+        total, threads = shape.tokens * row_bytes // 16, 32 * shape.warps
+        start, source = self.shared_address(shared), self.address(x, self.word(0), 0, 0)
+        for first in range(0, total, threads):
+            index = arith.addi(self.thread, self.word(first))
+            # Past the end the last one again.
+            index = arith.minui(index, self.word(total - 1))
+            at = arith.muli(index, self.word(16))
+            token = arith.divui(index, self.word(row_bytes // 16))
+            target = arith.addi(at, arith.muli(token, self.word(stride - row_bytes)))
+            self.copy(
+                arith.addi(start, target),
+                arith.addi(source, arith.extui(self.i64, at)),
+                self.word(16),
+            )
+        self.asm([], [], "cp.async.commit_group;", stays=True)
+
+    def shared_reader(self, shared: Any) -> Callable[[Any, int], list[Any]]:
+        """A function that reads this lane's activations of a block's plane."""
+        arith, shape = self.arith, self.shape
+        stride = self.word(shared_row(BLOCK_CODES * shape.blocks, shape.size))
+        quarter = arith.muli(self.quarter, self.word(16 * shape.size))
+        start = arith.addi(self.shared_address(shared), quarter)
+        starts = [
+            arith.addi(start, arith.muli(self.token(column), stride))
+            for column in range(shape.columns)
+        ]
+
+        def read(block: Any, plane: int) -> list[Any]:
+            at = arith.muli(block, self.word(shape.size * BLOCK_CODES))
+            return [
+                word
+                for start in starts
+                for offset in self.offsets(plane)
+                for word in self.load("ld.shared", arith.addi(start, at), offset)
             ]
 
         return read
@@ -323,14 +375,14 @@ class _Warp(Multiplier):
         # Loads stay in order: all that are under way together come before what waits for one.
         return self.asm([self.i32] * WORDS, [address], text, stays=True)
 
-    def write(self, parts: Any, sums: list[Any]) -> None:
+    def write(self, place: Any, sums: list[Any]) -> None:
         """A warp's sums to its part of shared memory."""
         arith, llvm, columns = self.arith, self.llvm, self.shape.columns
         width = WIDTH * columns
-        row = arith.addi(arith.muli(self.share, self.word(ROWS)), self.first)
+        row = arith.addi(arith.muli(self.share, self.word(self.shape.tile)), self.first)
         row = arith.addi(row, self.row)
         lane = arith.addi(arith.muli(row, self.word(width)), arith.muli(self.quarter, self.word(2)))
-        start = self.utils.memref_ptr(parts)
+        start = self.utils.memref_ptr(place)
         for tile in range(self.shape.tiles):
             for column in range(columns):
                 for value in range(4):
@@ -338,5 +390,5 @@ class _Warp(Multiplier):
                     half, token = divmod(value, 2)
                     at = (HEIGHT * tile + WIDTH * half) * width + WIDTH * column + token
                     index = arith.addi(lane, self.word(at))
-                    place = self.utils.getelementptr(start, [index], self.sum_type)
-                    llvm.store(sums[4 * (tile * columns + column) + value], place)
+                    pointer = self.utils.getelementptr(start, [index], self.sum_type)
+                    llvm.store(sums[4 * (tile * columns + column) + value], pointer)

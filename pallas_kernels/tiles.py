@@ -10,14 +10,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.packing import BLOCK_BYTES
+from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 
 # What a decoded code is: the code itself (0, 1, 2; the sum of the activations is taken off later),
 # the sign that it stands for, or that sign at the top of an operand (see `mosaic_decode`).
 CODE, SIGN, TOP = "code", "sign", "top"
 
 # When a lane of the kernel for the fewest rows reads its activations, see `DirectTile`.
-AHEAD, LATE, STAGED = "ahead", "late", "staged"
+AHEAD, LATE, SHARED = "ahead", "late", "shared"
 
 # What a block can have on Hopper, less a kilobyte for barriers and alignment.
 SHARED_BYTES = 226 * 1024
@@ -96,18 +96,34 @@ class DirectTile:
     """Of the Mosaic kernel for up to 16 rows, which are all in one tile.
 
     Attributes:
-      groups: warpgroups of a block, whose warps share out the outputs and the inputs.
-      rows: outputs of a warp, of the 64 of a block; 16, 32 or 64.
+      groups: warpgroups of a block, whose warps share out the outputs and the inputs; at least one
+        for every 64 outputs.
+      rows: outputs of a warp; a multiple of 16.
+      outputs: of a block; 64 or more, a multiple of `rows`. The warps have them as often as there
+        are shares of the inputs: a whole number.
       stages: of a warp, 256 inputs.
       activations: `AHEAD`: those of the next 256 inputs are read into registers while these are
         multiplied, in 8 bits, or of up to 8 tokens; this takes the room of other blocks. `LATE`:
-        when they are multiplied. `STAGED`: through shared memory, as early as the codes.
+        when they are multiplied. `SHARED`: all into shared memory, before the codes.
     """
 
     groups: int = 1
     rows: int = 32
+    outputs: int = 64
     stages: int = 2
     activations: str = AHEAD
+
+    def __post_init__(self) -> None:
+        whole = self.outputs % self.rows == 0 == 4 * self.groups * self.rows % self.outputs
+        if self.rows % 16 or not whole:
+            raise ValueError(f"the warps cannot share out the outputs of a block: {self}")
+        if not 64 <= self.outputs <= 64 * self.groups:
+            raise ValueError(f"a block has 64 outputs or more, and a warpgroup for each 64: {self}")
+
+    @property
+    def shares(self) -> int:
+        """Of the inputs."""
+        return 4 * self.groups * self.rows // self.outputs
 
     @property
     def tokens(self) -> int:
@@ -198,18 +214,20 @@ def triton_rule(problem: Problem) -> TritonTile:
     return TritonTile(planes=2, passes=True)
 
 
-def shared_bytes(tile: Tile | FewTile | DirectTile, activation_bits: int) -> int:
+def shared_bytes(tile: Tile | FewTile | DirectTile, problem: Problem) -> int:
     """Shared memory of a Mosaic block with a 16-bit result, but for its barriers.
 
     Args:
       tile: how the product is cut up.
-      activation_bits: 8 or 16.
+      problem: the product.
     """
-    plane = BLOCK_BYTES * activation_bits // 8
+    size = problem.activation_bits // 8
+    plane = BLOCK_BYTES * size
     if isinstance(tile, DirectTile):
-        staged = 4 * plane * tile.tokens if tile.activations == STAGED else 0
-        stage = tile.rows * BLOCK_BYTES + staged
-        return 4 * tile.groups * (tile.stages * stage + tile.rows * tile.tokens * 4)
+        codes = 4 * tile.groups * tile.stages * tile.rows * BLOCK_BYTES
+        sums = tile.shares * tile.outputs * whole_tokens(problem.m) * 4
+        shared = tile.activations == SHARED
+        return codes + sums + shared * problem.m * shared_row(problem.k, size)
     if isinstance(tile, FewTile):
         stage = tile.tokens * 4 * plane + 64 * BLOCK_BYTES
         sums, result = 64 * tile.tokens * 4, 64 * tile.tokens * 2
@@ -217,6 +235,24 @@ def shared_bytes(tile: Tile | FewTile | DirectTile, activation_bits: int) -> int
     activations = tile.stages * tile.tokens * tile.planes * plane
     codes = tile.code_stages * 2 * tile.rows * BLOCK_BYTES
     return activations + codes + 2 * 2 * tile.store * tile.rows * 2
+
+
+def whole_tokens(tokens: int) -> int:
+    """Of the instruction that the kernel for the fewest rows is made of, which takes 8."""
+    return 8 * -(-tokens // 8)
+
+
+def shared_row(inputs: int, size: int) -> int:
+    """Bytes from one token's activations to the next one's, where a block shares them.
+
+    Neighbouring rows are read together, and so that they come from different banks: of each 128
+    bytes, int8's quarters of a warp read half, and those of 16 bits every second 16 bytes.
+
+    Args:
+      inputs: of the product.
+      size: bytes of an activation.
+    """
+    return size * BLOCK_CODES * -(-inputs // BLOCK_CODES) + (64 if size == 1 else 16)
 
 
 def fit_store(tile: Tile, out_dtype: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +15,16 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic, reference, triton_matmul
 from pallas_kernels.bench import activations, weights
+from pallas_kernels.packing import BLOCK_CODES
 from pallas_kernels.shapes import input_sets
 from pallas_kernels.tile_table import Device, Entry
 from pallas_kernels.tiles import (
     AHEAD,
     FEW_ROWS,
     LATE,
+    SHARED,
     SHARED_BYTES,
     SIGN,
-    STAGED,
     TOP,
     AnyTile,
     DirectTile,
@@ -54,11 +56,10 @@ def candidates(backend: str, problem: Problem, device: Device) -> list[AnyTile]:
         return list(dict.fromkeys([first, *_triton(first)]))
     rule = mosaic_rule(problem, device.multiprocessors)
     if isinstance(rule, DirectTile):
-        tried = [*_direct(), *_few(problem)]
+        tried = [*_direct(problem, device.multiprocessors), *_few(problem)]
     else:
         tried = _few(problem) if isinstance(rule, FewTile) else _many(problem)
-    bits = problem.activation_bits
-    fitting = [tile for tile in tried if shared_bytes(tile, bits) <= SHARED_BYTES]
+    fitting = [tile for tile in tried if shared_bytes(tile, problem) <= SHARED_BYTES]
     return list(dict.fromkeys([rule, *fitting]))
 
 
@@ -90,15 +91,25 @@ def _triton(rule: TritonTile) -> list[TritonTile]:
     ]
 
 
-def _direct() -> list[DirectTile]:
+def _direct(problem: Problem, multiprocessors: int) -> list[DirectTile]:
+    change = dataclasses.replace
+    own = [DirectTile(rows=rows, activations=a) for rows in (32, 64) for a in (AHEAD, LATE)]
     # Several warpgroups are fast only where their registers leave room for two blocks.
-    sizes = ((1, 64), (1, 32), (2, 32), (3, 32), (2, 16))
-    return [
-        DirectTile(groups=groups, rows=rows, stages=stages, activations=activations)
-        for groups, rows in sizes
-        for stages in (2, 3)
-        for activations in (AHEAD, LATE, STAGED)
-    ]
+    own.append(DirectTile(groups=2, activations=LATE))
+    # One or two blocks for each multiprocessor, and all at once: the largest has as little to do as
+    # can be, and tokens are read by as few blocks as there are.
+    blocks = -(-problem.k // BLOCK_CODES)
+    shared = []
+    for waves in (1, 2):
+        outputs = max(64, 16 * -(-problem.n // (16 * waves * multiprocessors)))
+        for groups, rows in itertools.product((1, 2, 3), range(32, 97, 16)):
+            try:
+                tile = DirectTile(groups=groups, rows=rows, outputs=outputs, activations=SHARED)
+            except ValueError:
+                continue
+            stages = -(-blocks // tile.shares)
+            shared += [change(tile, stages=min(stages, most)) for most in (2, 3)]
+    return own + shared
 
 
 def _few(problem: Problem) -> list[FewTile]:

@@ -7,6 +7,8 @@ it at once.
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -133,6 +135,9 @@ class _Numbers(Lanes):
     def asm(self, results, operands, text, *, stays=False):
         if text.startswith("prmt."):
             return super().asm(results, operands, text)
+        if text.startswith("barrier.sync 0;"):
+            self.barrier.wait(60)
+            return []
         if text.startswith("cp.async.commit_group"):
             self.groups.append(self.copies)
             self.copies = []
@@ -143,16 +148,14 @@ class _Numbers(Lanes):
                 for target, data in self.groups.pop(0):
                     self.memory.write(target, data)
             return []
-        offsets = [int(number) for number in re.findall(r"\[\$\d+ \+ (\d+)\]", text)]
-        if text.startswith("cp.async."):
+        if text.startswith("cp.async.cg.shared.global [$0], [$1], 16, $2;"):
             target, source, many = operands
-            data = self.memory.read(source + offsets[1], 16)
-            self.copies.append(
-                (target + offsets[0], np.where(np.arange(16) < many[:, None], data, 0))
-            )
+            data = self.memory.read(source, 16)
+            self.copies.append((target, np.where(np.arange(16) < many[:, None], data, 0)))
             return []
-        assert text.startswith("ld."), text
-        return list(words_of(self.memory.read(operands[0] + offsets[0], 16)).T)
+        kind, offset = re.fullmatch(r"ld\.(\S+)\.v4\.b32 .*, \[\$4 \+ (\d+)\];", text).groups()
+        assert kind in ("shared", "global.nc")
+        return list(words_of(self.memory.read(operands[0] + int(offset), 16)).T)
 
 
 class Machine(_Warp, _Numbers):
@@ -162,13 +165,24 @@ class Machine(_Warp, _Numbers):
       shape: of the product.
       index: of the warp.
       memory: where everything is; what `run` takes are addresses.
+      barrier: of all warps.
     """
 
-    def __init__(self, shape, index, memory):
-        self.index, self.memory = index, memory
+    def __init__(self, shape, index, memory, barrier):
+        self.index, self.memory, self.barrier = index, memory, barrier
         super().__init__(shape)
 
     def loop(self, trips, carried, body):
         for step in range(trips[0]):
             carried = body(self.word(step), carried)
         return carried
+
+
+def run_block(shape, memory, *addresses):
+    """All warps of a thread block, each in a thread of its own."""
+    barrier = threading.Barrier(shape.warps)
+    with ThreadPoolExecutor(shape.warps) as pool:
+        machines = [Machine(shape, warp, memory, barrier) for warp in range(shape.warps)]
+        runs = [pool.submit(machine.run, *addresses) for machine in machines]
+        for run in runs:
+            run.result()

@@ -23,15 +23,15 @@ from pallas_kernels import (
 from pallas_kernels.backends import describe, device_of, why_not
 from pallas_kernels.checking import CASES, Case, check, public_op
 from pallas_kernels.tiles import (
-    AHEAD,
     CODE,
     LATE,
+    SHARED,
     SHARED_BYTES,
     SIGN,
-    STAGED,
     TOP,
     DirectTile,
     FewTile,
+    Problem,
     Tile,
     shared_bytes,
 )
@@ -112,7 +112,7 @@ def test_every_tile_of_16_bit_activations(hopper, tile):
 def test_every_tile_of_few_rows(hopper, tokens, bits):
     for groups, stages in ((4, 2), (2, 3), (1, 4)):
         tile = FewTile(tokens=tokens, groups=groups, stages=stages)
-        if shared_bytes(tile, bits) > SHARED_BYTES:
+        if shared_bytes(tile, Problem(tokens, 264, 1040, bits)) > SHARED_BYTES:
             continue
         case = Case(m=tokens - 1, n=264, k=1040, activation_bits=bits)
         outcome = check(case, "mosaic", with_tile(tile, hopper))
@@ -122,17 +122,15 @@ def test_every_tile_of_few_rows(hopper, tokens, bits):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16])
 def test_every_tile_of_fewest_rows(hopper, tokens, bits):
-    sizes = (
-        (1, 64, 1, STAGED),
-        (1, 64, 2, LATE),
-        (1, 32, 3, STAGED),
-        (2, 32, 2, AHEAD),
-        (2, 16, 2, LATE),
-        (3, 64, 1, AHEAD),
-        (4, 32, 2, STAGED),
+    tiles = (
+        DirectTile(rows=64, stages=1, activations=LATE),
+        DirectTile(rows=32, stages=3, activations=SHARED),
+        DirectTile(groups=2, rows=16, activations=LATE),
+        DirectTile(groups=3, rows=64, stages=1),
+        DirectTile(groups=3, rows=48, outputs=144, activations=SHARED),
+        DirectTile(groups=3, rows=80, outputs=80, stages=1, activations=SHARED),
     )
-    for groups, rows, stages, activations in sizes:
-        tile = DirectTile(groups=groups, rows=rows, stages=stages, activations=activations)
+    for tile in tiles:
         for n, k in ((264, 1040), (1, 256), (130, 4096)):
             case = Case(m=tokens, n=n, k=k, activation_bits=bits, extras=True)
             outcome = check(case, "mosaic", with_tile(tile, hopper))
@@ -141,9 +139,14 @@ def test_every_tile_of_fewest_rows(hopper, tokens, bits):
 
 @pytest.mark.parametrize("tokens", [3, 16])
 def test_sums_of_fewest_rows_are_exact(hopper, tokens):
-    for groups, rows in ((1, 64), (2, 32), (3, 16)):
+    tiles = (
+        DirectTile(rows=64),
+        DirectTile(groups=3, rows=16),
+        DirectTile(groups=3, rows=48, outputs=144, activations=SHARED),
+    )
+    for tile in tiles:
         case = Case(m=tokens, n=200, k=3072, integers=True, out_dtype="float32", row_sum=False)
-        outcome = check(case, "mosaic", with_tile(DirectTile(groups=groups, rows=rows), hopper))
+        outcome = check(case, "mosaic", with_tile(tile, hopper))
         assert outcome.passed, outcome
 
 

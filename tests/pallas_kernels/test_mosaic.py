@@ -72,14 +72,22 @@ def test_sums_of_a_few_rows_are_exact(shape):
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups", "rows"),
-    [((1, 768, 72), 1, 64), ((9, 256, 64), 1, 32), ((16, 1280, 8), 2, 64), ((3, 1000, 64), 1, 16)],
+    ("shape", "tile"),
+    [
+        ((1, 768, 72), {"rows": 64}),
+        ((9, 256, 64), {"rows": 32}),
+        ((16, 1280, 8), {"groups": 2, "rows": 64}),
+        ((3, 1000, 64), {"rows": 16}),
+        # The second tile has outputs of the first as well; the second warpgroup, of its own first.
+        ((9, 1536, 200), {"groups": 3, "rows": 48, "outputs": 144}),
+        ((2, 768, 81), {"groups": 2, "rows": 80, "outputs": 80}),
+    ],
+    ids=str,
 )
-def test_sums_of_fewest_rows_are_exact(shape, groups, rows):
+def test_sums_of_fewest_rows_are_exact(shape, tile):
     x, packed, exact = integers(*shape)
     operands = Operands(scale=jnp.ones(shape[2], jnp.float32))
-    tile = DirectTile(groups=groups, rows=rows)
-    settings = {"tile": tile, "interpret": interpret_params()}
+    settings = {"tile": DirectTile(**tile), "interpret": interpret_params()}
     y = product_direct(x, packed, operands, out_dtype=FLOAT32, **settings)
     np.testing.assert_array_equal(np.asarray(y), exact)
 

@@ -8,8 +8,12 @@ import pytest
 
 from pallas_kernels import tile_table, tuning
 from pallas_kernels.errors import UserError
+from pallas_kernels.mosaic_direct import scratch_types
+from pallas_kernels.mosaic_mma import Shape
 from pallas_kernels.tile_table import Device, Entry
 from pallas_kernels.tiles import (
+    AHEAD,
+    SHARED,
     SHARED_BYTES,
     DirectTile,
     FewTile,
@@ -19,6 +23,7 @@ from pallas_kernels.tiles import (
     fit_store,
     mosaic_rule,
     shared_bytes,
+    shared_row,
     triton_rule,
 )
 
@@ -33,7 +38,7 @@ PROBLEMS = [
 
 
 def assert_fits(tile, problem):
-    assert shared_bytes(tile, problem.activation_bits) <= SHARED_BYTES
+    assert shared_bytes(tile, problem) <= SHARED_BYTES
     if isinstance(tile, Tile):
         assert tile.tokens % tile.store == 0
         assert tile.tokens % 8 == 0
@@ -62,15 +67,61 @@ def test_what_is_tried_fits(problem):
 
 
 def test_shared_memory_is_counted():
+    many, few = Problem(4608, 3072, 3072, 8), Problem(16, 9216, 3072, 16)
     # 4 stages of 128 x 256, 4 of 256 x 64, and 2 x 2 buffers of 32 x 128 16-bit results.
-    assert shared_bytes(Tile(), 8) == 131_072 + 65_536 + 32_768
+    assert shared_bytes(Tile(), many) == 131_072 + 65_536 + 32_768
     # 8 stages of 16 x 256 16-bit inputs and 64 x 64 codes, three sums of 64 x 16, and the result.
-    few = FewTile(tokens=16)
-    assert shared_bytes(few, 16) == 8 * (8192 + 4096) + 3 * 4096 + 2048
+    assert shared_bytes(FewTile(tokens=16), few) == 8 * (8192 + 4096) + 3 * 4096 + 2048
     # Of 8 warps, 2 stages of 64 x 64 codes, and sums of 64 x 16.
-    assert shared_bytes(DirectTile(groups=2, rows=64, stages=2), 8) == 8 * (2 * 4096 + 4096)
+    assert shared_bytes(DirectTile(groups=2, rows=64), few) == 8 * (2 * 4096 + 4096)
     # Two warps share 64 outputs: half the codes for each, and half as many sums.
-    assert shared_bytes(DirectTile(groups=2, rows=32, stages=2), 8) == 8 * 2 * 2048 + 4 * 4096
+    assert shared_bytes(DirectTile(groups=2, rows=32), few) == 8 * 2 * 2048 + 4 * 4096
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("activations", [AHEAD, SHARED])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_shared_memory_of_the_fewest_rows_is_what_is_asked_for(tokens, activations, bits):
+    tile = DirectTile(groups=3, rows=48, outputs=144, stages=2, activations=activations)
+    shape = Shape(
+        tokens=tokens,
+        outputs=9216,
+        tile=144,
+        blocks=5,
+        warps=12,
+        rows=48,
+        stages=2,
+        activations=activations,
+        exact=bits == 8,
+    )
+    asked = [np.empty(each.shape, each.dtype).nbytes for each in scratch_types(shape)]
+    if activations != SHARED:
+        # Pallas has no empty arrays.
+        asked[-1] = 0
+    assert sum(asked) == shared_bytes(tile, Problem(tokens, 9216, 1040, bits))
+
+
+def test_rows_that_are_read_together_come_from_different_banks():
+    """Of eight lanes, two tokens' quarters of a warp: 16 bytes each, which fill the 32 banks."""
+    for size in (1, 2):
+        stride = shared_row(3072, size)
+        starts = [token * stride + 16 * size * quarter for token in (0, 1) for quarter in range(4)]
+        assert sorted(start % 128 // 16 for start in starts) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"rows": 24}, "cannot share out"),
+        ({"rows": 48, "outputs": 80, "groups": 2}, "cannot share out"),
+        ({"rows": 64, "outputs": 192, "groups": 2}, "cannot share out"),
+        ({"rows": 32, "outputs": 128}, "a warpgroup for each 64"),
+        ({"rows": 32, "outputs": 32}, "64 outputs or more"),
+    ],
+)
+def test_a_tile_that_cannot_be_shared_out_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        DirectTile(**sizes)
 
 
 def test_fewer_tokens_are_cut_into_more_tiles():

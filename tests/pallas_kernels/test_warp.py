@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic_mma, mosaic_warp
-from pallas_kernels.mosaic_mma import PLANES, ROWS, WIDTH, WORDS, Shape
-from pallas_kernels.tiles import AHEAD, LATE, STAGED
-from tests.pallas_kernels.lanes import LANES, QUARTER, ROW, Lanes, Machine, Memory, words_of
+from pallas_kernels.mosaic_direct import scratch_types
+from pallas_kernels.mosaic_mma import PLANES, WIDTH, WORDS, Shape
+from pallas_kernels.mosaic_warp import Scratch
+from pallas_kernels.tiles import AHEAD, LATE, SHARED, DirectTile
+from tests.pallas_kernels.lanes import LANES, QUARTER, ROW, Lanes, Memory, run_block, words_of
 
 
 @pytest.fixture
@@ -43,7 +45,8 @@ def test_a_warp_s_sums_are_the_product(numbers, exact, tokens, rows):
     random = np.random.default_rng(0)
     shape = Shape(
         tokens=tokens,
-        outputs=ROWS,
+        outputs=64,
+        tile=64,
         blocks=2,
         warps=4,
         rows=rows,
@@ -53,7 +56,7 @@ def test_a_warp_s_sums_are_the_product(numbers, exact, tokens, rows):
     )
     warp = Lanes(shape)
     sums = [np.zeros(32, np.int32 if exact else np.float32)] * (
-        4 * shape.columns * (2 * shape.tiles + int(exact))
+        4 * shape.columns * (shape.sets * shape.tiles + int(exact))
     )
     wanted = np.zeros((rows, 8 * shape.columns))
     for _ in range(shape.blocks):
@@ -66,13 +69,14 @@ def test_a_warp_s_sums_are_the_product(numbers, exact, tokens, rows):
         mine = packed.reshape(rows // WIDTH, WIDTH, 4, 16)[:, ROW, QUARTER]
         read = [words_of(mine[step])[:, word] for step in range(len(mine)) for word in range(WORDS)]
         activations = []
-        for column in range(shape.columns):
-            token = np.minimum(ROW + WIDTH * column, tokens - 1)
-            for plane in range(PLANES):
-                some = x[token, plane].reshape(32, 4, 16)[LANES, QUARTER]
-                activations += list(words_of(some).T)
-        assert len(activations) == shape.words
-        sums = warp.multiply(read, activations, sums)
+        for plane in range(PLANES):
+            some = [
+                x[np.minimum(ROW + WIDTH * column, tokens - 1), plane].reshape(32, 4, 16)
+                for column in range(shape.columns)
+            ]
+            activations.append([word for each in some for word in words_of(each[LANES, QUARTER]).T])
+        assert [len(words) for words in activations] == [shape.plane_words] * PLANES
+        sums = warp.multiply(read, activations.__getitem__, sums)
         padded = np.minimum(np.arange(8 * shape.columns), tokens - 1)
         signs = codes.reshape(rows, -1) - 1.0
         wanted += signs @ x[padded].reshape(len(padded), -1).astype(np.float64).T
@@ -97,40 +101,43 @@ def products(random, shape):
     return packed.reshape(shape.outputs, -1), x, signs @ x.astype(np.float64).T
 
 
-@pytest.mark.parametrize("activations", [AHEAD, LATE, STAGED])
-@pytest.mark.parametrize(("rows", "stages"), [(64, 1), (32, 2), (16, 3)])
+@pytest.mark.parametrize("activations", [AHEAD, LATE, SHARED])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"groups": 2, "rows": 64, "stages": 1},
+        {"groups": 2, "rows": 16, "stages": 3},
+        # Neither the outputs nor the inputs come out even.
+        {"groups": 3, "rows": 48, "outputs": 144, "stages": 2},
+        {"groups": 3, "rows": 80, "outputs": 80, "stages": 1},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_block_s_warps_read_and_sum_all_that_is_theirs(
-    numbers, monkeypatch, exact, tokens, rows, stages, activations
+    numbers, monkeypatch, exact, tokens, sizes, activations
 ):
-    # The second block of outputs, of which not all are there; shares of unlike length.
+    tile = DirectTile(**sizes, activations=activations)
     shape = Shape(
         tokens=tokens,
-        outputs=100,
+        outputs=200,
+        tile=tile.outputs,
         blocks=7,
-        warps=8,
-        rows=rows,
-        stages=stages,
+        warps=4 * tile.groups,
+        rows=tile.rows,
+        stages=tile.stages,
         activations=activations,
         exact=exact,
     )
     packed, x, wanted = products(np.random.default_rng(1), shape)
-    memory = Memory(1 << 20)
-    first = 64
-    monkeypatch.setattr(mosaic_warp, "_first_row", lambda: np.full(32, first, np.uint32))
-    addresses = [
-        memory.place(array)
-        for array in (
-            x,
-            packed,
-            np.empty((stages, shape.warps, shape.slot_bytes), np.uint8),
-            np.empty((shape.shares, ROWS, WIDTH * shape.columns), np.int32),
-        )
-    ]
-    for warp in range(shape.warps):
-        Machine(shape, warp, memory).run(*addresses)
-    sums = memory.bytes[addresses[-1] :][: 4 * shape.shares * ROWS * WIDTH * shape.columns]
-    sums = sums.view(np.int32 if exact else np.float32).reshape(shape.shares, ROWS, -1).sum(0)
-    found = sums[: shape.outputs - first, :tokens]
-    np.testing.assert_array_equal(found if exact else found / 2, wanted[first:])
+    memory, first = Memory(1 << 20), 40
+    monkeypatch.setattr(mosaic_warp, "first_output", lambda shape: np.full(32, first, np.uint32))
+    empty = Scratch(*(np.empty(each.shape, each.dtype) for each in scratch_types(shape)))
+    scratch = Scratch(*(memory.place(array) for array in empty))
+    run_block(shape, memory, memory.place(x), memory.place(packed), scratch)
+    sums = memory.bytes[scratch.sums :][: empty.sums.nbytes].view(empty.sums.dtype)
+    found = sums.reshape(empty.sums.shape).sum(0)[:, :tokens]
+    assert len(found) == tile.outputs
+    wanted = wanted[first : first + tile.outputs]
+    np.testing.assert_array_equal(found if exact else found / 2, wanted)
