@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flux_jax import attention_kernels as kernels
-from flux_jax.sequence import exchange
 
 Implementation = Literal["cudnn", "mosaic", "tokamax", "cudnn_fp8", "xla_fp8", "xla"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
@@ -52,9 +51,6 @@ def attention(
 ) -> Float[Array, "B Lq H D"]:
     """`softmax(scale * q @ k.T + bias) @ v` per head; the softmax is in float32.
 
-    Where the tokens are split over devices (`flux_jax.sequence`), q, k and v are a part of them and
-    attend to all.
-
     Args:
       q, k, v: queries, keys and values.
       bias: added to the scores before the softmax; "cudnn" and "xla" only.
@@ -69,12 +65,7 @@ def attention(
     Raises:
       NotImplementedError: the implementation that is asked for cannot compute this here; says why.
     """
-    others = exchange()
     masked = bias is not None or causal
-    if others is not None:
-        if masked:
-            raise NotImplementedError("attention over split tokens takes no bias and no mask")
-        q, k, v = others.to_heads(q, k, v)
     if implementation is None:
         implementation = "xla" if bias is not None else default_implementation(q)
     elif reason := why_not(implementation, q, k, masked=masked):
@@ -82,14 +73,12 @@ def attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if masked or implementation == "cudnn":
         by: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
-        out = jax.nn.dot_product_attention(
+        return jax.nn.dot_product_attention(
             q, k, v, bias=bias, scale=scale, is_causal=causal, implementation=by
         )
-    elif implementation in kernels.KERNELS:
-        out = kernels.KERNELS[implementation](q, k, v, scale).astype(q.dtype)
-    else:
-        out = _plain(q, k, v, scale, float8=implementation == "xla_fp8")
-    return out if others is None else others.to_tokens(out)
+    if implementation in kernels.KERNELS:
+        return kernels.KERNELS[implementation](q, k, v, scale).astype(q.dtype)
+    return _plain(q, k, v, scale, float8=implementation == "xla_fp8")
 
 
 def _plain(q: Array, k: Array, v: Array, scale: float, *, float8: bool) -> Float[Array, "B Lq H D"]:

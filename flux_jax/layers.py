@@ -78,6 +78,15 @@ class AnyLinear(nnx.Module):
         """
         return Hidden(self(x), start)
 
+    def apart(self, x: Input, start: int) -> tuple[Float[Array, "*L _"], Hidden]:
+        """`hidden(x, start)`, with the columns before `start` as an array of their own.
+
+        Two products where that is possible, so that the first one's result can be sent to other
+        devices while the second is computed. Where not, the first array has all columns.
+        """
+        hidden = self.hidden(x, start)
+        return hidden.array, hidden
+
 
 class Linear(AnyLinear):
     """`y = x @ weight.T + bias`; the one linear of every block.
@@ -111,11 +120,17 @@ class Linear(AnyLinear):
         residual: Float[Array, "*L N"] | None = None,
     ) -> Float[Array, "*L N"]:
         """See `AnyLinear`; in the weight's dtype, accumulating in float32."""
-        weight = self.weight[...]
+        return surround(self._product(dense(x), slice(None)), gate, residual)
+
+    def apart(self, x: Input, start: int) -> tuple[Float[Array, "*L _"], Hidden]:
+        """See `AnyLinear`."""
         x = dense(x)
+        return self._product(x, slice(start)), Hidden(self._product(x, slice(start, None)))
+
+    def _product(self, x: Float[Array, "*L K"], outputs: slice) -> Float[Array, "*L N"]:
+        weight = self.weight[...][outputs]
         y = jax.lax.dot_general(x.astype(weight.dtype), weight, (((x.ndim - 1,), (1,)), ((), ())))
-        y = y if self.bias is None else y + along_last(self.bias[...], y.ndim)
-        return surround(y, gate, residual)
+        return y if self.bias is None else y + along_last(self.bias[...][outputs], y.ndim)
 
 
 # Up to this many rows, the gradient of a look-up is a product with one-hot rows. A scatter adds

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,26 +35,44 @@ class Exchange:
     text: int
 
     def to_heads(
-        self, q: Float[Array, "B l H D"], k: Float[Array, "B l H D"], v: Float[Array, "B l H D"]
-    ) -> tuple[Float[Array, "B L h D"], Float[Array, "B L h D"], Float[Array, "B L h D"]]:
-        """From some tokens of all heads to all tokens of some heads: all text, then all image."""
-        # One exchange in place of three: what it costs beside its bytes is paid once.
-        mine = jnp.stack((q, k, v))
-        parts = jax.lax.all_to_all(mine, AXIS, split_axis=3, concat_axis=2, tiled=True)
-        parts = parts.reshape(*mine.shape[:2], -1, mine.shape[2], *parts.shape[3:])
-        text, image = parts[:, :, :, : self.text], parts[:, :, :, self.text :]
-        joined = jnp.concatenate([_merged(text, 2), _merged(image, 2)], axis=2)
-        return joined[0], joined[1], joined[2]
+        self,
+        q: Float[Array, "B l H D"],
+        k: Float[Array, "B l H D"],
+        v: Float[Array, "B l H D"],
+        meanwhile: Any,
+    ) -> tuple[tuple[Float[Array, "B L h D"], ...], Any]:
+        """From some tokens of all heads to all tokens of some heads: all text, then all image.
+
+        Args:
+          q, k, v: of the device's tokens.
+          meanwhile: arrays, or none, to compute while they are on their way.
+
+        Returns:
+          q, k and v of the device's heads, and `meanwhile`.
+        """
+        # One exchange in place of three: what it costs beside its bytes is paid once. The device
+        # that something goes to, or comes from, is the first axis: else the compiler would turn it.
+        parts = jax.lax.all_to_all(self._for_each(jnp.stack((q, k, v)), 3), AXIS, 0, 0, tiled=True)
+        # What reads the parts waits for both, so that the exchange is begun first and ended last.
+        parts, meanwhile = jax.lax.optimization_barrier((parts, meanwhile))
+        text, image = parts[..., : self.text, :, :], parts[..., self.text :, :, :]
+        joined = jnp.concatenate([_merged(jnp.moveaxis(x, 0, 2), 2) for x in (text, image)], axis=2)
+        return (joined[0], joined[1], joined[2]), meanwhile
 
     def to_tokens(self, x: Float[Array, "B L h D"]) -> Float[Array, "B l H D"]:
         """The way back."""
+        whole = jax.lax.axis_size(AXIS) * self.text
+        parts = (self._for_each(some, 1) for some in (x[:, :whole], x[:, whole:]))
+        parts = jnp.concatenate(tuple(parts), axis=2)
+        parts = jax.lax.all_to_all(parts, AXIS, 0, 0, tiled=True)
+        return _merged(jnp.moveaxis(parts, 0, 2), 2)
+
+    @staticmethod
+    def _for_each(x: Array, axis: int) -> Array:
+        """An axis cut into a part for each device, the devices first."""
         devices = jax.lax.axis_size(AXIS)
-        batch, _, heads, width = x.shape
-        whole = devices * self.text
-        text = x[:, :whole].reshape(batch, devices, -1, heads, width)
-        image = x[:, whole:].reshape(batch, devices, -1, heads, width)
-        parts = _merged(jnp.concatenate((text, image), axis=2), 1)
-        return jax.lax.all_to_all(parts, AXIS, split_axis=1, concat_axis=2, tiled=True)
+        cut = x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(cut, axis, 0)
 
 
 def _merged(x: Float[Array, ...], axis: int) -> Float[Array, ...]:
@@ -64,9 +83,33 @@ def _merged(x: Float[Array, ...], axis: int) -> Float[Array, ...]:
 _here: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
-def exchange() -> Exchange | None:
-    """How attention finds the other tokens where it is traced; None where it has all."""
-    return _here.get()
+def is_split() -> bool:
+    """Whether, where this is traced, the tokens at hand are a part of them."""
+    return _here.get() is not None
+
+
+def over_all_tokens(
+    attend: Callable[..., Float[Array, "B L h D"]],
+    q: Float[Array, "B l H D"],
+    k: Float[Array, "B l H D"],
+    v: Float[Array, "B l H D"],
+    meanwhile: Any = None,
+) -> tuple[Float[Array, "B l H D"], Any]:
+    """`attend(q, k, v)`, to all tokens wherever they are.
+
+    Args:
+      attend: an attention of whole sequences, each head by itself.
+      q, k, v: of the tokens at hand.
+      meanwhile: arrays that take nothing of other tokens: computed while those are sent.
+
+    Returns:
+      The result for the tokens at hand, and `meanwhile`.
+    """
+    exchange = _here.get()
+    if exchange is None:
+        return attend(q, k, v), meanwhile
+    heads, meanwhile = exchange.to_heads(q, k, v, meanwhile)
+    return exchange.to_tokens(attend(*heads)), meanwhile
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from flux_jax.heads import HeadsBackend, QKNorm, attention_heads
 from flux_jax.inputs import Input, Joined, Modulated
 from flux_jax.layers import DType, Linear
 from flux_jax.rope import Rotation, rotary_angles, sinusoidal_embedding
+from flux_jax.sequence import is_split, over_all_tokens
 from flux_jax.sharding import constrain, mesh_of
 
 _TIME_CHANNELS = 256
@@ -150,7 +151,8 @@ class DoubleStreamBlock(nnx.Module):
         txt_qkv = self.txt_attn.qkv(Modulated(txt, t_shift1, t_scale1))
         streams = ((txt_qkv, self.txt_attn.norm), (img_qkv, self.img_attn.norm))
         q, k, v = attention_heads(streams, rotation, self.num_heads, self.heads_backend)
-        attended = attention(q, k, v, implementation=self.attention)
+        attend = functools.partial(attention, implementation=self.attention)
+        attended, _ = over_all_tokens(attend, q, k, v)
         attended = attended.reshape(*attended.shape[:2], -1)
         txt_length = txt.shape[1]
 
@@ -186,11 +188,18 @@ class SingleStreamBlock(nnx.Module):
         """One block over the joined sequence, text first."""
         shift, scale, gate = _rows(mods)
         width = x.shape[-1]
-        hidden = self.linear1.hidden(Modulated(x, shift, scale), start=3 * width)
-        streams = ((hidden.array, self.norm),)
-        q, k, v = attention_heads(streams, rotation, self.num_heads, self.heads_backend)
-        attended = attention(q, k, v, implementation=self.attention).reshape(x.shape)
-        return self.linear2(Joined(attended, hidden), gate=gate, residual=x)
+        attend = functools.partial(attention, implementation=self.attention)
+        modulated = Modulated(x, shift, scale)
+        if is_split():
+            # The MLP's part is computed while the other one is on its way.
+            qkv, hidden = self.linear1.apart(modulated, start=3 * width)
+        else:
+            # One product fills the multiprocessors better than two.
+            hidden = self.linear1.hidden(modulated, start=3 * width)
+            qkv = hidden.array
+        q, k, v = attention_heads([(qkv, self.norm)], rotation, self.num_heads, self.heads_backend)
+        attended, hidden = over_all_tokens(attend, q, k, v, meanwhile=hidden)
+        return self.linear2(Joined(attended.reshape(x.shape), hidden), gate=gate, residual=x)
 
 
 class LastLayer(nnx.Module):

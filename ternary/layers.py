@@ -117,16 +117,34 @@ class TernaryLinear(AnyLinear):
             return super().hidden(x, start)
         return Hidden(self._product(x, gelu=True), activated=True)
 
-    def _weights(self) -> Weights:
-        bias = None if self.bias is None else self.bias[...]
-        return Weights(self.packed[...], self.scale[...], bias)
+    def apart(self, x: Input, start: int) -> tuple[Float[Array, "*L _"], Hidden]:
+        """See `AnyLinear`; with a low-rank branch it is one product."""
+        if self.low_rank_a is not None:
+            return super().apart(x, start)
+        first, rest = slice(start), slice(start, None)
+        gelu = self.activation_bits == 16
+        hidden = self._product(x, gelu=gelu, outputs=rest)
+        return self._product(x, outputs=first), Hidden(hidden, activated=gelu)
+
+    def _weights(self, outputs: slice = slice(None)) -> Weights:
+        scale = self.scale[...]
+        return Weights(
+            self.packed[...][outputs],
+            scale[outputs] if scale.ndim else scale,
+            None if self.bias is None else self.bias[...][outputs],
+        )
 
     def _product(
-        self, x: Input, gate: Any = None, residual: Any = None, gelu: bool = False
+        self,
+        x: Input,
+        gate: Any = None,
+        residual: Any = None,
+        gelu: bool = False,
+        outputs: slice = slice(None),
     ) -> Array:
         return product(
             x,
-            self._weights(),
+            self._weights(outputs),
             gate,
             residual,
             activation_bits=self.activation_bits,

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from flux_jax.configs import FluxConfig
+from flux_jax.inputs import Modulated, gelu
 from flux_jax.layers import Linear
 from flux_jax.tree import split_flat, to_flat
 from ternary import layers
@@ -56,6 +57,22 @@ def test_frozen_equals_trained(granularity, bits, dtype):
     dense = x.astype(jnp.float32) @ frozen.dense_weight().T + fake.bias[...][None, None]
     # 8-bit activations are off by 0.5 / 127 of the largest, bf16 by 2^-9.
     np.testing.assert_allclose(packed, np.asarray(dense), atol=0.03)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_product_in_two_parts_is_the_product(granularity, bits, rank):
+    """Of the packed linear, the trained one, and a dense one."""
+    config = QuantConfig(granularity=granularity, activation_bits=bits, rank=rank)
+    fake = FakeTernaryLinear.from_linear(linear(), config)
+    x = Modulated(activations(), *jnp.full((2, 2, 300), 0.5))
+    for layer in (fake, fake.freeze(), linear(), linear(bias=False)):
+        first, rest = layer.apart(x, 10)
+        # What reads the first takes the first columns, whatever follows them.
+        np.testing.assert_allclose(first[..., :10], layer(x)[..., :10], rtol=1e-5, atol=1e-5)
+        expected = gelu(layer(x)[..., 10:])
+        np.testing.assert_allclose(rest.dense(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("learned", [True, False])
