@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic_mma, mosaic_warp
+from pallas_kernels import mosaic_lane, mosaic_mma
 from pallas_kernels.mosaic_direct import scratch_types
 from pallas_kernels.mosaic_mma import PLANES, WIDTH, WORDS, Shape
 from pallas_kernels.mosaic_warp import Scratch
@@ -132,7 +132,7 @@ def test_a_block_s_warps_read_and_sum_all_that_is_theirs(
     )
     packed, x, wanted = products(np.random.default_rng(1), shape)
     memory, first = Memory(1 << 20), 40
-    monkeypatch.setattr(mosaic_warp, "first_output", lambda shape: np.full(32, first, np.uint32))
+    monkeypatch.setattr(mosaic_lane, "first_output", lambda shape: np.full(32, first, np.uint32))
     empty = Scratch(*(np.empty(each.shape, each.dtype) for each in scratch_types(shape)))
     scratch = Scratch(*(memory.place(array) for array in empty))
     run_block(shape, memory, memory.place(x), memory.place(packed), scratch)
