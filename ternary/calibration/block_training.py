@@ -27,7 +27,7 @@ from flux_jax.rope import Rotation
 from flux_jax.tree import Flat, split_flat, to_flat
 from ternary.calibration.streaming import OUTPUTS, Part, abstract_part, apply_part
 from ternary.config import CalibrateConfig, QuantConfig
-from ternary.distillation.optimizer import make_optimizer
+from ternary.distillation.optimizer import apply_gradients, make_optimizer
 from ternary.distillation.step import latent_names, relative_error
 from ternary.layers import FakeTernaryLinear, trained_dtype
 from ternary.policy import replace_linears
@@ -231,8 +231,7 @@ class PartPrograms:
         ) -> tuple[Flat, Any, Array]:
             compute = gradient if parts == 1 else accumulated
             loss, grads = compute(params, inputs, targets, weights, rotation)
-            updates, optimizer = self.optimizer.update(grads, optimizer, params)
-            params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
+            params, optimizer = apply_gradients(self.optimizer, grads, optimizer, params)
             return params, optimizer, loss
 
         return jax.jit(step, donate_argnums=(0, 1))

@@ -24,7 +24,7 @@ from flux_jax.sharding import flat_shardings, mesh_in_scope
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import Flat, split_flat, to_flat
 from ternary.config import DistillConfig
-from ternary.distillation.optimizer import make_optimizer
+from ternary.distillation.optimizer import apply_gradients, make_optimizer
 from ternary.distillation.trajectory import Pool, States, Trajectories
 from ternary.layers import FakeTernaryLinear, trained_dtype
 from ternary.policy import linears
@@ -205,8 +205,9 @@ class StepFunction:
         """
         with mesh_in_scope(self._mesh):
             grads, pool, metrics = self._gradients(state, teacher, prompts)
-            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-            params: Flat = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
+            params, optimizer = apply_gradients(
+                self.optimizer, grads, state.optimizer, state.params
+            )
         decay = self.config.ema
         ema = (
             jax.tree.map(

@@ -184,3 +184,19 @@ def test_accumulation_is_the_same_batch_in_parts(calibrator):
     np.testing.assert_allclose(one, other, rtol=1e-5)
     for name, value in whole.items():
         np.testing.assert_allclose(value, parts[name], atol=1e-6, err_msg=name)
+
+
+def test_moments_in_bf16_stay_so_where_gradients_are_summed_in_float32(calibrator):
+    part, width = calibrator.weights.parts[-1], FLUX.hidden_size
+    config = CalibrateConfig(batch_size=4, accumulate=2, master_dtype="bfloat16")
+    programs = PartPrograms(FLUX, QUANT, config, calibrator.programs._rotation)
+    params = programs.start(part, send(calibrator.weights.part(part)), ["linear"])
+    state = params, programs.start_optimizer(params)
+    inputs = {"img": jnp.zeros((4, 6, width)), "vec": jnp.zeros((4, width))}
+    targets = {"velocity": jnp.ones((4, 6, FLUX.in_channels))}
+    weights = output_weights(part, last_block=False)
+    after, _ = jax.eval_shape(
+        lambda *state: programs.step(part, ["linear"], state, inputs, targets, weights), *state
+    )
+    kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x)] for x in (state, after)]
+    assert kinds[0] == kinds[1]

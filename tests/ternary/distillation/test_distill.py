@@ -219,6 +219,9 @@ def test_what_bf16_could_not_hold_stays_float32():
     after, _ = run(step, state, teacher, prompts, 3)
     for name, value in after.params.items():
         assert value.dtype == kinds[name]
+    # What is compiled for the first step is what the second one runs.
+    for one, other in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
     key = "double_blocks.0.img_attn.qkv.weight"
     moved = np.asarray(after.params[key] != state.params[key])
     assert moved.any()
