@@ -128,10 +128,12 @@ def _write(
     encode: Callable[[Sequence[str]], PromptEmbeds],
     shape: Shape,
 ) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    # One name for all times: what a killed process left is written over by the next.
+    unfinished = path.with_suffix(".partial")
     try:
         with writing(path):
             path.parent.mkdir(exist_ok=True)
+            unfinished.unlink(missing_ok=True)
             with TensorFile(unfinished, _tensors(len(prompts), shape)) as file:
                 embeds = encode(prompts)
                 file.write("txt", _host(embeds.prompt_embeds))
