@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flux_jax import loading
 from flux_jax.errors import UserError
-from flux_jax.files import claimed
+from flux_jax.files import claimed, make_folder
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.processes import Processes
 from flux_jax.prompts import PromptEmbeds, TextEncoders
@@ -35,15 +35,17 @@ from ternary.distillation.run_config import RunConfig
 from ternary.distillation.run_log import RunLog
 from ternary.distillation.step import Metrics, StepFunction, TrainState
 from ternary.distillation.task import (
+    CHECKPOINTS,
     Prompts,
     Task,
     calibrated_start,
+    check_task,
+    one_spelling,
     open_folder,
-    open_start,
     split_prompts,
 )
 from ternary.distillation.text_cache import TextTable, cached_embeds
-from ternary.distillation.training_state import StateStore
+from ternary.distillation.training_state import StateStore, complete_steps
 from ternary.distillation.trajectory import Trajectories
 from ternary.storage.saving import save_checkpoint
 
@@ -97,11 +99,14 @@ def distill(
         )
     processes = Processes.here()
     prompts = split_prompts(task, config)
+    request = check_task(task, config, resumed=bool(complete_steps(out / CHECKPOINTS)))
     if processes.first:
-        open_folder(out, task, config, prompts)
-    processes.wait("the folder")
+        make_folder(out)
     with claimed(out) if processes.first else contextlib.nullcontext():
-        run = _Run(task, out, config, prompts, mesh, processes, progress)
+        if processes.first:
+            open_folder(out, task, config, prompts)
+        processes.wait("the folder")
+        run = _Run(task, request, out, config, prompts, mesh, processes, progress)
         try:
             outcome = run.go()
         except BaseException:
@@ -118,6 +123,7 @@ class _Run:
     def __init__(
         self,
         task: Task,
+        request: loading.Request,
         out: Path,
         config: RunConfig,
         prompts: Prompts,
@@ -125,9 +131,9 @@ class _Run:
         processes: Processes,
         progress: bool,
     ):
-        self.task, self.out, self.config = task, out, config
+        self.task, self.request, self.out, self.config = task, request, out, config
         self.prompts, self.mesh, self.processes = prompts, mesh, processes
-        self.store = StateStore(out / "checkpoints", keep=config.checkpoints)
+        self.store = StateStore(out / CHECKPOINTS, keep=config.checkpoints)
         self.resumed = self.store.latest is not None
         self.done = self.store.latest or 0
         try:
@@ -152,24 +158,9 @@ class _Run:
             self._table.close()
 
     def go(self) -> Outcome:
-        config = self.config
-        request = loading.check_request(
-            self.task.teacher,
-            {
-                "height": config.height,
-                "width": config.width,
-                "num_inference_steps": config.sampling_steps,
-                "guidance_scale": config.guidance_scale,
-                "max_sequence_length": config.max_sequence_length,
-            },
-            images=1,
-            num_images_per_prompt=1,
-        )
-        if self.task.start is not None and not self.resumed:
-            # Before anything that takes long.
-            open_start(self.task.start, config).close()
+        config, request = self.config, self.request
         plan = request.plan
-        table = self._table = self._embeds(request)
+        table = self._table = self._embeds()
         dtype = jnp.dtype(config.distill.compute_dtype)
         parts = loading.load_image_parts(request.path, dtype=dtype, mesh=self.mesh, given={})
         pipe = FluxPipeline(**parts)
@@ -206,8 +197,9 @@ class _Run:
         self.processes.wait("the student")
         return self._outcome()
 
-    def _embeds(self, request: loading.Request) -> TextTable:
+    def _embeds(self) -> TextTable:
         """Training and held-out prompts, encoded; the encoders are loaded only if needed."""
+        request = self.request
         plan, transformer = request.plan, request.configs["transformer"]
         encoders: list[TextEncoders] = []
 
@@ -224,7 +216,7 @@ class _Run:
             self.out,
             [*self.prompts.train, *self.prompts.held_out],
             encode,
-            key=f"{self.task.teacher} {plan.max_sequence_length}",
+            key=f"{one_spelling(self.task.teacher)} {plan.max_sequence_length}",
             shape=(
                 plan.max_sequence_length,
                 transformer.context_in_dim,

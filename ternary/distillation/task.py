@@ -1,4 +1,8 @@
-"""What a distillation run is about: teacher, prompts, start; and the folder that is its own."""
+"""What a distillation run is about: teacher, prompts, start; and the folder that is its own.
+
+All that can be refused is refused before the folder is made; its settings bind a run only once
+there is a checkpoint to go on from.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 
+from flux_jax import loading
 from flux_jax.composition.prompts import EvalPrompt, load_prompts
 from flux_jax.errors import UserError
 from flux_jax.files import write_whole, writing
 from flux_jax.prompt_file import read_prompts
 from flux_jax.tree import Flat
+from ternary.distillation.placement import abstract_student
 from ternary.distillation.run_config import RunConfig, differences, to_yaml
+from ternary.distillation.training_state import complete_steps
+from ternary.layers import TernaryLinear
+from ternary.policy import linears
 from ternary.storage.latents import Latents, load_latents
 
 # Prompts that carry a composition score come with the package.
 COMPOSITION = "composition"
+# Of a run's folder.
+CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,11 +99,51 @@ def split_prompts(task: Task, config: RunConfig) -> Prompts:
     return Prompts(train=train, held_out=held_out, judged=judged)
 
 
-def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> None:
-    """Make a run's folder, or see that it holds this very run, on whichever mesh.
+def check_task(task: Task, config: RunConfig, *, resumed: bool) -> loading.Request:
+    """Refuse a run that could not begin, before anything is written, encoded or read whole.
 
     Args:
-      out: the folder.
+      task: teacher and start.
+      config: settings.
+      resumed: whether it goes on from a checkpoint, so that its start does not count any more.
+
+    Returns:
+      The drawing of one held-out prompt by the teacher.
+
+    Raises:
+      UserError: a teacher that is no whole pipeline or is ternary, a size or a policy that does not
+        fit it, or a start that is not there or of another student.
+    """
+    request = loading.check_request(
+        task.teacher,
+        {
+            "height": config.height,
+            "width": config.width,
+            "num_inference_steps": config.sampling_steps,
+            "guidance_scale": config.guidance_scale,
+            "max_sequence_length": config.max_sequence_length,
+        },
+        images=1,
+        num_images_per_prompt=1,
+    )
+    teacher: Any = request.abstract["transformer"](jnp.dtype(config.distill.compute_dtype))
+    if linears(teacher, TernaryLinear):
+        raise UserError(
+            f"the teacher {task.teacher} is ternary already; give the dense model it was made from"
+        )
+    abstract_student(teacher, config.quant, config.policy, config.distill)
+    if task.start is not None and not resumed:
+        open_start(task.start, config).close()
+    return request
+
+
+def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> None:
+    """Give a folder to a run, or see that it holds this very run, on whichever mesh.
+
+    Before the first checkpoint the settings of an earlier call are replaced: nothing is lost.
+
+    Args:
+      out: the folder; made if absent.
       task, config: what the run is about, and its settings.
       prompts: those of the task; a run does not go on with others.
 
@@ -99,6 +151,7 @@ def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> N
       UserError: it was begun with other settings, or cannot be written to.
     """
     settings = {name: None if v is None else str(v) for name, v in vars(task).items()}
+    settings["teacher"] = one_spelling(task.teacher)
     # `held_out` is a setting too: how many to keep from training where no file is given.
     settings["held_out_prompts"] = settings.pop("held_out")
     settings["prompts_crc32"] = prompts.fingerprint()
@@ -106,20 +159,44 @@ def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> N
     path = out / "run.yaml"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            before, now = _stored_settings(path), yaml.safe_load(text)
-            # A run may go on on another mesh; one of an earlier version does not name its texts.
-            before = {"prompts_crc32": now["prompts_crc32"], **before, "mesh": None}
-            changed = differences(before, {**now, "mesh": None})
+        if path.exists() and complete_steps(out / CHECKPOINTS):
+            changed = _changes(_stored_settings(path), yaml.safe_load(text))
             if changed:
                 raise UserError(
                     f"{out} holds a run with other settings ({'; '.join(changed[:4])}): go on "
                     "with its own, or name another folder"
                 )
-        elif any(out.iterdir()):
+        elif not path.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty and holds no run: name another folder")
         else:
             write_whole(path, text.encode())
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What keeps a run from going on with these settings."""
+    # A run may go on on another mesh.
+    free = {"mesh"}
+    if "prompts_crc32" in before:
+        # Texts are what they are, wherever their files lie by now.
+        free |= {"prompts", "held_out_prompts"}
+    else:
+        # One of an earlier version does not name its texts.
+        free.add("prompts_crc32")
+    if now["start"] is None:
+        # The start is behind it, and need not be kept.
+        free.add("start")
+
+    def kept(settings: dict[str, Any]) -> dict[str, Any]:
+        paths = {name: one_spelling(str(settings.get(name))) for name in ("teacher", "start")}
+        return {k: v for k, v in {**settings, **paths}.items() if k not in free}
+
+    return differences(kept(before), kept(now))
+
+
+def one_spelling(place: str) -> str:
+    """The one spelling of a path that is there; a hub's name, or whatever else, as it is."""
+    path = Path(place)
+    return str(path.resolve()) if path.exists() else place
 
 
 def _stored_settings(path: Path) -> dict[str, Any]:

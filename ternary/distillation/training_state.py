@@ -87,7 +87,7 @@ class StateStore:
     def describe_latest(self) -> str:
         """Where a run would go on, in words."""
         # The manager may count a write that has just failed; the folder does not.
-        steps = [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]
+        steps = complete_steps(self.folder)
         if not steps:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is step {max(steps)}, {self.folder / str(max(steps))}"
@@ -102,6 +102,12 @@ class StateStore:
             f"a checkpoint could not be written to {self.folder} ({reason}); "
             f"{self.describe_latest()}"
         )
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """The steps of a folder's complete checkpoints; none where there is no such folder."""
+    # One that is being written has a longer name.
+    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 
 
 def _named(tree: Any) -> dict[str, Any]:

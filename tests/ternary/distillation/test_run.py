@@ -277,14 +277,14 @@ def test_a_mesh_gives_the_same_losses(teacher, prompts, settings, whole, tmp_pat
 
 
 def test_prompts_are_encoded_once(whole, teacher, prompts, settings, monkeypatch):
-    """A second process of the same run finds the embeddings on disk."""
+    """A second process of the same run finds the embeddings on disk, by whichever path it goes."""
     out, _ = whole
 
     def refuse(*args, **kwargs):
         raise AssertionError("the text encoders were loaded")
 
     monkeypatch.setattr(TextEncoders, "from_pretrained", refuse)
-    task = Task(teacher=str(teacher), prompts=prompts)
+    task = Task(teacher=f"{teacher.parent}/./{teacher.name}/", prompts=prompts)
     before = losses(out)
     again = distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
     assert losses(out) == before
@@ -327,6 +327,12 @@ def test_inputs_are_refused(whole, teacher, prompts, settings, tmp_path):
     assert "is not UTF-8 text" in refused(teacher, binary, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     assert "no such file" in refused(tmp_path / "none", prompts, tmp_path / "b")
+    assert "is ternary already" in refused("tiny-ternary", prompts, tmp_path / "b")
+    policy = ("--set", "policy.include=[nothing.*]")
+    assert "'nothing.*' matches none" in refused(teacher, prompts, tmp_path / "b", *policy)
+    assert "height must be" in refused(teacher, prompts, tmp_path / "b", "--set", "height=33")
+    # The corrected command finds no run that stands in its way.
+    assert not (tmp_path / "b").exists()
     settings_changed = ("--config", settings, "--set", "seed=5")
     assert "holds a run with other settings (seed: 0 -> 5)" in refused(
         teacher, prompts, whole[0], *settings_changed
@@ -337,7 +343,7 @@ def test_inputs_are_refused(whole, teacher, prompts, settings, tmp_path):
     )
     start = ("--start", tmp_path)
     assert "has no latents.json" in refused(teacher, prompts, tmp_path / "e", *start)
-    assert not list((tmp_path / "e").glob("embeddings-*"))
+    assert not (tmp_path / "e").exists()
     assert "must be a multiple of the 8 devices of data and fsdp, got 3" in refused(
         teacher, prompts, tmp_path / "d", "--set", "batch_size=3"
     )

@@ -10,28 +10,81 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flux_jax.errors import UserError
 from flux_jax.sharding import MeshConfig, make_mesh
 from ternary.config import QuantConfig
 from ternary.distillation.run_config import RunConfig
-from ternary.distillation.task import Prompts, Task, calibrated_start, open_folder
+from ternary.distillation.task import (
+    CHECKPOINTS,
+    Prompts,
+    Task,
+    calibrated_start,
+    open_folder,
+)
 from ternary.policy import Policy
 from tests.ternary.latents_folder import write_latents
 
 TEXTS = Prompts(train=["a red circle", "a star"], held_out=["a ring"], judged=[])
 
 
-@pytest.mark.parametrize("before", [None, "held.txt", "composition"])
-def test_a_folder_goes_on_with_its_own_held_out_prompts_alone(tmp_path, before):
-    task = Task(teacher="tiny", prompts=Path("prompts.txt"), held_out=before)
-    config = RunConfig()
-    open_folder(tmp_path / "run", task, config, TEXTS)
-    open_folder(tmp_path / "run", task, dataclasses.replace(config, mesh=MeshConfig(fsdp=2)), TEXTS)
-    other = dataclasses.replace(task, held_out="other.txt")
-    with pytest.raises(UserError, match=f"held_out_prompts: {before} -> other.txt"):
-        open_folder(tmp_path / "run", other, config, TEXTS)
+@pytest.fixture
+def begun(tmp_path):
+    """Makes a run's folder, and a checkpoint in it: from then on its settings are its own."""
+
+    def begin(task, config):
+        out = tmp_path / "run"
+        open_folder(out, task, config, TEXTS)
+        (out / CHECKPOINTS / "500").mkdir(parents=True)
+        return out
+
+    return begin
+
+
+def test_a_folder_goes_on_with_its_own_settings_alone(begun):
+    task = Task(teacher="tiny", prompts=Path("prompts.txt"))
+    out = begun(task, RunConfig())
+    open_folder(out, task, RunConfig(mesh=MeshConfig(fsdp=2)), TEXTS)
+    with pytest.raises(UserError, match=r"holds a run with other settings \(seed: 0 -> 1\)"):
+        open_folder(out, task, RunConfig(seed=1), TEXTS)
+    with pytest.raises(UserError, match="teacher: tiny -> other"):
+        open_folder(out, dataclasses.replace(task, teacher="other"), RunConfig(), TEXTS)
+
+
+def test_settings_count_from_the_first_checkpoint_on(tmp_path):
+    """A start that came to nothing does not stand in the way of the next."""
+    task, out = Task(teacher="tiny", prompts=Path("prompts.txt")), tmp_path / "run"
+    open_folder(out, task, RunConfig(seed=1), TEXTS)
+    # Neither is one that was being written when the run was killed.
+    (out / CHECKPOINTS / "500.orbax-checkpoint-tmp-0").mkdir(parents=True)
+    open_folder(out, task, RunConfig(seed=2), TEXTS)
+    assert yaml.safe_load((out / "run.yaml").read_text())["seed"] == 2
+
+
+def test_a_folder_goes_on_however_its_inputs_are_spelled(begun, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "start").mkdir()
+    (tmp_path / "link").symlink_to("teacher")
+    task = Task(
+        teacher="teacher", prompts=Path("prompts.txt"), start=Path("start"), held_out="held.txt"
+    )
+    out = begun(task, RunConfig())
+    for change in (
+        {"teacher": str(tmp_path / "teacher")},
+        {"teacher": "./link/"},
+        # The texts are the same.
+        {"prompts": tmp_path / "prompts.txt"},
+        {"held_out": "copy.txt"},
+        {"start": tmp_path / "start"},
+        # What it began with has no say in what follows.
+        {"start": None},
+    ):
+        open_folder(out, dataclasses.replace(task, **change), RunConfig(), TEXTS)
+    with pytest.raises(UserError, match="start: .*start -> other"):
+        open_folder(out, dataclasses.replace(task, start=Path("other")), RunConfig(), TEXTS)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
@@ -41,27 +94,29 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_a_folder_goes_on_with_its_own_texts_alone(tmp_path):
+def test_a_folder_goes_on_with_its_own_texts_alone(begun):
     """The file has its name still, but a line more: every row would be another prompt."""
     task = Task(teacher="tiny", prompts=Path("prompts.txt"))
-    open_folder(tmp_path / "run", task, RunConfig(), TEXTS)
+    out = begun(task, RunConfig())
     longer = dataclasses.replace(TEXTS, train=["a cube", *TEXTS.train])
     with pytest.raises(UserError, match="prompts_crc32: .* -> "):
-        open_folder(tmp_path / "run", task, RunConfig(), longer)
-    # A run that was begun before its texts had a name goes on.
-    path = tmp_path / "run" / "run.yaml"
+        open_folder(out, task, RunConfig(), longer)
+    # A run that was begun before its texts had a name goes on, if their files have the same.
+    path = out / "run.yaml"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith("prompts_crc32")))
-    open_folder(tmp_path / "run", task, RunConfig(), longer)
+    open_folder(out, task, RunConfig(), longer)
+    with pytest.raises(UserError, match="held_out_prompts: None -> held.txt"):
+        open_folder(out, dataclasses.replace(task, held_out="held.txt"), RunConfig(), longer)
 
 
 @pytest.mark.parametrize("content", [b"", b"- a list", b"\xff", b"a: [", b"3"])
-def test_settings_that_are_damaged_are_no_traceback(tmp_path, content):
+def test_settings_that_are_damaged_are_no_traceback(begun, content):
     task = Task(teacher="tiny", prompts=Path("p.txt"))
-    open_folder(tmp_path / "run", task, RunConfig(), TEXTS)
-    (tmp_path / "run" / "run.yaml").write_bytes(content)
+    out = begun(task, RunConfig())
+    (out / "run.yaml").write_bytes(content)
     with pytest.raises(UserError, match="run.yaml is damaged: restore it, or name another folder"):
-        open_folder(tmp_path / "run", task, RunConfig(), TEXTS)
+        open_folder(out, task, RunConfig(), TEXTS)
 
 
 LATENTS = {
