@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -276,33 +277,46 @@ class _Run:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         program = jax.jit(step, donate_argnums=0, out_shardings=(start.shardings, everywhere))
 
-        def draw(number: int, state: TrainState) -> None:
-            if pictures is not None:
-                self.log.draw(number, freezer(state.ema or state.params), pictures)
+        def draw(state: TrainState) -> None:
+            if pictures is None:
+                return
+            self.log.draw(self.done, freezer(state.ema or state.params), pictures)
+            # Modules that nnx has put together are reference cycles: a student of 3 GB would stay
+            # on every device, one for each drawing.
+            gc.collect()
 
         self.log.begin()
         pending: list[Metrics] = []
-        if not self.resumed:
-            draw(0, state)
+        # A process that was killed between a checkpoint and its drawing has left that to us.
+        if self._drawing_due() and not self._is_drawn():
+            draw(state)
         since = time.perf_counter()
         while self.done < total:
             state, result = program(state, teacher, feed.next())
             self.done += 1
             pending.append(result)
-            last = self.done == total
-            save = last or self.done % config.checkpoint_every == 0
-            look = last or (config.sample_every and self.done % config.sample_every == 0)
+            save = self.done == total or self.done % config.checkpoint_every == 0
+            look = self._drawing_due()
             if save or look or len(pending) >= config.log_every:
                 self._look(pending, since)
                 pending = []
             if save:
                 self.store.save(self.done, state)
             if look:
-                draw(self.done, state)
+                draw(state)
             if not pending:
                 since = time.perf_counter()
         self.store.wait()
         return state
+
+    def _drawing_due(self) -> bool:
+        """Whether the held-out prompts are drawn after as many steps as are taken."""
+        every = self.config.sample_every
+        return self.done in (0, self.config.distill.steps) or bool(every) and self.done % every == 0
+
+    def _is_drawn(self) -> bool:
+        """Whether an earlier process has told of that drawing; the first knows, for all."""
+        return bool(self.processes.from_first(np.array(self.log.held_out.get("step") == self.done)))
 
     def _look(self, pending: Sequence[Metrics], since: float) -> None:
         """Report the last steps; stop if one is not finite."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from flux_jax.tree import to_flat
 from ternary.cli import app
 from ternary.distillation.run import distill
 from ternary.distillation.run_config import RunConfig, read_run_config
+from ternary.distillation.run_log import RunLog
 from ternary.distillation.step import StepFunction
 from ternary.distillation.task import Task, open_folder, split_prompts
 from ternary.student import make_student
@@ -173,6 +176,46 @@ def test_a_killed_run_goes_on_bit_for_bit(teacher, prompts, settings, whole, tmp
     assert (out / "student" / "transformer" / "ternary.safetensors").read_bytes() == (
         whole[0] / "student" / "transformer" / "ternary.safetensors"
     ).read_bytes()
+
+
+def test_a_drawing_that_a_kill_prevented_is_made(teacher, prompts, settings, whole, tmp_path):
+    """Between the last checkpoint and its drawing: what is reported is of the last step."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    table = out / "held_out.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    (out / "samples" / "step_000009.png").unlink()
+    task = Task(teacher=str(teacher), prompts=prompts)
+    again = distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
+    assert again == dataclasses.replace(whole[1], student=out / "student")
+    assert table.read_bytes() == (whole[0] / "held_out.csv").read_bytes()
+    assert (out / "samples" / "step_000009.png").exists()
+
+
+def test_a_student_that_was_drawn_leaves_the_device(
+    teacher, prompts, settings, tmp_path, monkeypatch
+):
+    """Though Python's garbage collector does not come by."""
+    codes = []
+    draw = RunLog.draw
+
+    def listen(self, *arguments):
+        # Nothing else of a run is of bytes.
+        codes.append(sum(array.dtype == jnp.uint8 for array in jax.live_arrays()))
+        draw(self, *arguments)
+
+    monkeypatch.setattr(RunLog, "draw", listen)
+    config = read_run_config(settings, ["distill.steps=2", "sample_every=1", "checkpoint_every=2"])
+    gc.collect()
+    gc.disable()
+    try:
+        task = Task(teacher=str(teacher), prompts=prompts)
+        distill(task, tmp_path / "run", config, mesh=one_device(), progress=False)
+    finally:
+        gc.enable()
+    assert len(codes) == 3
+    assert codes[0]
+    assert len(set(codes)) == 1
 
 
 @pytest.mark.long
