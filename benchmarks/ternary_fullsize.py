@@ -43,6 +43,7 @@ from benchmarks.common import RESULTS, Commit, Figure, OutOrNone, Result, Tiny, 
 from benchmarks.machine import GIB, git_commit
 from benchmarks.processes import card_environment, folder_bytes, run_module, run_process
 from benchmarks.ternary_fullsize_worker import SIZES
+from pallas_kernels.errors import UserError
 
 
 def run_stage(
@@ -169,6 +170,8 @@ def main(
     commit: Commit = None,
 ) -> None:
     """Measures every stage and writes the result file."""
+    if tiny and cpu:
+        raise UserError("--tiny runs anywhere; leave out --cpu, which is of the full size")
     size = "cpu" if cpu else "tiny" if tiny else "full"
     start = time.perf_counter()
     if work is not None:

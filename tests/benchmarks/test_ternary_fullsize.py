@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import processes
+from benchmarks import processes, ternary_fullsize
 from benchmarks.common import read_result
 from benchmarks.machine import GIB
 from benchmarks.processes import CARD_BYTES, memory_settings
@@ -17,6 +17,7 @@ from benchmarks.ternary_fullsize_worker import SIZES
 from convert.tensors import read_whole, total_bytes
 from flux_jax.checkpoint import inspect_checkpoint
 from flux_jax.configs import FluxConfig
+from flux_jax.errors import UserError
 from tests.jobs import with_devices
 
 
@@ -42,6 +43,11 @@ def test_tiny_run_writes_a_result(tmp_path, monkeypatch):
     for stage in ("quantize", "calibrate", "load", "step"):
         assert figures[f"{stage}_host_gb"] > 0.05
     assert not list(work.iterdir())
+
+
+def test_two_sizes_at_a_time_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--tiny runs anywhere; leave out --cpu"):
+        ternary_fullsize.main(tiny=True, cpu=True, work=tmp_path)
 
 
 def test_full_size_is_flux_devs():
