@@ -50,7 +50,7 @@ Out = Annotated[Path, typer.Option(help="Folder of the result file.")]
 OutOrNone = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of the result file.", show_default="benchmarks/results; with --tiny none"
+        help="Folder of the result file.", show_default="benchmarks/results; for a trial none"
     ),
 ]
 Commit = Annotated[str | None, typer.Option(help="Where .git is absent: the commit.")]
@@ -158,6 +158,23 @@ def read_result(path: Path) -> Result:
     except (AttributeError, KeyError, TypeError, ResultError) as error:
         raise ResultError(f"{path}: a figure or a peer is malformed ({error})") from error
     return Result(figures=figures, peers=peers, **data)
+
+
+def results_folder(out: Path | None, trial: Mapping[str, bool]) -> Path | None:
+    """Where a result file goes, if anywhere; a trial that names no folder is told so in one line.
+
+    What lies in `benchmarks/results` is published under its benchmark's name: a smaller run, or one
+    of other settings, must not take its place.
+
+    Args:
+      out: the folder that was asked for.
+      trial: options that make another run of the benchmark, by name, and whether they are given.
+    """
+    given = [name for name, is_given in trial.items() if is_given]
+    if out is None and given:
+        print(f"no result file is written with {' and '.join(given)}, unless --out FOLDER is given")
+        return None
+    return RESULTS if out is None else out
 
 
 # Steps queued before the clock is read, for ours and for the peers: a sampler does not wait for one

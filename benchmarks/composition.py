@@ -14,11 +14,14 @@ from typing import Annotated
 import jax
 import typer
 
-from benchmarks.common import RESULTS, Figure, Out, Peer, Result, run
+from benchmarks.common import Figure, OutOrNone, Peer, Result, results_folder, run
 from benchmarks.machine import package_versions
 from flux_jax.composition.score import Scores, check_detector
 from flux_jax.evaluate import evaluate, select_prompts
 from flux_jax.pipeline import FluxPipeline
+
+# Of the published scores.
+GUIDANCE = 3.5
 
 
 def figures(scores: Scores) -> dict[str, Figure]:
@@ -33,10 +36,11 @@ def figures(scores: Scores) -> dict[str, Figure]:
 
 def main(
     images: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("evaluation"),
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.5,
-    out: Out = RESULTS,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = GUIDANCE,
+    out: OutOrNone = None,
 ) -> None:
     """Score the shipped model in GenEval's six categories, and write the result file."""
+    target = results_folder(out, {"--guidance": guidance != GUIDANCE})
     pipe = FluxPipeline.from_pretrained("tiny")
     prompts = select_prompts(None)
     embeds = pipe.encode_prompt([prompt.prompt for prompt in prompts])
@@ -52,7 +56,10 @@ def main(
             "the same, prompts shuffled": Peer(versions=versions, figures=figures(shuffled)),
         },
     )
-    print(f"written: {result.write(out).name}")
+    for name, figure in result.figures.items():
+        print(f"  {name:32} {figure.value:8.4f} {figure.note}")
+    if target is not None:
+        print(f"written: {result.write(target).name}")
 
 
 if __name__ == "__main__":

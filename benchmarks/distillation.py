@@ -7,7 +7,8 @@
 
 Every row makes a ternary student of the shipped model, trained for the same number of steps on the
 same prompts, and draws the held-out evaluation prompts with it from the teacher's noise. The two
-best rows are run again with other seeds. Writes `benchmarks/results/distillation_<device>.json`;
+best rows are run again with other seeds. Writes `benchmarks/results/distillation_<device>.json`
+(with `--smoke` only where `--out` says);
 `python -m benchmarks.render_tables` puts it into docs/distillation.md.
 """
 
@@ -29,7 +30,17 @@ import numpy as np
 import typer
 from flax import nnx
 
-from benchmarks.common import RESULTS, Commit, Figure, Out, Result, found_by, read_result, run
+from benchmarks.common import (
+    RESULTS,
+    Commit,
+    Figure,
+    OutOrNone,
+    Result,
+    found_by,
+    read_result,
+    results_folder,
+    run,
+)
 from benchmarks.distillation_rows import BASE, POLICY, ROWS, Row
 from benchmarks.machine import git_commit
 from benchmarks.processes import folder_bytes
@@ -285,15 +296,16 @@ def main(
         typer.Option("--combine", help="Train nothing: join these result files of other rows."),
     ] = None,
     smoke: Annotated[bool, typer.Option(help="A few steps of a few rows.")] = False,
-    out: Out = RESULTS,
+    out: OutOrNone = None,
     grids: Annotated[Path | None, typer.Option(help="Folder for pictures, if wanted.")] = None,
     commit: Commit = None,
 ) -> None:
     """Trains and scores every row; prints and writes the table."""
     if combined:
         result = dataclasses.replace(read_result(combined[0]), figures=combine(combined))
-        print(f"written: {result.write(out).name}")
+        print(f"written: {result.write(out or RESULTS).name}")
         return
+    folder = results_folder(out, {"--smoke": smoke})
     rows = {name: ROWS[name] for name in found_by(only, list(ROWS))}
     if smoke:
         steps, batch, calibration_steps, seeds, prompts, held_out = 2, 2, 2, 1, 16, 6
@@ -317,13 +329,15 @@ def main(
     settings = {name: Figure(value=count, unit="count") for name, count in counts.items()}
 
     def write(figures: dict[str, Figure]) -> None:
+        if folder is None:
+            return
         result = Result(
             benchmark="distillation",
             device=jax.devices()[0].device_kind,
             figures=figures | settings,
             commit=commit or git_commit(),
         )
-        print(f"written: {result.write(out).name}", flush=True)
+        print(f"written: {result.write(folder).name}", flush=True)
 
     # After each row, so that a run that is stopped has those before.
     for _ in runner.run_all(rows, seeds=seeds, minutes=minutes, grids=grids):

@@ -32,13 +32,14 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import compile_only, paper
-from benchmarks.common import RESULTS, Figure, Out, Result, run
+from benchmarks.common import Figure, OutOrNone, Result, results_folder, run
 from benchmarks.machine import GIB
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.tokenization import DEV_TOKENS
 
 DEVICES = 512
+WIDTH = 3072
 # Of an image of 1024 x 1024.
 TOKENS = 4096
 DEPTHS = ((1, 1), (2, 1), (1, 2))
@@ -168,11 +169,11 @@ def _extrapolate(name: str, **settings: Any) -> Bytes:
 
 def main(
     cpu: Annotated[bool, typer.Option("--cpu", help="For simulated CPU devices.")] = False,
-    width: Annotated[int, typer.Option(help="Of the model; 3072 for FLUX.1-dev.")] = 3072,
+    width: Annotated[int, typer.Option(help="Of the model; 3072 for FLUX.1-dev.")] = WIDTH,
     mesh: Annotated[
         list[str] | None, typer.Option(help=f"Only this row; may be repeated: {'; '.join(MESHES)}.")
     ] = None,
-    out: Out = RESULTS,
+    out: OutOrNone = None,
 ) -> None:
     """Plan every mesh and write the figures."""
     if unknown := [name for name in mesh or () if name not in MESHES]:
@@ -181,6 +182,7 @@ def main(
         raise UserError(f"--width must be a multiple of 128, got {width}")
     if not cpu:
         compile_only.check_plugin()
+    folder = results_folder(out, {"--width": width != WIDTH, "--mesh": bool(mesh)})
     # Before anything imports JAX. What nobody will run needs no optimised machine code, and no
     # timing of kernels; memory is laid out before that.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -202,9 +204,10 @@ def main(
         found = plan_cpus(name, width) if cpu else plan_gpus(name, width)
         figures |= {f"{name}/{part}": figure for part, figure in found.items()}
         print(f"{name}: {found['peak'].value:.1f} GiB", flush=True)
-        # Row by row: a plan takes minutes.
-        result = Result(benchmark=f"scaling_plan_{kind}", device=device, figures=figures)
-        print(f"written: {result.write(out).name}", flush=True)
+        if folder is not None:
+            # Row by row: a plan takes minutes.
+            result = Result(benchmark=f"scaling_plan_{kind}", device=device, figures=figures)
+            print(f"written: {result.write(folder).name}", flush=True)
 
 
 if __name__ == "__main__":

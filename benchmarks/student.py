@@ -17,7 +17,8 @@ import numpy as np
 import typer
 from PIL import Image
 
-from benchmarks.common import RESULTS, Figure, Out, Peer, Result, run
+from benchmarks.common import Figure, OutOrNone, Peer, Result, results_folder, run
+from benchmarks.composition import GUIDANCE
 from benchmarks.composition import figures as score_figures
 from benchmarks.machine import package_versions
 from benchmarks.processes import folder_bytes
@@ -65,10 +66,12 @@ def main(
     limit: Annotated[
         int | None, typer.Option(help="Only the first LIMIT prompts of each category.")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.5,
-    out: Out = RESULTS,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = GUIDANCE,
+    out: OutOrNone = None,
 ) -> None:
     """Draw, score and compare; write the result file."""
+    trial = {"--limit": limit is not None, "--guidance": guidance != GUIDANCE}
+    target = results_folder(out, trial)
     teacher = FluxPipeline.from_pretrained(TEACHER)
     prompts = select_prompts(limit)
     embeds = teacher.encode_prompt([prompt.prompt for prompt in prompts])
@@ -122,7 +125,10 @@ def main(
         figures=columns.pop("W1.58A16"),
         peers={name: Peer(versions=versions, figures=those) for name, those in columns.items()},
     )
-    print(f"written: {result.write(out).name}")
+    for name, figure in result.figures.items():
+        print(f"  {name:32} {figure.value:8.4g} {figure.unit:5} {figure.note}")
+    if target is not None:
+        print(f"written: {result.write(target).name}")
 
 
 if __name__ == "__main__":
