@@ -136,7 +136,7 @@ class CalibrateConfig:
       warmup, decay, optimizer, weight_decay, max_grad_norm: as in `DistillConfig`, for each block.
       compute_dtype: of all passes and of the streams.
       master_dtype: of the latent weights and the optimiser.
-      blocks: which blocks are trained: the first so many, or their names; None for all. The others
+      blocks: which parts are trained: the first so many blocks, or names; None for all. The others
         are only rounded.
       seed: of every draw.
     """

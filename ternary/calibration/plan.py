@@ -64,7 +64,14 @@ def make_plan(
     if blocks is None:
         return Plan(layers, tuple(able))
     if isinstance(blocks, int):
-        return Plan(layers, tuple(able[:blocks]))
+        # Embedders and the final layer are no blocks, ternary or not.
+        counted = [p.name for p in parts if p.kind in ("double", "single") and p.name in able]
+        if blocks > len(counted):
+            raise UserError(
+                f"blocks must be at most {len(counted)}, the blocks with ternary linears, got "
+                f"{blocks}"
+            )
+        return Plan(layers, tuple(counted[:blocks]))
     strangers = [name for name in blocks if name not in able]
     if strangers:
         raise UserError(

@@ -57,6 +57,19 @@ def choose_prompts(prompts: Sequence[str], config: CalibrateConfig) -> list[str]
     return [prompts[int(row)] for row in sorted(rows)]
 
 
+def check_teacher(
+    src: str | Path, quant: QuantConfig, policy: Policy, config: CalibrateConfig
+) -> None:
+    """Refuse a teacher that these settings do not fit, before its prompts are encoded.
+
+    Raises:
+      UserError: it has no transformer; a pattern that matches nothing, a rank beyond a weight, or
+        blocks that are not there.
+    """
+    with files.open_pipeline(src) as pipeline:
+        make_plan(pipeline.config, pipeline.shapes, policy, config, rank=quant.rank)
+
+
 def encode_prompts(
     src: str | Path,
     prompts: Sequence[str],
@@ -76,9 +89,11 @@ def encode_prompts(
       On the host, bfloat16.
 
     Raises:
-      UserError: the checkpoint lacks an encoder or a tokenizer.
+      UserError: the checkpoint lacks the transformer, an encoder or a tokenizer.
     """
     found = inspect_checkpoint(src)
+    if "transformer" not in found.components:
+        raise UserError(f"{src} has no transformer, whose prompts these would be")
     config: Any = found.components["transformer"].config
     if "tokenizer_2" not in found.tokenizer_paths:
         raise UserError(f"{src} has no tokenizer_2, which prompts need")

@@ -94,6 +94,7 @@ def calibrate(
     from flux_jax.prompt_file import read_prompts
     from ternary.calibration.run import (
         calibrate_checkpoint,
+        check_teacher,
         choose_prompts,
         encode_prompts,
         image_grid,
@@ -127,6 +128,7 @@ def calibrate(
     files.check_target(out, force=force)
     texts = read_prompts(prompts)
     src = resolve(teacher)
+    check_teacher(src, quant, policy, config)
     grid = image_grid(src, height, width)
     texts = choose_prompts(texts, config)
     with Bars(config.steps, quiet=quiet) as bars:

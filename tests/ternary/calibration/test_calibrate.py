@@ -281,6 +281,12 @@ def test_the_plan(weights):
         "embedders",
         *everything[2:],
     )
+    # Of blocks that are counted, embedders are none.
+    assert trained(1, Policy(include=("double_blocks.*", "img_in"))) == everything[:1]
+    count = len(everything)
+    assert trained(count) == everything
+    with pytest.raises(UserError, match=f"blocks must be at most {count}, .*, got {count + 1}"):
+        trained(count + 1)
     with pytest.raises(UserError, match="blocks: 'single_blocks.7' is no part with ternary"):
         trained(("single_blocks.7",))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from flux_jax.errors import UserError
 from flux_jax.files import claimed
 from flux_jax.loading import load_text_encoders
 from flux_jax.pipeline import FluxPipeline
+from flux_jax.prompts import TextEncoders
 from flux_jax.tree import split_flat, to_flat
 from ternary.calibration.run import encode_prompts, image_grid
 from ternary.cli import app
@@ -138,17 +140,39 @@ def test_a_part_of_the_blocks_without_latents(folder):
     [
         (("--include", "nothing.*"), "include pattern 'nothing.*' matches none"),
         (("--blocks", "single_blocks.9"), "'single_blocks.9' is no part with ternary linears"),
+        (("--blocks", "3"), "blocks must be at most 2"),
         (("--height", "33"), "height must be a multiple of"),
         (("--accumulate", "3"), "accumulate must divide batch_size"),
         (("--rank", "999"), "rank must be at most"),
     ],
 )
-def test_the_command_refuses(folder, more, message):
+def test_the_command_refuses(folder, monkeypatch, more, message):
+    """Before the text encoders, which are large, are read."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("the text encoders were loaded")
+
+    monkeypatch.setattr(TextEncoders, "from_pretrained", refuse)
     result = CliRunner().invoke(app, arguments(folder, folder / "refused", "--quiet", *more))
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert not (folder / "refused").exists()
+
+
+def test_a_teacher_without_a_transformer_is_one_line(folder, tmp_path):
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    shutil.rmtree(tmp_path / "teacher" / "transformer")
+    index = tmp_path / "teacher" / "model_index.json"
+    content = json.loads(index.read_text())
+    del content["transformer"]
+    index.write_text(json.dumps(content))
+    shutil.copy(folder / "prompts.txt", tmp_path)
+    result = CliRunner().invoke(app, arguments(tmp_path, tmp_path / "out"))
+    assert result.exit_code == 2, result.output
+    assert re.fullmatch(r"error: .*teacher: has no transformer; it has .*vae.*\n", result.stderr)
+    with pytest.raises(UserError, match="teacher has no transformer"):
+        encode_prompts(tmp_path / "teacher", ["a star"])
 
 
 def test_a_run_at_work_is_left_alone(folder):
