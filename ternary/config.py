@@ -51,7 +51,8 @@ class TrajectoryConfig:
       sampling_steps: numbers of Euler steps; each trajectory draws one.
       on_policy: share of the trajectories that follow the student.
       guidance: range from which each trajectory draws its scale (guidance-distilled models).
-      groups: groups of the pool; a trajectory is met again after this many training steps.
+      groups: groups of the pool, of which a step takes as many as it accumulates, in turn: a
+        trajectory is met again after groups / accumulate training steps.
     """
 
     sampling_steps: tuple[int, ...] = (20, 28)

@@ -72,6 +72,8 @@ def report(
     from ternary.run_report.scores import find_student, read_evaluations
     from ternary.run_report.scores import score as score_run
 
+    if limit is not None and not score:
+        raise UserError("--limit is of --score: give both, or neither")
     found = read_run(run)
     target = run / "report.html" if out is None else out
     if target.exists() and not force:

@@ -390,6 +390,7 @@ def test_refusals(tmp_path, finished):
     assert "does not exist" in refused(finished, "--out", tmp_path / "no" / "page.html")
     folder = make_run(tmp_path / "run")
     assert "names no student to score: give --student" in refused(folder, "--score")
+    assert "--limit is of --score: give both" in refused(folder, "--limit", 10)
     assert "--student nothing: no such folder" in refused(folder, "--student", "nothing")
 
 
