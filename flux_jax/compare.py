@@ -303,6 +303,13 @@ def _encoded(encoder: Any, ids: jax.Array) -> jax.Array:
     return getattr(output, "pooled", output)
 
 
-_TEXT = ModuleFunction(_encoded)
-_VELOCITY = ModuleFunction(lambda transformer, *inputs: transformer(*inputs))
-_ENCODE = ModuleFunction(lambda vae, image: vae.moments(image)[0])
+def _velocity(transformer: Any, *inputs: Any) -> jax.Array:
+    return transformer(*inputs)
+
+
+def _mean(vae: Any, image: jax.Array) -> jax.Array:
+    return vae.moments(image)[0]
+
+
+_TEXT, _VELOCITY = ModuleFunction(_encoded), ModuleFunction(_velocity)
+_ENCODE = ModuleFunction(_mean)

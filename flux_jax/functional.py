@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from flux_jax.compile_cache import lowered_folder
 from flux_jax.sharding import axis_size, mesh_in_scope
-from flux_jax.stored import StoredProgram, is_ours
+from flux_jax.stored import StoredProgram, has_own_name, is_ours
 
 Axes = tuple[str | None, ...]
 # The dimensions of arguments that a mesh may divide, and the axes of it that do.
@@ -128,7 +128,10 @@ class ModuleFunction:
         program = self._programs.get(key)
         split = self._split_axes(sharding)
         if program is None:
-            folder = lowered_folder() if _is_default(sharding) and is_ours(module) else None
+            can_be_stored = (
+                has_own_name(self._function) and _is_default(sharding) and is_ours(module)
+            )
+            folder = lowered_folder() if can_be_stored else None
             program = self._compile(graphdef, treedef, sharding, split, static, folder)
             self._programs[key] = program
         if not split or not isinstance(sharding, NamedSharding):

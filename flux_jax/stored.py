@@ -17,6 +17,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ def is_ours(module: nnx.Module) -> bool:
     return all(
         type(part).__module__.partition(".")[0] in known for _, part in nnx.iter_modules(module)
     )
+
+
+def has_own_name(function: Callable[..., Any]) -> bool:
+    """Whether module and name tell a function from all others, and its source is known.
+
+    A lambda, a closure and a bound method depend on more than their name says; the sources of
+    other packages are no part of a program's name.
+    """
+    if not isinstance(function, types.FunctionType):
+        return False
+    known = function.__module__.partition(".")[0] in _PACKAGES
+    return known and not {"<lambda>", "<locals>"} & set(function.__qualname__.split("."))
 
 
 class StoredProgram:
@@ -111,8 +124,16 @@ class StoredProgram:
             if name in exported.mlir_module_serialized:
                 importlib.import_module(module)
 
+        kept = set(exported.module_kept_var_idx)
+
         def call(leaves: list[Any], args: tuple[Any, ...]) -> Any:
-            return exported.call(*jax.tree.leaves((leaves, args)))
+            # `exported.call` uses all that it is given. What the program does not need is left to
+            # `jax.jit` to leave out: modulation layers in host memory would be copied each step.
+            flat = jax.tree.leaves((leaves, args))
+            needed = (
+                x if i in kept else jax.numpy.zeros(x.shape, x.dtype) for i, x in enumerate(flat)
+            )
+            return exported.call(*needed)
 
         call.__name__ = self._function.__name__
         return call

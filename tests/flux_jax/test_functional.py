@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flux_jax import compile_cache
 from flux_jax.functional import ModuleFunction
 from flux_jax.layers import Linear
 
@@ -52,6 +55,28 @@ def test_static_arguments_select_the_program():
     x, module = np.ones((1, 8), np.float32), linear(0)
     once, twice = (function.bind(module, times=times)(x) for times in (1, 2))
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
+
+
+def doubled(module, x):
+    return module(x) * 2
+
+
+def test_functions_whose_name_says_too_little_are_not_stored(tmp_path, monkeypatch):
+    """One stored program would serve both lambdas, and a closure whatever it closes over."""
+    monkeypatch.setattr(compile_cache, "_enabled", [tmp_path])
+    x, module = np.ones((1, 8), np.float32), linear(0)
+    want = x @ np.asarray(module.weight[...]).T
+    functions = {
+        "lambda": (lambda m, x: m(x), lambda m, x: m(x) * 2),
+        "closure": tuple((lambda m, x, k=k: m(x) * k) for k in (1, 2)),
+        "partial": tuple(functools.partial(lambda m, x, k: m(x) * k, k=k) for k in (1, 2)),
+        "of another package": (Linear.__call__, doubled),
+    }
+    for kind, pair in functions.items():
+        got = [ModuleFunction(function).bind(module)(x) for function in pair]
+        np.testing.assert_array_equal(got, [want, 2 * want], err_msg=kind)
+    (stored,) = (tmp_path / compile_cache.LOWERED).iterdir()
+    assert stored.name.startswith("call")
 
 
 def test_on_a_mesh_results_are_replicated():

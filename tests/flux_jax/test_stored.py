@@ -84,6 +84,22 @@ def test_half_a_file_is_made_anew(tmp_path):
     assert path.stat().st_size == len(whole)
 
 
+def test_what_a_program_does_not_need_is_no_argument_of_it(tmp_path):
+    """Else an offloaded transformer's modulation layers would go to the device at every step."""
+
+    def first(leaves, args):
+        return leaves[0] + args[0]
+
+    arguments = [X, jnp.ones((64, 64))], (Y, None)
+
+    def nbytes(program):
+        return program.lower(*arguments).compile().memory_analysis().argument_size_in_bytes
+
+    for _ in ("made", "found again"):
+        assert nbytes(program(tmp_path, first)) == nbytes(jax.jit(first)) < 64 * 64
+        assert np.array_equal(program(tmp_path, first)(*arguments), X + Y)
+
+
 # Two programs of which one calls a Mosaic kernel, as one process keeps them and another finds them.
 RUNTIME_SCRIPT = """
 import sys, jax, jax.numpy as jnp
