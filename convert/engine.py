@@ -112,6 +112,10 @@ def convert(
     here, there = src.resolve(), dst.resolve()
     if there == here or there in here.parents:
         raise UserError(f"{dst}: the target would replace the source {src}; choose another place")
+    if here in there.parents and there.exists():
+        raise UserError(
+            f"{dst}: the target would replace what is in the source {src}; choose another place"
+        )
     with open_source(src, components, read_once=True) as source:
         if not source.components:
             raise UserError(f"{src}: none of the wanted components in it")

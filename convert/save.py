@@ -51,6 +51,9 @@ def save(
     without = [name for name, config in configs.items() if config is None]
     if without:
         raise UserError(f"{', '.join(without)}: a module without `config` cannot be saved")
+    for name, module in modules.items():
+        _check_loadable(name, module, configs[name])
+    path = path.expanduser()
     with atomic.staged(path, force=force, replaceable=is_checkpoint) as stage:
         stage.mkdir()
         with full_disk_explained(path):
@@ -58,3 +61,21 @@ def save(
             for name, module in modules.items():
                 write_checkpoint(stage / name, _Arrays(to_flat(module)))
         write_config(stage, configs, scheduler)
+
+
+def _check_loadable(name: str, module: nnx.Module, config: Any) -> None:
+    """Refuses a module that a checkpoint of dense weights could not give back.
+
+    Raises:
+      UserError: its parameters have other names or shapes than its config says.
+    """
+    shapes = {key: tuple(array.shape) for key, array in to_flat(module).items()}
+    expected = tables.our_shapes(name, config)
+    wrong = sorted(
+        key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key)
+    )
+    if wrong:
+        raise UserError(
+            f"{name}: {len(wrong)} parameters, as `{wrong[0]}`, are not those of a dense {name}, "
+            "so that it could not be loaded again; `ternary.save_checkpoint` writes a ternary one"
+        )

@@ -219,13 +219,15 @@ def save_checkpoint(
 
     Args:
       path: folder to be made.
-      modules: components by diffusers' names; each has its `config`.
+      modules: components by diffusers' names, each with its `config`; a ternary transformer is
+        written by `ternary.save_checkpoint`.
       scheduler: the noise schedule.
       tokenizers: folders to be copied, "tokenizer" and "tokenizer_2".
       force: replace an existing checkpoint, once the new one is whole.
 
     Raises:
-      UserError: the path exists, or cannot be written to.
+      UserError: the path exists or cannot be written to, or a module whose parameters are not those
+        of its config.
     """
     from convert import save
 

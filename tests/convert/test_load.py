@@ -125,4 +125,16 @@ def test_what_cannot_be_saved_is_named(tmp_path):
         save_checkpoint(tmp_path / "x", {"unet": nnx.Module()})
     with pytest.raises(UserError, match="vae: a module without `config` cannot be saved"):
         save_checkpoint(tmp_path / "x", {"vae": nnx.Module()})
+    ternary = load_checkpoint("tiny-ternary", components=["transformer"]).modules
+    with pytest.raises(UserError, match=r"not those of a dense transformer.*ternary\.save_check"):
+        save_checkpoint(tmp_path / "x", ternary)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_may_begin_with_the_home(made, tmp_path, monkeypatch):
+    vae = load_checkpoint(made[0] / "flax", components=["vae"]).modules
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("~/saved", vae)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert set(load_checkpoint("~/saved").modules) == {"vae"}

@@ -268,6 +268,10 @@ def test_the_source_is_never_replaced(flax, tmp_path):
         with pytest.raises(UserError, match="the target would replace the source"):
             convert(src, dst, force=True, dtype="fp32", to="bfl")
     assert inner.exists()
+    before = inner.read_bytes()
+    with pytest.raises(UserError, match="the target would replace what is in the source"):
+        convert(inner.parent, inner, force=True, dtype="fp32", to="bfl", components=["vae"])
+    assert inner.read_bytes() == before
 
 
 def test_single_files_of_another_make_are_never_replaced(diffusers, tmp_path):
