@@ -141,6 +141,7 @@ class ComponentContents:
       parameters: their number.
       nbytes: of the stored tensors.
       dtypes: of the stored tensors, by NumPy's names.
+      quantized: whether they are packed codes, which stand for other tensors.
       abstract: from a dtype, the module that loading would give, in shapes alone.
     """
 
@@ -148,6 +149,7 @@ class ComponentContents:
     parameters: int
     nbytes: int
     dtypes: frozenset[str]
+    quantized: bool
     abstract: Callable[[DType], nnx.Module]
 
 
@@ -189,6 +191,7 @@ def inspect_checkpoint(path_or_repo_id: str | Path) -> Contents:
                 parameters=sum(math.prod(spec.shape) for spec in dense.values()),
                 nbytes=sum(spec.nbytes for spec in specs),
                 dtypes=frozenset(spec.dtype.name for spec in specs),
+                quantized=hasattr(component.stored, "stored_specs"),
                 # A quantised component knows its module itself.
                 abstract=getattr(
                     component.stored,

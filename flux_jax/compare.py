@@ -20,7 +20,7 @@ import numpy as np
 
 from flux_jax import arguments, images
 from flux_jax.autoencoder import DECODE
-from flux_jax.checkpoint import Checkpoint, load_checkpoint
+from flux_jax.checkpoint import Checkpoint, inspect_checkpoint, load_checkpoint
 from flux_jax.denoise import denoise
 from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
@@ -132,20 +132,29 @@ def compare(
       What was found, as soon as it is.
 
     Raises:
-      UserError: torch or diffusers is missing, the checkpoint is none that they can load, or an
-        argument is out of its range.
+      UserError: torch or diffusers is missing, the checkpoint is none that they can load, as a
+        ternary one, or an argument is out of its range.
     """
     check_installed()
     _, keys = arguments.seeds_and_keys(seed, None, 1)
     # Late: torch is there only now.
     from flux_jax.reference import Reference
 
-    checkpoint = load_checkpoint(path, components=["vae"], dtype=jnp.dtype(dtype))
-    is_diffusers = (checkpoint.path / "model_index.json").exists()
-    if not is_diffusers or checkpoint.scheduler is None:
+    # All of a repository is fetched here: the reference reads files, and comes first.
+    contents = inspect_checkpoint(path)
+    is_diffusers = (contents.path / "model_index.json").exists()
+    if not is_diffusers or contents.scheduler is None:
         raise UserError(
             f"{path} is no pipeline in diffusers' layout, with model_index.json and scheduler"
         )
+    packed = [name for name, part in contents.components.items() if part.quantized]
+    if packed:
+        raise UserError(
+            f"{path}: diffusers cannot load a quantised {', '.join(packed)}; compare the "
+            "checkpoint that it was made from"
+        )
+    path = contents.path
+    checkpoint = load_checkpoint(path, components=["vae"], dtype=jnp.dtype(dtype))
     vae = checkpoint.modules["vae"]
     side = PATCH * vae.config.downscale
     height, width = (min(512, vae.config.sample_size) if n is None else n for n in (height, width))
@@ -155,10 +164,10 @@ def compare(
         dtype=dtype,
         grid=grid,
         side=side,
-        schedule=make_schedule(checkpoint.scheduler, num_inference_steps, grid[0] * grid[1]),
+        schedule=make_schedule(contents.scheduler, num_inference_steps, grid[0] * grid[1]),
         key=keys[0],
     )
-    theirs = Reference(checkpoint.path, dtype)
+    theirs = Reference(path, dtype)
     embeds = yield from _compare_text(path, checkpoint, theirs, settings)
     yield from _compare_schedule(theirs, settings)
     latents = yield from _compare_transformer(path, checkpoint, theirs, settings, embeds)
@@ -231,7 +240,7 @@ def _compare_schedule(theirs: Any, settings: Settings) -> Findings:
 
 
 def _compare_transformer(
-    path: str | Path,
+    path: Path,
     checkpoint: Checkpoint,
     theirs: Any,
     settings: Settings,

@@ -30,7 +30,6 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the image's noise.")] = 0,
     json: common.Json = False,
-    quiet: common.Quiet = False,
 ) -> None:
     """Compare with PyTorch on one checkpoint.
 

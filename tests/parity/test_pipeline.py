@@ -12,7 +12,9 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
+from convert import hub
 from convert.maps import autoencoder, clip, t5
+from convert.tables import COMPONENTS
 from flux_jax import compare as our_compare
 from flux_jax.cli import app
 from flux_jax.compare import Finding, compare, psnr
@@ -171,8 +173,32 @@ def test_compare_report_is_json():
 @pytest.mark.parametrize("arguments", [[], ["--seed", "-1"], ["--steps", "0"]])
 def test_compare_refuses_in_one_line(folder, tmp_path, arguments):
     """A folder that is no pipeline, or arguments that `generate` would not take either."""
-    model = folder if arguments else tmp_path
+    assert_refused(folder if arguments else tmp_path, *arguments)
+
+
+def test_compare_refuses_what_diffusers_cannot_load():
+    assert "diffusers cannot load a quantised transformer" in assert_refused("tiny-ternary")
+
+
+def assert_refused(model, *arguments):
     result = CliRunner().invoke(app, ["compare", str(model), *arguments])
     assert result.exit_code == 2
+    assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+def test_compare_has_all_of_a_repository_before_it_begins(folder, tmp_path, monkeypatch):
+    """PyTorch reads the files of a component, whichever of the two comes first."""
+    small = ("scheduler", "tokenizer", "tokenizer_2", "model_index.json")
+
+    def download(repo, components=None, *, revision=None):
+        for name in (*small, *(COMPONENTS if components is None else components)):
+            if not (tmp_path / name).exists():
+                (tmp_path / name).symlink_to(folder / name)
+        return tmp_path
+
+    monkeypatch.setattr(hub, "download", download)
+    next(compare("someone/FLUX", num_inference_steps=1))
+    assert {path.name for path in tmp_path.iterdir()} == {*small, *COMPONENTS}
