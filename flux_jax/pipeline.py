@@ -123,7 +123,8 @@ class FluxPipeline:
             encoders to use in place of the checkpoint's; `TextEncoders()` for none.
           offload_modulation: see the class.
           vae_tiling: see the class.
-          transformer, vae: used in place of the checkpoint's, which are then not read.
+          transformer, vae: used in place of the checkpoint's, which are then not read; moved to the
+            mesh.
           kernels, attention: as in `use_kernels`.
 
         Raises:
@@ -139,6 +140,12 @@ class FluxPipeline:
             arguments.choice("text_encoders", text_encoders, PLACEMENTS)
         given = {"transformer": transformer, "vae": vae}
         models = {name: module for name, module in given.items() if module is not None}
+        if mesh is not None:
+            # What is read comes to the mesh by itself.
+            for module in models.values():
+                spread(module, mesh)
+            if isinstance(text_encoders, TextEncoders):
+                text_encoders.move_to(mesh)
         parts = load_image_parts(path, dtype=dtype, mesh=mesh, given=models)
         if isinstance(text_encoders, str):
             # Last: "auto" looks at what memory is left.

@@ -13,14 +13,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from flux_jax.attention import attention
+from flux_jax.checkpoint import load_checkpoint
 from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.denoise import VELOCITY
 from flux_jax.errors import UserError
 from flux_jax.images import UNPACK_DECODE
 from flux_jax.pipeline import FluxPipeline
+from flux_jax.prompts import TextEncoders
 from flux_jax.sequence import is_split, over_all_tokens, tokens_of_a_part
 from flux_jax.sharding import make_mesh, spread
 from flux_jax.transformer import FluxTransformer
+from flux_jax.tree import to_flat
 from ternary.config import QuantConfig
 from ternary.policy import Policy
 from ternary.student import freeze_student, make_student
@@ -255,3 +258,16 @@ def test_text_encoders_that_wait_in_host_memory_go_to_the_mesh():
     found = pipe.encode_prompt(PROMPTS)
     assert len(found.prompt_embeds.sharding.device_set) == 2
     np.testing.assert_allclose(found.prompt_embeds, expected.prompt_embeds, atol=1e-5)
+
+
+def test_models_in_place_of_the_checkpoint_s_go_to_the_mesh():
+    given = load_checkpoint("tiny", components=["transformer", "text_encoder"]).modules
+    encoders = TextEncoders(text_encoder=given["text_encoder"])
+    mesh = make_mesh(data=2)
+    pipe = FluxPipeline.from_pretrained(
+        "tiny", mesh=mesh, transformer=given["transformer"], text_encoders=encoders
+    )
+    assert pipe.mesh == mesh
+    for module in (pipe.transformer, pipe.vae, pipe.text_encoders.text_encoder):
+        places = {array.sharding.mesh for array in to_flat(module).values()}
+        assert places == {mesh}
