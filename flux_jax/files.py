@@ -48,6 +48,14 @@ def writing(place: Path, kept: str = "") -> Iterator[None]:
         raise UserError(f"{place}: cannot be written: {error.strerror or error}{kept}") from error
 
 
+def partial_path(path: Path) -> Path:
+    """Where `write_whole` writes before it renames.
+
+    One name for all times: what a killed process left is written over by the next.
+    """
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_whole(path: Path, content: bytes, kept: str = "") -> None:
     """Write a file and wait until the disk has it: whole or, if it fails or is killed, as before.
 
@@ -59,8 +67,7 @@ def write_whole(path: Path, content: bytes, kept: str = "") -> None:
     Raises:
       UserError: it cannot be written.
     """
-    # One name for all times: what a killed process left is written over by the next.
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     with writing(path, kept):
         try:
             with open(partial, "wb") as file:

@@ -114,7 +114,7 @@ def _command(benchmark: str) -> Callable[..., None]:
         from flux_jax import arguments
         from flux_jax.compile_cache import enable_compilation_cache
         from flux_jax.processes import Processes, joined_processes
-        from flux_jax.scorers.run import Task, draw_model, folder_names
+        from flux_jax.scorers.run import Task, check_model, draw_model, folder_names
 
         enable_compilation_cache()
         layout = _layout(benchmark)
@@ -142,6 +142,8 @@ def _command(benchmark: str) -> Callable[..., None]:
         job = joined_processes() if distributed else contextlib.nullcontext(Processes())
         with job as processes:
             devices = common.mesh_of_this_process(mesh)
+            for each in models:
+                check_model(task, each, mesh=devices)
             reports = [
                 draw_model(task, each, out / folder, mesh=devices, processes=processes, **options)
                 for each, folder in zip(models, folders, strict=True)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from flux_jax import loading
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
-from flux_jax.files import make_folder, write_whole
+from flux_jax.files import make_folder, partial_path, write_whole
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.plan import Plan
 from flux_jax.processes import Processes
@@ -95,6 +95,26 @@ def folder_names(models: Sequence[str]) -> list[str]:
     return names
 
 
+def check_model(task: Task, model: str, *, mesh: Mesh | None = None) -> loading.Request:
+    """See that a model can draw a task, before it or another one draws anything.
+
+    Args:
+      task, model, mesh: as for `draw_model`.
+
+    Raises:
+      UserError: a setting out of its range, or no whole pipeline.
+    """
+    checked = {**task.settings, "seed": task.seed + task.samples - 1}
+    request = loading.check_request(model, checked, images=1, num_images_per_prompt=1, mesh=mesh)
+    plan = request.plan
+    if task.layout.square and plan.height != plan.width:
+        raise UserError(
+            f"{task.layout.title} cuts squares: height and width must be the same, got "
+            f"{plan.height} and {plan.width}"
+        )
+    return request
+
+
 def draw_model(
     task: Task,
     model: str,
@@ -120,14 +140,8 @@ def draw_model(
       UserError: a setting out of its range, or a folder of another evaluation.
     """
     jobs = task.jobs()
-    checked = {**task.settings, "seed": task.seed + task.samples - 1}
-    request = loading.check_request(model, checked, images=1, num_images_per_prompt=1, mesh=mesh)
+    request = check_model(task, model, mesh=mesh)
     plan = request.plan
-    if task.layout.square and plan.height != plan.width:
-        raise UserError(
-            f"{task.layout.title} cuts squares: height and width must be the same, got "
-            f"{plan.height} and {plan.width}"
-        )
     # Prompts are encoded by and by: T5 stays in its files meanwhile.
     pipe = FluxPipeline.from_pretrained(
         request.path, dtype=dtype, mesh=mesh, text_encoders=STREAMED
@@ -205,7 +219,8 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     try:
         before = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        if folder.is_dir() and any(folder.iterdir()):
+        # A process that was killed may have left its half.
+        if folder.is_dir() and any(file != partial_path(path) for file in folder.iterdir()):
             raise UserError(
                 f"{folder} is not empty and has no {MANIFEST}: choose another folder"
             ) from None

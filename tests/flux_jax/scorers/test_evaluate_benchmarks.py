@@ -211,12 +211,22 @@ def test_inputs_are_refused(files, model, tmp_path):
     assert "num_images must be" in refused("dpg", *dpg, "--num-images", 0)
     twice = refused("dpg", *dpg, "--model", model)
     assert "two models would be drawn into the folder 'small'" in twice
+    # Before the first model has drawn anything.
+    assert "no such file" in refused("dpg", *dpg, "--model", "absent")
     assert not list(tmp_path.iterdir())
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "mine.txt").write_text("")
     assert "is not empty and has no manifest.json" in refused("dpg", *dpg)
     (tmp_path / "small" / "manifest.json").write_text("[]")
     assert "manifest.json is no manifest of ours" in refused("dpg", *dpg)
+
+
+def test_it_goes_on_where_it_was_killed_at_its_first_write(files, model, tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / ".manifest.json.partial").write_text("{")
+    options = ("--num-images", 1, *FAST, "--out", tmp_path)
+    run("geneval", "--prompts", files["geneval"], "--model", model, *options)
+    assert json.loads((tmp_path / "small" / "manifest.json").read_text())["complete"]
 
 
 def command(files, model, out):
