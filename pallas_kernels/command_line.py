@@ -15,6 +15,7 @@ import json as json_module
 import logging
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,12 +116,24 @@ def check_folder_of(option: str, path: Path) -> None:
     """Refuses a file that could not be made, before the long work whose result it is to hold.
 
     Raises:
-      UserError: its folder does not exist, or the path is a folder itself.
+      UserError: its folder does not exist, the path is a folder itself, or nothing can be written
+        there.
     """
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{option} {path}: the folder {path.absolute().parent} does not exist")
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder, expected the name of a file")
+    folder = path.absolute().parent
+    try:
+        if not folder.is_dir():
+            raise UserError(f"{option} {path}: the folder {folder} does not exist")
+        if path.is_dir():
+            raise UserError(f"{option} {path}: is a folder, expected the name of a file")
+        if path.exists() and not path.is_file():
+            # A device or a pipe is written to in its place.
+            return
+        # As long a name as the file has while it is written.
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{option} {path}: cannot be written: {reason}") from error
 
 
 def print_json(content: Any) -> None:

@@ -17,7 +17,7 @@ from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.errors import UserError
 from pallas_kernels.command_line import Json as Json
 from pallas_kernels.command_line import Quiet as Quiet
-from pallas_kernels.command_line import check_folder_of
+from pallas_kernels.command_line import check_folder_of as check_folder_of
 from pallas_kernels.command_line import print_json as print_json
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def check_png_target(path: Path) -> None:
     """Refuse, before anything is computed, a PNG that could not be written in the end.
 
     Raises:
-      UserError: the path does not end in .png, is a folder, or its folder does not exist.
+      UserError: the path does not end in .png, is a folder, or its folder cannot be written to.
     """
     from flux_jax.metadata import check_png_path
 

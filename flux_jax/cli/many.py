@@ -41,11 +41,13 @@ def generate_many(
       as_json, quiet: as for every command.
 
     Raises:
-      UserError: the file cannot be read, or as `flux_jax.drawing.draw`.
+      UserError: the file cannot be read, `out` cannot be written to, or as
+        `flux_jax.drawing.draw`.
     """
     # Late: JAX takes a second, and --help should not.
     from flux_jax import arguments, drawing, loading
     from flux_jax.compile_cache import enable_compilation_cache
+    from flux_jax.files import make_folder
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.processes import Processes, joined_processes
     from flux_jax.prompt_file import read_prompts
@@ -79,6 +81,8 @@ def generate_many(
             if processes.first:
                 # For its warning; `drawing` leaves out what has no effect.
                 common.negative_prompt(settings, request.plan)
+                make_folder(out)
+                common.check_folder_of("--out", out / jobs[0].file)
             # Prompts are encoded by and by: T5 stays in its files meanwhile.
             pipe = FluxPipeline.from_pretrained(
                 request.path,

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from convert.engine import convert
-from flux_jax.cli import app
+from flux_jax.cli import app, common
 from flux_jax.metadata import read_png, save_png
 from tests.small_pipeline import small_folder
 
@@ -151,6 +151,15 @@ def test_refusals(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     model = () if "--model" in arguments else ("--model", folder)
     assert message in only_line(run("generate", *arguments, *model, code=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["/proc/image.png", f"{'x' * 300}.png"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(monkeypatch, tmp_path, out):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "load_and_encode", lambda *args, **settings: pytest.fail("loaded"))
+    message = only_line(run("generate", "a", "--out", out, code=2))
+    assert f"--out {out}: cannot be written" in message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -102,6 +102,19 @@ def test_refusals(inputs, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("out", ["/proc", "inputs.txt"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    inputs, tmp_path, monkeypatch, out
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inputs.txt").write_text("")
+    monkeypatch.setattr(
+        pipeline.FluxPipeline, "from_pretrained", lambda *args, **settings: pytest.fail("loaded")
+    )
+    message = run(*inputs, "--out", out, code=2).stderr
+    assert "cannot be written" in message or "cannot make the folder" in message
+
+
 def test_modulation_weights_wait_on_the_host_where_asked(inputs, whole, tmp_path, monkeypatch):
     waiting = []
 
