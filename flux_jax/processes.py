@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from flux_jax.errors import UserError
+from pallas_kernels.errors import exit_on_user_error
+
+logger = logging.getLogger(__name__)
 
 # A process that is silent for so long is lost. JAX's own 100 s would leave the others waiting.
 _HEARTBEAT_SECONDS = 30
 _START_SECONDS = 300
 _END_SECONDS = 120
 
-# What a lost process leaves behind in the others: no program of ours fails with these words.
+# What a lost process leaves behind in the others, as JAX tells it.
 _LOST = ("Gloo", "NCCL", "Connection", "coordination service", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 _VARIABLES = {
@@ -162,13 +167,26 @@ def joined_processes() -> Iterator[Processes]:
     except KeyboardInterrupt:
         _leave(witness, f"error: {name} was interrupted", 130)
     except Exception as error:
-        if not any(word in str(error) for word in _LOST):
-            import traceback
-
+        verbose = logger.isEnabledFor(logging.DEBUG)
+        if _is_of_a_lost_process(error):
+            if verbose:
+                traceback.print_exc()
+            # The witness says the rest.
+            os._exit(3)
+        try:
+            # One line where the device's memory is full, as of a process alone.
+            with exit_on_user_error(verbose=verbose):
+                raise
+        except SystemExit:
+            _leave(witness, "", 1)
+        except Exception:
             traceback.print_exc()
             _leave(witness, f"error: {name}: {error}", 1)
-        # The witness says the rest.
-        os._exit(3)
+
+
+def _is_of_a_lost_process(error: Exception) -> bool:
+    of_jax = type(error).__module__.partition(".")[0] in ("jax", "jaxlib")
+    return of_jax and any(word in str(error) for word in _LOST)
 
 
 def _leave(witness: _Witness, message: str, code: int) -> None:
