@@ -9,6 +9,7 @@ from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.latents import PATCH
 from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.sharding import axis_size
 from flux_jax.transformer import FluxTransformer
 
 
@@ -49,16 +50,19 @@ def check_widths(
             )
 
 
-def check_embeds(name: str, embeds: PromptEmbeds, config: FluxConfig) -> None:
-    """See that encoded prompts are as wide as the transformer reads them.
+def check_embeds(
+    name: str, embeds: PromptEmbeds, config: FluxConfig, mesh: jax.sharding.Mesh | None = None
+) -> None:
+    """See that encoded prompts are as wide as the transformer reads them, and can be divided.
 
     Args:
       name: of the argument.
       embeds: the prompts.
       config: of the transformer.
+      mesh: that it lies on, if it does.
 
     Raises:
-      UserError: they are of another model.
+      UserError: they are of another model, or have tokens that the mesh cannot divide.
     """
     found = embeds.prompt_embeds.shape[-1], embeds.pooled_prompt_embeds.shape[-1]
     expected = config.context_in_dim, config.vec_in_dim
@@ -68,3 +72,25 @@ def check_embeds(name: str, embeds: PromptEmbeds, config: FluxConfig) -> None:
             f"wide, this transformer's context_in_dim and vec_in_dim are {expected[0]} and "
             f"{expected[1]}"
         )
+    tokens = embeds.prompt_embeds.shape[1]
+    pieces = 1 if mesh is None else axis_size(mesh, "sequence")
+    if tokens % pieces:
+        raise UserError(
+            f"the mesh's sequence={pieces} does not divide the {tokens} text tokens of {name}: "
+            "encode it with another max_sequence_length"
+        )
+
+
+def encoded_length(embeds: PromptEmbeds, requested: int | None) -> int:
+    """The T5 tokens of encoded prompts.
+
+    Raises:
+      UserError: another number was asked for.
+    """
+    tokens = embeds.prompt_embeds.shape[1]
+    if requested not in (None, tokens):
+        raise UserError(
+            f"max_sequence_length must be {tokens}, with which prompt was encoded, or be left out; "
+            f"got {requested}"
+        )
+    return tokens

@@ -21,7 +21,7 @@ from flux_jax.fingerprint import component_digest, fingerprint
 from flux_jax.kernels import suit_mesh, use_kernels
 from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
-from flux_jax.parts import check_devices, check_embeds, check_widths
+from flux_jax.parts import check_devices, check_embeds, check_widths, encoded_length
 from flux_jax.plan import Plan, initial_noise, make_plan, sequence_length
 from flux_jax.prompt_rows import Prompt, embed_rows, prompt_rows
 from flux_jax.prompts import PromptEmbeds, TextEncoders
@@ -271,7 +271,8 @@ class FluxPipeline:
           num_inference_steps: by default 28, or 4 for a model without guidance embedding (schnell).
           guidance_scale: input of guidance-distilled models (dev); others ignore it.
           num_images_per_prompt: images of each prompt.
-          max_sequence_length: T5 tokens of a prompt, padding included; the model's own by default.
+          max_sequence_length: T5 tokens of a prompt, padding included; the model's own by default,
+            or as many as an encoded prompt has.
           seed: one for all, or N; drawn at random by default. In [0, 2**32).
           key: instead of a seed, one typed JAX key for all or N.
           latents: instead of either, the initial noise as packed tokens (N, I, P).
@@ -289,7 +290,10 @@ class FluxPipeline:
         arguments.choice("output_type", output_type, ("pil", "np", "latent"))
         for name, given in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if isinstance(given, PromptEmbeds):
-                check_embeds(name, given, self.transformer.config)
+                check_embeds(name, given, self.transformer.config, self.mesh)
+        if isinstance(prompt, PromptEmbeds):
+            # To which a negative prompt is encoded too.
+            max_sequence_length = encoded_length(prompt, max_sequence_length)
         plan = self.plan(
             height=height,
             width=width,

@@ -240,6 +240,14 @@ def test_what_a_mesh_cannot_divide_is_refused(axes, options, message):
         pipe.plan(**options)
 
 
+def test_encoded_prompts_that_a_mesh_cannot_divide_are_refused():
+    pipe = on_mesh("dense", jnp.float32, make_mesh(sequence=4))
+    embeds = pipe.encode_prompt(PROMPTS, max_sequence_length=6)
+    for name, prompts in (("prompt", (embeds, None)), ("negative_prompt", (PROMPTS, embeds))):
+        with pytest.raises(UserError, match=f"sequence=4 does not divide the 6 .* of {name}:"):
+            pipe(prompts[0], negative_prompt=prompts[1], true_cfg_scale=2.0, seed=0, **STEPS)
+
+
 def test_devices_of_other_processes_are_refused(monkeypatch):
     mesh = make_mesh(data=2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)

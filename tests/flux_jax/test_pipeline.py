@@ -465,6 +465,17 @@ def test_encoded_prompts_must_fit(pipe):
             dataclasses.replace(embeds, prompts=(RED,) * len(rows))
 
 
+def test_encoded_prompts_have_the_length_of_the_call(pipe):
+    """A negative prompt is encoded as they were, so that the record's one length holds for both."""
+    embeds = pipe.encode_prompt(RED, max_sequence_length=8)
+    negative = {"negative_prompt": BLUE, "true_cfg_scale": 2.0, "seed": 0, "return_latents": True}
+    found = pipe(embeds, **negative, **STEPS)
+    expected = pipe(RED, max_sequence_length=8, **negative, **STEPS)
+    np.testing.assert_array_equal(found.latents, expected.latents)
+    with pytest.raises(UserError, match="max_sequence_length must be 8, .* got 12"):
+        pipe(embeds, max_sequence_length=12, seed=0, **STEPS)
+
+
 def test_pipeline_without_text_encoders_takes_encoded_prompts(pipe):
     embeds = pipe.encode_prompt(RED)
     bare = FluxPipeline(transformer=pipe.transformer, vae=pipe.vae, scheduler=pipe.scheduler)
