@@ -58,7 +58,9 @@ class GenerationRecord:
     platform: str = ""
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the pipeline's call that draw the image again.
+        """The keyword arguments of the pipeline's call that draw the image again, on one device.
+
+        On a mesh, `batch_size` counts the images of all its `data` devices.
 
         Raises:
           UserError: the record has no seed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
 from flux_jax.cli.many import generate_many
 from flux_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -155,10 +158,11 @@ def _generate(
     from flux_jax.metadata import save_png
 
     common.check_png_target(out)
-    settings, expected = _settings(explicit, replay)
+    enable_compilation_cache()
+    devices = common.mesh_of_this_process(mesh)
+    settings, expected = _settings(explicit, replay, devices)
     model, dtype = settings.pop("model"), settings.pop("dtype")
 
-    enable_compilation_cache()
     watch = common.Stopwatch()
     with watch.stage("load and encode"):
         loaded = common.load_and_encode(
@@ -167,7 +171,7 @@ def _generate(
             dtype=dtype,
             num_images=num_images,
             with_fingerprint=metadata,
-            mesh=common.mesh_of_this_process(mesh),
+            mesh=devices,
             offload_modulation=offload_modulation,
         )
     if None not in (expected, loaded.fingerprint) and expected != loaded.fingerprint:
@@ -209,7 +213,9 @@ def _generate(
             typer.echo(f"{path}  seed {record.seed}")
 
 
-def _settings(explicit: dict[str, Any], replay: Path | None) -> tuple[dict[str, Any], str | None]:
+def _settings(
+    explicit: dict[str, Any], replay: Path | None, mesh: Mesh | None
+) -> tuple[dict[str, Any], str | None]:
     """Everything asked for, explicit options over those of the image to replay.
 
     Returns:
@@ -221,9 +227,12 @@ def _settings(explicit: dict[str, Any], replay: Path | None) -> tuple[dict[str, 
             raise UserError("give a PROMPT to draw, or --replay IMAGE.png; see --help")
         return {"model": DEFAULT_MODEL, "dtype": "bfloat16", **explicit}, None
     from flux_jax.metadata import read_png
+    from flux_jax.sharding import axis_size
 
     record = read_png(replay)
     recorded = {k: v for k, v in record.arguments().items() if v is not None}
+    # The record is of one device, on which rounding depends; the argument of all.
+    recorded["batch_size"] *= 1 if mesh is None else axis_size(mesh, "data")
     if record.model is None and "model" not in explicit:
         raise UserError(f"{replay} does not say which model drew it: name one with --model")
     settings = {**recorded, "model": record.model, "dtype": record.dtype, **explicit}

@@ -85,6 +85,16 @@ def test_replay_of_one_image_of_several(folder, tmp_path):
     np.testing.assert_array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / "all-3.png"))
 
 
+def test_replay_on_a_mesh_draws_as_many_together_on_a_device(folder, tmp_path):
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    draw(folder, first, "a red circle", "--seed", 5)
+    run("generate", "--replay", first, "--out", again, "--mesh", "data=2")
+    np.testing.assert_array_equal(pixels(again), pixels(first))
+    assert read_png(again) == read_png(first)
+    run("generate", "--replay", first, "--out", again, "--mesh", "data=2", "--batch-size", 4)
+    assert read_png(again).batch_size == 2
+
+
 def test_a_converted_checkpoint_draws_the_same_image(folder, tmp_path):
     convert(folder, tmp_path / "flax")
     records = []
