@@ -42,8 +42,6 @@ class FluxPipeline:
       transformer, vae: the models.
       text_encoders: CLIP and T5 with their tokenizers.
       scheduler: the noise schedule's configuration.
-      offload_modulation: the weights of the modulation vectors, a quarter of the transformer,
-        wait in host memory while the loop runs.
       vae_tiling: True or False to decode in tiles always or never; None decides by the image's
         size and the memory that the device has left.
       name: what the model is called in an image's metadata.
@@ -64,8 +62,9 @@ class FluxPipeline:
         """A pipeline of given parts.
 
         Args:
-          transformer, vae, scheduler, offload_modulation, vae_tiling, name: see the class.
+          transformer, vae, scheduler, vae_tiling, name: see the class.
           text_encoders: without them, calls take encoded prompts only.
+          offload_modulation: see the property.
           mesh: devices (`flux_jax.make_mesh`) to which the parts are moved: images are split over
             its axis `data`, the tokens of each over `sequence`, the weights over `tensor`. By
             default the parts stay where they are.
@@ -86,7 +85,6 @@ class FluxPipeline:
             spread(vae, mesh)
             text_encoders.move_to(mesh)
         suit_mesh(transformer)
-        self.offload_modulation = offload_modulation
         self.vae_tiling = vae_tiling
         self.name = name
         layers = modulation_layers(transformer) if offload_modulation else []
@@ -121,7 +119,7 @@ class FluxPipeline:
             on the device at a time; the image is the same, bit for bit. "auto" is "resident" where
             a quarter of the device's memory is left beside all weights, else "streamed". Or
             encoders to use in place of the checkpoint's; `TextEncoders()` for none.
-          offload_modulation: see the class.
+          offload_modulation: see the property.
           vae_tiling: see the class.
           transformer, vae: used in place of the checkpoint's, which are then not read; moved to the
             mesh.
@@ -224,6 +222,14 @@ class FluxPipeline:
             mesh=None if self.mesh is None else self.mesh.shape,
             **settings,
         )
+
+    @property
+    def offload_modulation(self) -> bool:
+        """Whether the weights of the modulation vectors wait in host memory while the loop runs.
+
+        They are a quarter of the transformer, and are moved when the pipeline is made.
+        """
+        return self._waiting is not None
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:

@@ -9,6 +9,7 @@ import typer
 
 from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
+from flux_jax.errors import UserError
 
 
 def info(
@@ -51,7 +52,8 @@ def info(
 ) -> None:
     """Show what a checkpoint holds.
 
-    Components, parameters, sizes, types and configurations, read from the headers alone.
+    Components, parameters, sizes, types and configurations, read from the headers alone; a
+    repository that is not in the hub's cache is downloaded first.
 
     \b
     Examples:
@@ -59,6 +61,18 @@ def info(
       python -m flux_jax info FOLDER --json
       python -m flux_jax info black-forest-labs/FLUX.1-dev --memory --height 768
     """
+    settings = {
+        "--height": height is not None,
+        "--width": width is not None,
+        "--batch-size": batch_size != 1,
+        "--dtype": dtype != "bf16",
+        "--text-encoders": text_encoders != "streamed",
+        "--offload-modulation": offload_modulation,
+        "--tiled": tiled,
+    }
+    for name, used in settings.items():
+        if used and not memory:
+            raise UserError(f"{name} goes with --memory")
     content = describe(model)
     if memory:
         content["memory"] = _memory(

@@ -237,6 +237,13 @@ def test_info_tells_the_memory(folder):
     assert "text_encoders must be one of resident, offloaded, streamed, got 'auto'" in failed
 
 
+@pytest.mark.parametrize(
+    "option", [("--height", 64), ("--batch-size", 2), ("--dtype", "fp32"), ("--tiled",)]
+)
+def test_what_is_for_the_memory_needs_it(folder, option):
+    assert f"{option[0]} goes with --memory" in only_line(run("info", folder, *option, code=2))
+
+
 # -- the program ---------------------------------------------------------------------------------
 
 

@@ -314,6 +314,10 @@ def test_modulation_weights_wait_on_the_host(pipe):
         return {type(leaf) for layer in layers for leaf in jax.tree.leaves(nnx.state(layer))}
 
     offloaded = small_pipeline(offload_modulation=True)
+    assert (pipe.offload_modulation, offloaded.offload_modulation) == (False, True)
+    with pytest.raises(AttributeError):
+        # It would move nothing.
+        pipe.offload_modulation = True
     during = []
     for _ in range(2):
         out = offloaded(
