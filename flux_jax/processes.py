@@ -19,8 +19,7 @@ from typing import Any
 
 import jax
 
-from flux_jax.errors import UserError
-from pallas_kernels.errors import exit_on_user_error
+from flux_jax.errors import UserError, exit_on_user_error
 
 logger = logging.getLogger(__name__)
 
