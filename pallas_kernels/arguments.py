@@ -47,6 +47,7 @@ def check_matmul(
             f"packed must be uint8 (N, Kp), got {packed.dtype} of shape {packed.shape}"
         )
     columns, rows = x.shape[-1], packed.shape[0]
+    _check_inputs(x)
     if packed.shape[1] != packed_width(columns):
         raise ValueError(
             f"packed must have {packed_width(columns)} bytes a row for the {columns} inputs of x, "
@@ -88,9 +89,15 @@ def check_modulation(x: Any, gain: Any, shift: Any) -> None:
         raise ValueError(
             f"x must be floating with at least one axis, got {x.dtype} of shape {x.shape}"
         )
+    _check_inputs(x)
     for name, value in (("gain", gain), ("shift", shift)):
         if value is not None:
             check_floating(name, value, vector_shapes(x.shape[:-1], x.shape[-1]))
+
+
+def _check_inputs(x: Any) -> None:
+    if not x.shape[-1]:
+        raise ValueError(f"x must have at least one input, got shape {x.shape}")
 
 
 def check_columns(parts: Sequence[Columns]) -> None:

@@ -6,9 +6,11 @@ Kernels are imported where they are called: they load Pallas.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
@@ -19,6 +21,18 @@ from pallas_kernels.tile_table import Device, mosaic_tile
 from pallas_kernels.tiles import CODE, SIGN, DirectTile, FewTile, Problem, Tile
 
 
+def _in_32_bits(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernels count in int32, also where a program has JAX's 64-bit types."""
+
+    @functools.wraps(function)
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        with jax.enable_x64(False):
+            return function(*args, **kwargs)
+
+    return narrow
+
+
+@_in_32_bits
 def ternary_matmul(
     x: Activations,
     packed: UInt8[Array, "N Kp"],
@@ -57,8 +71,11 @@ def ternary_matmul(
         whole = [Columns(x, 0, k)]
         x, token_scale, row_sum = quantize(whole, device=device, interpret=interpret)
     chosen = tile or mosaic_tile(Problem(m, n, k, activation_bits, grouped), device)
-    if gate is not None and len(gate) > 1 and m // len(gate) % chosen.tokens:
-        # A tile has one gate: here, some tile would need two. XLA multiplies by them.
+    # A tile has one gate, and the few rows' kernel reads a residual by pairs of outputs.
+    gates = gate is not None and len(gate) > 1 and m // len(gate) % chosen.tokens
+    odd = residual is not None and isinstance(chosen, DirectTile) and n % 2
+    if gates or odd:
+        # XLA multiplies and adds.
         y = ternary_matmul(
             *(x, packed, scale, bias, token_scale, None, None, row_sum),
             activation_bits=activation_bits,
@@ -92,6 +109,7 @@ def ternary_matmul(
     )
 
 
+@_in_32_bits
 def quantize(parts: Sequence[Columns], *, device: Device, interpret: Any = None) -> Quantized:
     """As `pallas_kernels.quantize_columns`, from checked parts of arrays (M, W)."""
     from pallas_kernels.mosaic_quantize import THREADS, quantize_rows
@@ -101,6 +119,7 @@ def quantize(parts: Sequence[Columns], *, device: Device, interpret: Any = None)
     return quantize_rows(parts, multiprocessors=device.multiprocessors, interpret=interpret)
 
 
+@_in_32_bits
 def normalize_and_quantize(
     x: Float[Array, "M K"],
     gain: Float[Array, "B K"] | None,

@@ -62,17 +62,13 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
       layout: of the result.
       optimized: an error where there is no fast way to load it.
     """
-    if "idx" in _LOAD_NEEDS:
+    if _IS_OLD:
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
     return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]
 
 
-# JAX 0.11 warns of an index, 0.10 wants one.
-_LOAD_NEEDS = {
-    name
-    for name, parameter in inspect.signature(plgpu.load).parameters.items()
-    if parameter.default is inspect.Parameter.empty
-}
+# JAX 0.10: there, a load wants an index, of which 0.11 warns.
+_IS_OLD = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
 
 
 def read(ref: Any, layout: Any, native: bool) -> Any:
@@ -95,22 +91,21 @@ def tiled(rows: int, columns: int, dtype: Any, swizzle: int, leading: tuple[int,
 
 
 def whole(size: int, unit: int) -> int:
-    """`size`, rounded up to a multiple of `unit` unless it is less than one."""
-    return size if size <= unit else -(-size // unit) * unit
+    """`size`, rounded up to a multiple of `unit`."""
+    return -(-size // unit) * unit
 
 
 def whole_tiles(x: Any, columns: int, block: tuple[int, int] | None = None) -> Any:
-    """A matrix with zeros added, so that each axis is within one tile or a multiple of it.
+    """A matrix with zeros added, so that columns are whole tiles, and rows too if they are over 8.
 
     The copy engine cuts off what lies outside of an array, but Pallas wants whole tiles of one that
     is swizzled: 8 rows of `columns`. Interpret mode of JAX 0.10 cuts nothing off: there, `block`
     is what is copied at once, and the matrix becomes a multiple of it.
     """
+    rows, width = x.shape
     if block is None:
-        sizes = [whole(size, unit) for size, unit in zip(x.shape, (8, columns), strict=True)]
-    else:
-        sizes = [-(-size // unit) * unit for size, unit in zip(x.shape, block, strict=True)]
-    more = [(0, new - old) for new, old in zip(sizes, x.shape, strict=True)]
+        block = (1 if rows <= 8 else 8, columns)
+    more = [(0, whole(size, unit) - size) for size, unit in zip((rows, width), block, strict=True)]
     return jax.numpy.pad(x, more) if any(after for _, after in more) else x
 
 
@@ -119,8 +114,9 @@ def store_transposed(ref: Any, value: Any, native: bool) -> None:
     if not native:
         ref[...] = value.T
         return
-    if value.dtype.itemsize != 2:
-        # Only 16-bit values have an instruction that transposes on the way to shared memory.
+    # Only 16-bit values have an instruction that transposes on the way to shared memory; JAX 0.10
+    # does not take it for a reference that is transposed.
+    if value.dtype.itemsize != 2 or _IS_OLD:
         value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
     transpose_ref(ref)[...] = value
 

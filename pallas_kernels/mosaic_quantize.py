@@ -66,11 +66,14 @@ def quantize_rows(
     blocks = min(per_multiprocessor * multiprocessors, m)
     vectors = [] if norm is None else [v for v in norm[:2] if v is not None]
 
+    # What meets element by element is spread over the threads alike.
+    narrowest = min((vector_size(Columns(v, 0, k)) for v in vectors), default=16)
+
     def read(ref, part):
         if not native:
             return ref[...]
-        layout = plgpu.Layout.WG_STRIDED((part.size,), vec_size=vector_size(part))
-        return load(ref, layout)
+        size = min(vector_size(part), narrowest)
+        return load(ref, plgpu.Layout.WG_STRIDED((part.size,), vec_size=size))
 
     def body(*refs):
         part_refs, rest = refs[: len(parts)], refs[len(parts) :]
@@ -85,7 +88,7 @@ def quantize_rows(
 
         def vector(ref, row):
             run = lax.div(row, m // ref.shape[0])
-            return read(ref.at[run], Columns(ref, 0, k)).astype(jnp.float32)
+            return read(ref.at[run], parts[0]).astype(jnp.float32)
 
         def row(index, loaded):
             here = block + index * blocks
@@ -101,10 +104,11 @@ def quantize_rows(
             start, total = 0, 0
             for value, part in zip(values, parts, strict=True):
                 q = _to_int8(value, inverse)
-                total = total + jnp.sum(q)
+                total = total + jnp.sum(q, dtype=jnp.int32)
                 q_gmem[here, pl.ds(start, part.size)] = q.astype(jnp.int8)
                 start += part.size
-            sum_gmem[here] = total
+            # Of a row that is not finite, what is stored is 0; these are integers beyond int8.
+            sum_gmem[here] = jnp.where(inverse > 0, total, 0)
             scale_gmem[here] = scale
             return following
 

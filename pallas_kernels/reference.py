@@ -82,7 +82,7 @@ def quantize_activations(x: Float[Array, "*B K"]) -> Quantized:
     inverse = jnp.where(largest > 0, 127.0 / jnp.where(largest > 0, largest, 1.0), 0.0)
     inverse = jnp.where(inverse > MAX_INVERSE, 0.0, inverse)
     q = jnp.clip(jnp.round(x32 * inverse), -127, 127).astype(jnp.int8)
-    sums = q.astype(jnp.int32).sum(-1)
+    sums = q.sum(-1, dtype=jnp.int32)
     return Quantized(q, largest[..., 0] * jnp.float32(1 / 127), sums)
 
 

@@ -236,6 +236,7 @@ def test_an_unknown_backend(op):
     ("change", "message"),
     [
         ({"x": jnp.zeros((2, 8), jnp.int8)}, "x must be floating with at least one axis, got int8"),
+        ({"x": jnp.zeros((2, 0))}, r"x must have at least one input, got shape \(2, 0\)"),
         ({"gain": jnp.zeros(7)}, r"gain must have shape \(8,\) or \(2, 8\), got \(7,\)"),
         ({"shift": jnp.zeros((1, 8))}, r"shift must have shape \(8,\) or \(2, 8\), got \(1, 8\)"),
         ({"shift": jnp.zeros(8, jnp.int8)}, "shift must be floating, got int8"),
@@ -431,3 +432,22 @@ def test_normalize_and_quantize_under_vmap():
         want_q, want_scale, _ = normalize_and_quantize(x[i], gain[i])
         np.testing.assert_array_equal(np.asarray(q[i]), np.asarray(want_q))
         np.testing.assert_allclose(np.asarray(scale[i]), np.asarray(want_scale), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_no_inputs_are_refused(bits):
+    with pytest.raises(ValueError, match=r"x must have at least one input, got shape \(2, 0\)"):
+        ternary_matmul(
+            jnp.zeros((2, 0)), jnp.zeros((4, 0), jnp.uint8), jnp.ones(4), activation_bits=bits
+        )
+
+
+def test_what_is_quantised_is_taken_under_64_bit_types():
+    with jax.enable_x64(True):
+        x = jnp.ones((3, 8), jnp.float32)
+        q, scale, row_sum = quantize_activations(x)
+        assert row_sum.dtype == jnp.int32
+        packed = pack_codes(jnp.full((4, 8), 2, jnp.uint8))
+        settings = {"token_scale": scale, "row_sum": row_sum, "activation_bits": 8}
+        y = ternary_matmul(q, packed, jnp.ones(4, jnp.float32), **settings)
+    np.testing.assert_allclose(y, 8.0, rtol=1e-6)
