@@ -51,7 +51,7 @@ Out = Annotated[
 @app.command()
 def check(
     backend: Backend = None,
-    seed: Annotated[int, typer.Option(help="Of the random arguments.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random arguments.")] = 0,
     out: Out = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -283,7 +283,11 @@ def _check_out(out: Path | None) -> None:
 
 
 def report(content: dict[str, Any], out: Path | None, json: bool, quiet: bool) -> None:
-    """Adds where it was measured; prints and writes it, as is asked for."""
+    """Adds where it was measured; prints and writes it, as is asked for.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     import jax
 
     device = jax.devices()[0]
@@ -291,6 +295,12 @@ def report(content: dict[str, Any], out: Path | None, json: bool, quiet: bool) -
     if json:
         print_json(full)
     if out is not None:
-        out.write_text(json_module.dumps(full, indent=2) + "\n", encoding="utf-8")
+        try:
+            write_whole(out, json_module.dumps(full, indent=2) + "\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--out {out}: cannot be written: {reason}") from error
         if not quiet:
             typer.echo(f"written: {out}", err=True)
+    from pallas_kernels.tile_table import write_whole
+

@@ -51,6 +51,10 @@ except SystemExit as end:
             "--out absent/bench.json: the folder .* not exist",
         ),
         (("check", "--out", "/"), "--out /: is a folder, expected the name of a file"),
+        (
+            ("bench", "--shape", "8x256x16", "--repeats", "1", "-q", "--out", "/dev/full"),
+            "--out /dev/full: cannot be written: No space left on device",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capfd, arguments, message):
@@ -79,6 +83,33 @@ def test_bench_writes_what_it_prints(tmp_path):
     }
     assert {(row["m"], row["k"], row["n"]) for row in report["rows"]} == {(8, 256, 16)}
     assert all(row["ms"] > 0 for row in report["rows"])
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(monkeypatch, tmp_path):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "bench.json"
+    out.write_text("the last one's")
+    monkeypatch.setattr("os.replace", full)
+    result = run("bench", "--shape", "8x256x16", "--repeats", "1", "-q", "--out", str(out))
+    assert result.exit_code == 2
+    assert f"--out {out}: cannot be written: No space left on device" in result.stderr
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["the last one's"]
+
+
+def test_a_shape_beyond_memory_is_one_line(capfd):
+    result = run("bench", "--shape", "99999999999x1x1", "--repeats", "1", "--quiet")
+    assert result.exit_code == 1
+    errors = (result.stderr or capfd.readouterr().err).splitlines()
+    assert len(errors) == 1
+    assert re.match("error: the device's memory is full: .*Out of memory", errors[0])
+
+
+def test_a_negative_seed_is_refused():
+    result = run("check", "--backend", "jax", "--seed", "-1")
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
 
 
 def test_bench_prints_a_table():
