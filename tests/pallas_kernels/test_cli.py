@@ -224,3 +224,68 @@ def test_tune_refuses_what_is_no_table_before_it_searches(monkeypatch, tmp_path)
     assert result.exit_code == 2
     assert "notes.json: expected a table of tiles" in result.stderr
     assert (tmp_path / "notes.json").read_text() == "{}"
+
+
+@pytest.mark.usefixtures("_mosaic_is_here")
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("/proc/x/t.json", "cannot be written: "),
+        ("/dev/null/t.json", "cannot be written: "),
+        (f"{'t' * 300}.json", "cannot be written: File name too long"),
+        ("/", "is a folder, expected the name of a file"),
+    ],
+)
+def test_tune_refuses_a_table_that_cannot_be_written_before_it_searches(
+    monkeypatch, table, message
+):
+    from pallas_kernels import tuning
+
+    monkeypatch.setattr(tuning, "search", None)
+    result = run("tune", "--shape", "1x256x8", "--table", table)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: --table {table}: {message}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("_mosaic_is_here")
+def test_tune_makes_the_folder_of_its_table(monkeypatch, tmp_path):
+    from pallas_kernels import tile_table, tuning
+    from pallas_kernels.tiles import FewTile
+
+    def search(backend, problem, device, *, repeats):
+        yield tuning.Trial(tile=FewTile(tokens=8), ms=2.0)
+
+    monkeypatch.setattr(tuning, "search", search)
+    table = tmp_path / "new" / "tables" / "gpu.json"
+    assert run("tune", "--shape", "1x256x8", "--table", str(table), "-q").exit_code == 0
+    assert len(tile_table.read_entries(table)) == 2
+
+
+@pytest.mark.usefixtures("_mosaic_is_here")
+def test_tune_fails_where_no_tile_of_a_product_runs(monkeypatch, tmp_path):
+    """What was found for the others is kept."""
+    from pallas_kernels import tile_table, tuning
+    from pallas_kernels.tiles import FewTile
+
+    def search(backend, problem, device, *, repeats):
+        if problem.activation_bits == 8:
+            yield tuning.Trial(tile=FewTile(tokens=8), ms=None, failure="too large")
+        else:
+            yield tuning.Trial(tile=FewTile(tokens=8), ms=2.0)
+
+    monkeypatch.setattr(tuning, "search", search)
+    table = tmp_path / "table.json"
+    result = run("tune", "--shape", "1x256x8", "--table", str(table), "--json", "-q")
+    assert result.exit_code == 1
+    assert result.stderr == "error: no tile could run: 1x256x8 with 8 bits on mosaic\n"
+    report = json.loads(result.stdout)
+    assert (len(report["entries"]), len(report["failures"])) == (1, 1)
+    assert [entry.problem.activation_bits for entry in tile_table.read_entries(table)] == [16]
+
+
+def test_the_options_of_tune_are_its_own():
+    shown = run("tune", "--help").stdout
+    assert "mosaic or triton" in shown
+    assert "jax;" not in shown
+    assert "on a CPU" not in shown
