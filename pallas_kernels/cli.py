@@ -41,6 +41,19 @@ Shape = Annotated[
         show_default="a large image transformer's; on a CPU one small shape",
     ),
 ]
+TunedBackend = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="mosaic or triton; may be repeated.", show_default="every one that can run here"
+    ),
+]
+TunedShape = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="TOKENSxINPUTSxOUTPUTS, such as 4608x3072x9216; may be repeated.",
+        show_default="a large image transformer's",
+    ),
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Timings that each median is over.")]
 Out = Annotated[
     Path | None,
@@ -51,7 +64,7 @@ Out = Annotated[
 @app.command()
 def check(
     backend: Backend = None,
-    seed: Annotated[int, typer.Option(help="Of the random arguments.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random arguments.")] = 0,
     out: Out = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -135,8 +148,8 @@ def bench(
 
 @app.command()
 def tune(
-    shape: Shape = None,
-    backend: Backend = None,
+    shape: TunedShape = None,
+    backend: TunedBackend = None,
     bits: Annotated[
         list[int] | None,
         typer.Option(help="Of the activations; may be repeated.", show_default="8 and 16"),
@@ -155,7 +168,8 @@ def tune(
 ) -> None:
     """Try tiles for products, and put the fastest into the table of this kind of device.
 
-    An entry is written as soon as it is found.
+    An entry is written as soon as it is found. This needs a GPU; the exit code is 1 if no tile of a
+    product could run.
 
     \b
     Examples:
@@ -172,10 +186,11 @@ def tune(
     names = kernels_here(backend, or_jax=False)
     device = describe(device_of(None))
     path = table or tile_table.file_of(device.kind)
+    # What cannot be written, or is no table of this device, is refused before the search.
+    check_folder_of("--table", path, make=True)
     if path.exists():
-        # What is no table of this device is refused before the search, not after it.
         tile_table.read_entries(path, device.kind)
-    entries, failures = [], []
+    entries, failures, without = [], [], []
     problems = [
         Problem(m, n, k, width, grouped)
         for m, k, n in shapes_of(shape, few=False)
@@ -185,7 +200,10 @@ def tune(
         for name in names:
             entry, failed = tune_one(name, problem, device, repeats, quiet)
             failures += failed
-            if entry is not None:
+            if entry is None:
+                m, n, k, width, _ = dataclasses.astuple(problem)
+                without.append(f"{m}x{k}x{n} with {width} bits on {name}")
+            else:
                 entries.append(entry)
                 tile_table.write_entries(device.kind, [entry], path)
     if not json:
@@ -197,6 +215,9 @@ def tune(
         "failures": failures,
     }
     report(found, out, json, quiet)
+    if without:
+        typer.echo(f"error: no tile could run: {', '.join(without)}", err=True)
+        raise typer.Exit(1)
 
 
 def tune_one(name: str, problem: Any, device: Any, repeats: int, quiet: bool) -> tuple[Any, list]:
@@ -283,14 +304,24 @@ def _check_out(out: Path | None) -> None:
 
 
 def report(content: dict[str, Any], out: Path | None, json: bool, quiet: bool) -> None:
-    """Adds where it was measured; prints and writes it, as is asked for."""
+    """Adds where it was measured; prints and writes it, as is asked for.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     import jax
+
+    from pallas_kernels.tile_table import write_whole
 
     device = jax.devices()[0]
     full = {"device": device.device_kind, "jax": jax.__version__, **content}
     if json:
         print_json(full)
     if out is not None:
-        out.write_text(json_module.dumps(full, indent=2) + "\n", encoding="utf-8")
+        try:
+            write_whole(out, json_module.dumps(full, indent=2) + "\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--out {out}: cannot be written: {reason}") from error
         if not quiet:
             typer.echo(f"written: {out}", err=True)

@@ -112,8 +112,13 @@ def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def check_folder_of(option: str, path: Path) -> None:
+def check_folder_of(option: str, path: Path, *, make: bool = False) -> None:
     """Refuses a file that could not be made, before the long work whose result it is to hold.
+
+    Args:
+      option: that names the file.
+      path: of the file.
+      make: its folder, where there is none.
 
     Raises:
       UserError: its folder does not exist, the path is a folder itself, or nothing can be written
@@ -121,6 +126,8 @@ def check_folder_of(option: str, path: Path) -> None:
     """
     folder = path.absolute().parent
     try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
             raise UserError(f"{option} {path}: the folder {folder} does not exist")
         if path.is_dir():

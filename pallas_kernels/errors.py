@@ -49,9 +49,10 @@ def _show(message: str, verbose: bool) -> None:
 
 def _memory_is_full(error: RuntimeError) -> bool:
     """JAX has no exception of its own for it; its module is not imported here for its name."""
-    return type(error).__module__.partition(".")[0] in ("jax", "jaxlib") and str(error).startswith(
-        "RESOURCE_EXHAUSTED"
-    )
+    of_jax = type(error).__module__.partition(".")[0] in ("jax", "jaxlib")
+    message = str(error)
+    # A CPU's is INTERNAL.
+    return of_jax and (message.startswith("RESOURCE_EXHAUSTED") or "Out of memory" in message)
 
 
 @contextlib.contextmanager

@@ -19,11 +19,15 @@ writes entries.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
 import re
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +159,8 @@ def _from_json(data: dict[str, Any]) -> Entry:
 def write_entries(device_kind: str, new: list[Entry], path: Path) -> None:
     """Puts entries into a table, in place of those of the same products.
 
+    Processes that write to one table do so one after the other; none loses what another has put in.
+
     Args:
       device_kind: as JAX names it.
       new: the entries.
@@ -164,20 +170,62 @@ def write_entries(device_kind: str, new: list[Entry], path: Path) -> None:
       UserError: what is there is no table of this device, or the file cannot be written; it is then
         as it was.
     """
-    old = read_entries(path, device_kind) if path.exists() else []
-    entries = {(entry.backend, entry.problem): entry for entry in [*old, *new]}
-    ordered = sorted(entries.values(), key=lambda e: (e.backend, dataclasses.astuple(e.problem)))
-    lines = ",\n    ".join(json.dumps(entry.to_json()) for entry in ordered)
-    text = (
-        f'{{\n  "device_kind": {json.dumps(device_kind)},\n  "entries": [\n    {lines}\n  ]\n}}\n'
-    )
-    unfinished = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        with _alone_in(Path(os.path.realpath(path)).parent):
+            old = read_entries(path, device_kind) if path.exists() else []
+            write_whole(path, _to_text(device_kind, [*old, *new]))
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written: {reason}; choose another --table") from error
     _index.cache_clear()
+
+
+def _to_text(device_kind: str, entries: list[Entry]) -> str:
+    """A table; of two entries for one product the later."""
+    last = {(entry.backend, entry.problem): entry for entry in entries}
+    ordered = sorted(last.values(), key=lambda e: (e.backend, dataclasses.astuple(e.problem)))
+    lines = ",\n    ".join(json.dumps(entry.to_json()) for entry in ordered)
+    return (
+        f'{{\n  "device_kind": {json.dumps(device_kind)},\n  "entries": [\n    {lines}\n  ]\n}}\n'
+    )
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for the same folder.
+
+    The folder is locked and not the table: that is another file after each write.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Some network disks lock no folders.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file: whole or, if that fails or is stopped, it is as it was.
+
+    A device or a pipe is written to in its place.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    # A link stays one.
+    target = Path(os.path.realpath(path))
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, target)
+    # Ctrl-C and SIGTERM too.
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise

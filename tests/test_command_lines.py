@@ -123,6 +123,8 @@ def make_app() -> App:
             raise UserError("--size must be 1,\ngot 2")
         if what == "memory":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes\nmore")
+        if what == "host memory":
+            raise jax.errors.JaxRuntimeError("INTERNAL: Out of memory allocating 9 bytes.")
         if what == "bug":
             raise jax.errors.JaxRuntimeError("INTERNAL: no such thing")
         if what == "interrupt":
@@ -147,6 +149,12 @@ def make_app() -> App:
             "memory",
             1,
             "error: the device's memory is full: RESOURCE_EXHAUSTED: Out of memory: 9 bytes "
+            "(docs/troubleshooting.md)\n",
+        ),
+        (
+            "host memory",
+            1,
+            "error: the device's memory is full: INTERNAL: Out of memory allocating 9 bytes. "
             "(docs/troubleshooting.md)\n",
         ),
         ("interrupt", 130, ""),

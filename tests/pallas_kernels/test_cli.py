@@ -51,6 +51,10 @@ except SystemExit as end:
             "--out absent/bench.json: the folder .* not exist",
         ),
         (("check", "--out", "/"), "--out /: is a folder, expected the name of a file"),
+        (
+            ("bench", "--shape", "8x256x16", "--repeats", "1", "-q", "--out", "/dev/full"),
+            "--out /dev/full: cannot be written: No space left on device",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capfd, arguments, message):
@@ -79,6 +83,33 @@ def test_bench_writes_what_it_prints(tmp_path):
     }
     assert {(row["m"], row["k"], row["n"]) for row in report["rows"]} == {(8, 256, 16)}
     assert all(row["ms"] > 0 for row in report["rows"])
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(monkeypatch, tmp_path):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "bench.json"
+    out.write_text("the last one's")
+    monkeypatch.setattr("os.replace", full)
+    result = run("bench", "--shape", "8x256x16", "--repeats", "1", "-q", "--out", str(out))
+    assert result.exit_code == 2
+    assert f"--out {out}: cannot be written: No space left on device" in result.stderr
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["the last one's"]
+
+
+def test_a_shape_beyond_memory_is_one_line(capfd):
+    result = run("bench", "--shape", "99999999999x1x1", "--repeats", "1", "--quiet")
+    assert result.exit_code == 1
+    errors = (result.stderr or capfd.readouterr().err).splitlines()
+    assert len(errors) == 1
+    assert re.match("error: the device's memory is full: .*Out of memory", errors[0])
+
+
+def test_a_negative_seed_is_refused():
+    result = run("check", "--backend", "jax", "--seed", "-1")
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
 
 
 def test_bench_prints_a_table():
@@ -193,3 +224,68 @@ def test_tune_refuses_what_is_no_table_before_it_searches(monkeypatch, tmp_path)
     assert result.exit_code == 2
     assert "notes.json: expected a table of tiles" in result.stderr
     assert (tmp_path / "notes.json").read_text() == "{}"
+
+
+@pytest.mark.usefixtures("_mosaic_is_here")
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("/proc/x/t.json", "cannot be written: "),
+        ("/dev/null/t.json", "cannot be written: "),
+        (f"{'t' * 300}.json", "cannot be written: File name too long"),
+        ("/", "is a folder, expected the name of a file"),
+    ],
+)
+def test_tune_refuses_a_table_that_cannot_be_written_before_it_searches(
+    monkeypatch, table, message
+):
+    from pallas_kernels import tuning
+
+    monkeypatch.setattr(tuning, "search", None)
+    result = run("tune", "--shape", "1x256x8", "--table", table)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: --table {table}: {message}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("_mosaic_is_here")
+def test_tune_makes_the_folder_of_its_table(monkeypatch, tmp_path):
+    from pallas_kernels import tile_table, tuning
+    from pallas_kernels.tiles import FewTile
+
+    def search(backend, problem, device, *, repeats):
+        yield tuning.Trial(tile=FewTile(tokens=8), ms=2.0)
+
+    monkeypatch.setattr(tuning, "search", search)
+    table = tmp_path / "new" / "tables" / "gpu.json"
+    assert run("tune", "--shape", "1x256x8", "--table", str(table), "-q").exit_code == 0
+    assert len(tile_table.read_entries(table)) == 2
+
+
+@pytest.mark.usefixtures("_mosaic_is_here")
+def test_tune_fails_where_no_tile_of_a_product_runs(monkeypatch, tmp_path):
+    """What was found for the others is kept."""
+    from pallas_kernels import tile_table, tuning
+    from pallas_kernels.tiles import FewTile
+
+    def search(backend, problem, device, *, repeats):
+        if problem.activation_bits == 8:
+            yield tuning.Trial(tile=FewTile(tokens=8), ms=None, failure="too large")
+        else:
+            yield tuning.Trial(tile=FewTile(tokens=8), ms=2.0)
+
+    monkeypatch.setattr(tuning, "search", search)
+    table = tmp_path / "table.json"
+    result = run("tune", "--shape", "1x256x8", "--table", str(table), "--json", "-q")
+    assert result.exit_code == 1
+    assert result.stderr == "error: no tile could run: 1x256x8 with 8 bits on mosaic\n"
+    report = json.loads(result.stdout)
+    assert (len(report["entries"]), len(report["failures"])) == (1, 1)
+    assert [entry.problem.activation_bits for entry in tile_table.read_entries(table)] == [16]
+
+
+def test_the_options_of_tune_are_its_own():
+    shown = run("tune", "--help").stdout
+    assert "mosaic or triton" in shown
+    assert "jax;" not in shown
+    assert "on a CPU" not in shown

@@ -1,6 +1,10 @@
 """The rules for tiles, and the table of measured ones."""
 
 import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -210,6 +214,80 @@ def test_a_table_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gpu.json: cannot be written: No space left on device"):
         tile_table.write_entries("a GPU", [entry, entry], path)
     assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_stopped_write_leaves_nothing(tmp_path, monkeypatch, stop):
+    def stopped(*arguments):
+        raise stop
+
+    monkeypatch.setattr(tile_table.os, "replace", stopped)
+    with pytest.raises(stop):
+        tile_table.write_entries("a GPU", [], tmp_path / "gpu.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_behind_a_link_is_written_where_it_is(tmp_path):
+    (tmp_path / "kept").mkdir()
+    table, link = tmp_path / "kept" / "gpu.json", tmp_path / "link.json"
+    link.symlink_to(table)
+    tile_table.write_entries("a GPU", [], link)
+    assert link.is_symlink()
+    assert tile_table.read_entries(table) == []
+    other = tmp_path / "other"
+    other.touch()
+    # As readable as any file.
+    assert stat.S_IMODE(table.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from pallas_kernels import tile_table
+from pallas_kernels.tiles import Problem, TritonTile
+
+print("ready", flush=True)
+sys.stdin.readline()
+for n in range(100):
+    entry = tile_table.Entry(
+        backend="triton",
+        problem=Problem(int(sys.argv[1]), n, 256, 8),
+        tile=TritonTile(),
+        ms=1.0,
+        jax="0",
+        date="2026-01-31",
+    )
+    tile_table.write_entries("a GPU", [entry], Path(sys.argv[2]))
+"""
+
+
+def test_two_processes_write_one_table(tmp_path):
+    path = tmp_path / "gpu.json"
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(m), str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        for m in (1, 2)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        said = [writer.communicate(timeout=120)[1] for writer in writers]
+    finally:
+        for writer in writers:
+            writer.kill()
+    assert [writer.returncode for writer in writers] == [0, 0], said
+    found = {(entry.problem.m, entry.problem.n) for entry in tile_table.read_entries(path)}
+    assert found == {(m, n) for m in (1, 2) for n in range(100)}
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"]
 
 
