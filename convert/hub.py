@@ -37,7 +37,11 @@ def resolve(
             raise UserError(f"{src}: a local path has no revision {revision!r}")
         return path
     if not isinstance(src, str) or not _REPO_ID.fullmatch(src):
-        raise UserError(f"{src}: no such file or folder, and no hub id (owner/name)")
+        shipped = ", ".join(assets.SHIPPED)
+        raise UserError(
+            f"{src}: no such file or folder, and neither a hub id (owner/name) nor a model that "
+            f"ships ({shipped})"
+        )
     return download(src, components, revision=revision)
 
 

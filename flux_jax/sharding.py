@@ -136,7 +136,8 @@ def make_mesh(
     split = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
     shown = f"a mesh of {split or 'one device'}"
     if len(devices) < wanted:
-        raise UserError(f"{shown} needs {wanted} devices, {len(devices)} are here")
+        here = "1 is" if len(devices) == 1 else f"{len(devices)} are"
+        raise UserError(f"{shown} needs {wanted} devices, {here} here")
     chosen = devices[:wanted]
     processes = {device.process_index for device in chosen}
     if everybody and len(processes) < jax.process_count():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ _IMPORTING = threading.Lock()
 def _tokenizer_class(name: str) -> Any:
     """A class of transformers."""
     with _IMPORTING:
+        # It would say, at its import, that models need PyTorch; tokenizers do not.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         # Late: importing transformers takes a second or more.
         import transformers
 

@@ -63,10 +63,10 @@ def check_teacher(
     """Refuse a teacher that these settings do not fit, before its prompts are encoded.
 
     Raises:
-      UserError: it has no transformer; a pattern that matches nothing, a rank beyond a weight, or
-        blocks that are not there.
+      UserError: it has no transformer, or a ternary one; a pattern that matches nothing, a rank
+        beyond a weight, or blocks that are not there.
     """
-    with files.open_pipeline(src) as pipeline:
+    with files.open_dense_pipeline(src) as pipeline:
         make_plan(pipeline.config, pipeline.shapes, policy, config, rank=quant.rank)
 
 
@@ -165,7 +165,7 @@ def calibrate_checkpoint(
     check_grid(grid)
     listener = listener or Listener()
     folder = Path(f"{os.path.abspath(dst)}.calibration")
-    with files.open_pipeline(src) as pipeline:
+    with files.open_dense_pipeline(src) as pipeline:
         # What can be refused is, before 24 GB are read.
         make_plan(pipeline.config, pipeline.shapes, policy, config, rank=quant.rank)
         check_prompts(pipeline.config, prompts)

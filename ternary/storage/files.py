@@ -26,6 +26,7 @@ class Pipeline:
       read: a parameter by name, as it is stored (float8 becomes bfloat16).
       write_rest: writes everything but the transformer's weights to a folder, in diffusers' layout.
       scheduler: the noise schedule; None where the source has none.
+      ternary: whether the transformer is packed already, and what is read stands for it.
     """
 
     config: FluxConfig
@@ -33,6 +34,7 @@ class Pipeline:
     read: Callable[[str], np.ndarray]
     write_rest: Callable[[Path], None]
     scheduler: SchedulerConfig | None = None
+    ternary: bool = False
 
 
 @contextlib.contextmanager
@@ -71,7 +73,23 @@ def open_pipeline(path_or_repo_id: str | Path) -> Iterator[Pipeline]:
             read=lambda name: read_whole(transformer.reader, name),
             write_rest=write_rest,
             scheduler=opened.scheduler,
+            ternary=hasattr(opened.components["transformer"].stored, "stored_specs"),
         )
+
+
+@contextlib.contextmanager
+def open_dense_pipeline(path_or_repo_id: str | Path) -> Iterator[Pipeline]:
+    """As `open_pipeline`, of what can be quantised.
+
+    Raises:
+      UserError: as there, or the transformer is ternary already.
+    """
+    with open_pipeline(path_or_repo_id) as pipeline:
+        if pipeline.ternary:
+            raise UserError(
+                f"{path_or_repo_id} is ternary already; give the dense model it was made from"
+            )
+        yield pipeline
 
 
 @contextlib.contextmanager

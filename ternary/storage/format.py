@@ -83,6 +83,8 @@ def read_description(raw: Any, what: str) -> Description:
     """
     if not isinstance(raw, dict) or raw.get("quant_method") != METHOD:
         found = raw.get("quant_method") if isinstance(raw, dict) else raw
+        if found is None:
+            raise UserError(f"{what}: says nothing of ternary weights: this model is dense")
         raise UserError(
             f"{what}: quantised by {ascii(found)[:60]}, expected quant_method {METHOD!r}"
         )

@@ -51,7 +51,7 @@ def quantize_checkpoint(
         raise UserError("rounding without training makes no low-rank branch; rank must be 0")
     dst = Path(dst)
     files.check_target(dst, force=force)
-    with files.open_pipeline(src) as pipeline:
+    with files.open_dense_pipeline(src) as pipeline:
         shapes = pipeline.shapes
         layers = select(linears_in(shapes), policy)
         chosen = set(layers)

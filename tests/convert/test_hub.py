@@ -82,7 +82,7 @@ def test_a_path_goes_before_the_hub(tmp_path):
     with pytest.raises(UserError, match="a local path has no revision 'main'"):
         hub.resolve(str(tmp_path), revision="main")
     for absent in ("./a", "/a/b/c", "a", "a b/c"):
-        with pytest.raises(UserError, match="no such file or folder, and no hub id"):
+        with pytest.raises(UserError, match="no such file or folder, and neither a hub id"):
             hub.resolve(absent)
 
 

@@ -127,10 +127,26 @@ def test_quantize_refuses(teacher, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["quantize", "calibrate"])
+def test_a_ternary_model_is_not_quantised_again(tmp_path, command):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    given = {
+        "quantize": ("tiny-ternary", tmp_path / "m"),
+        "calibrate": ("--teacher", "tiny-ternary", "--prompts", prompts, "--out", tmp_path / "m"),
+    }
+    result = run(command, *given[command], "--quiet")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.endswith(" is ternary already; give the dense model it was made from\n")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
 def test_inspect_refuses_a_dense_checkpoint(teacher):
     result = run("inspect", teacher)
     assert result.exit_code == 2
-    assert "quantised by None, expected quant_method 'flux_ternary'" in result.stderr
+    assert "says nothing of ternary weights: this model is dense" in result.stderr
 
 
 def test_no_such_folder(tmp_path):
