@@ -60,6 +60,11 @@ class Component:
     table: Map | None
     what: str
 
+    @property
+    def quantized(self) -> bool:
+        """Whether codes are stored, which stand for the tensors that are read."""
+        return hasattr(self.stored, "stored_specs")
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:

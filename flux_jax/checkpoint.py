@@ -191,7 +191,7 @@ def inspect_checkpoint(path_or_repo_id: str | Path) -> Contents:
                 parameters=sum(math.prod(spec.shape) for spec in dense.values()),
                 nbytes=sum(spec.nbytes for spec in specs),
                 dtypes=frozenset(spec.dtype.name for spec in specs),
-                quantized=hasattr(component.stored, "stored_specs"),
+                quantized=component.quantized,
                 # A quantised component knows its module itself.
                 abstract=getattr(
                     component.stored,

@@ -311,7 +311,7 @@ def report(content: dict[str, Any], out: Path | None, json: bool, quiet: bool) -
     """
     import jax
 
-    from pallas_kernels.tile_table import write_whole
+    from pallas_kernels.files import write_whole
 
     device = jax.devices()[0]
     full = {"device": device.device_kind, "jax": jax.__version__, **content}

@@ -26,12 +26,12 @@ import functools
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels.errors import UserError
+from pallas_kernels.files import write_whole
 from pallas_kernels.tiles import (
     AnyTile,
     DirectTile,
@@ -205,27 +205,3 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file: whole or, if that fails or is stopped, it is as it was.
-
-    A device or a pipe is written to in its place.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-    # A link stays one.
-    target = Path(os.path.realpath(path))
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, target)
-    # Ctrl-C and SIGTERM too.
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise

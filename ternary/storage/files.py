@@ -73,7 +73,7 @@ def open_pipeline(path_or_repo_id: str | Path) -> Iterator[Pipeline]:
             read=lambda name: read_whole(transformer.reader, name),
             write_rest=write_rest,
             scheduler=opened.scheduler,
-            ternary=hasattr(opened.components["transformer"].stored, "stored_specs"),
+            ternary=opened.components["transformer"].quantized,
         )
 
 
