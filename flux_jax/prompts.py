@@ -88,7 +88,8 @@ class TextEncoders:
 
     Attributes:
       text_encoder, text_encoder_2: CLIP and T5; None once freed, or if never given.
-      tokenizer, tokenizer_2: theirs, from transformers.
+      tokenizer, tokenizer_2: theirs, as `flux_jax.tokenization.load_tokenizer` gives, or of
+        transformers.
       placement: "resident" on the device, "offloaded" to host memory except while they encode, or
         "streamed": as offloaded, but of T5 two blocks at a time are on the device.
     """

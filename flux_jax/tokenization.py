@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -13,25 +14,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from flux_jax import fast_tokenizers
 from flux_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # The longest prompts FLUX.1-dev and -schnell were trained with, in T5 tokens.
 DEV_TOKENS, SCHNELL_TOKENS = 512, 256
-# FLUX.1's.
-_CLASSES = ("CLIPTokenizer", "T5Tokenizer")
 # transformers says "no limit" with a huge number.
 _NO_LIMIT = 1_000_000
-
-
-def import_tokenizers() -> None:
-    """Imports what `load_tokenizer` needs, for a thread that does so while others read weights.
-
-    It takes a second, and some more where PyTorch is installed, which transformers then imports.
-    """
-    for name in _CLASSES:
-        _tokenizer_class(name)
 
 
 # transformers imports its modules when their names are first asked for, and says that there is no
@@ -39,34 +30,36 @@ def import_tokenizers() -> None:
 _IMPORTING = threading.Lock()
 
 
-def _tokenizer_class(name: str) -> Any:
-    """A class of transformers."""
-    with _IMPORTING:
-        # It would say, at its import, that models need PyTorch; tokenizers do not.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # Late: importing transformers takes a second or more.
-        import transformers
-
-        return getattr(transformers, name)
-
-
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a local folder, read by transformers without touching the network.
+    """The tokenizer in a local folder, read without touching the network.
+
+    FLUX.1's own are a `flux_jax.fast_tokenizers.FastTokenizer`; any other is one of transformers'.
 
     Raises:
-      UserError: the folder is missing or holds no tokenizer that transformers can read.
+      UserError: the folder is missing or holds no tokenizer that can be read.
     """
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist")
-    # Looking for the class, `AutoTokenizer` imports PyTorch where it is installed: seconds.
     name = _class_name(folder)
-    tokenizer_class = _tokenizer_class(name if name in _CLASSES else "AutoTokenizer")
     try:
-        return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
+        fast = None
+        if name in fast_tokenizers.CLASSES:
+            fast = fast_tokenizers.load(folder, name, functools.partial(_setting, folder))
+        return _by_transformers(folder) if fast is None else fast
     # Whatever a damaged file makes of it: `tokenizers` raises plain `Exception`.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"no usable tokenizer in {folder}: {reason}") from error
+
+
+def _by_transformers(folder: Path) -> Any:
+    with _IMPORTING:
+        # It would say, at its import, that models need PyTorch; tokenizers do not.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        # Late: importing it takes seconds, more where PyTorch is installed, which it imports.
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def _class_name(folder: Path) -> str | None:
@@ -105,7 +98,7 @@ def tokenize(
     A prompt that does not fit is cut, and a warning quotes what the model will not see.
 
     Args:
-      tokenizer: a transformers tokenizer.
+      tokenizer: as `load_tokenizer` gives, or one of transformers'.
       prompts: B texts.
       length: tokens per prompt, special tokens included.
       encoder: the text encoder's name in the warning, "T5" or "CLIP".

@@ -185,7 +185,6 @@ def load_and_encode(
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.prompts import TextEncoders
     from flux_jax.residence import STREAMED
-    from flux_jax.tokenization import import_tokenizers
 
     prompts = arguments.texts("prompt", settings["prompt"])
     request = loading.check_request(
@@ -204,8 +203,7 @@ def load_and_encode(
         )
 
     # Reading and copying leave the interpreter to tracing.
-    with ThreadPoolExecutor(3) as pool:
-        pool.submit(import_tokenizers)
+    with ThreadPoolExecutor(2) as pool:
         others = pool.submit(loading.load_image_parts, path, dtype=dtype, mesh=mesh, given={})
         programs = pool.submit(loading.lower_ahead, request, dtype, mesh)
         encoders = TextEncoders.from_pretrained(path, dtype=dtype, mesh=mesh, placement=STREAMED)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from flux_jax.assets import TEACHER, shipped_path
 from flux_jax.errors import UserError
@@ -25,25 +30,82 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
     assert "\n" not in str(raised.value)
 
 
-THREADS = """
-import sys, threading, time
+ALONE = """
+import sys
 from pathlib import Path
-from flux_jax.tokenization import import_tokenizers, load_tokenizer
-thread = threading.Thread(target=import_tokenizers)
-thread.start()
-time.sleep(float(sys.argv[2]))
+from flux_jax.tokenization import load_tokenizer, tokenize
 for name in ("tokenizer", "tokenizer_2"):
-    print(type(load_tokenizer(Path(sys.argv[1]) / name)).__name__)
-thread.join()
+    tokenize(load_tokenizer(Path(sys.argv[1]) / name), ["a red circle"], 16, encoder=name)
+print("transformers" in sys.modules, "torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("later", [0.3, 0.8])
-def test_one_thread_imports_what_another_needs(later):
-    """Without a lock transformers would have no such class for the second of them."""
-    command = [sys.executable, "-c", THREADS, str(shipped_path(TEACHER)), str(later)]
+def test_flux_tokenizers_need_no_transformers():
+    """Importing it takes longer than all else that a prompt needs."""
+    command = [sys.executable, "-c", ALONE, str(shipped_path(TEACHER))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert result.stdout.split() == ["CLIPTokenizer", "T5Tokenizer"]
+    assert result.stdout.split() == ["False", "False"]
+
+
+def without_json(tmp_path):
+    """CLIP's tokenizer as FLUX.1 has it: a vocabulary and merges."""
+    folder = tmp_path / "bare"
+    shutil.copytree(shipped_path(TEACHER) / "tokenizer", folder)
+    (folder / "tokenizer.json").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module", params=["tokenizer", "tokenizer_2", "bare"])
+def pair(request, tmp_path_factory):
+    """A tokenizer of ours, and the same by transformers."""
+    if request.param == "bare":
+        folder = without_json(tmp_path_factory.mktemp("tokenizers"))
+    else:
+        folder = shipped_path(TEACHER) / request.param
+    theirs = T5Tokenizer if request.param == "tokenizer_2" else CLIPTokenizer
+    return load_tokenizer(folder), theirs.from_pretrained(str(folder))
+
+
+PIECES = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["a red circle", "<|endoftext|>", "<|startoftext|>", "</s>", "<pad>", "it's"]),
+    st.sampled_from(["  two\t\n", "\u00e9", "e\u0301", "\u0130", "\ufb01", "3.14", "\U0001f600"]),
+)
+
+
+@given(texts=st.lists(st.lists(PIECES, max_size=8).map(" ".join), min_size=1, max_size=4))
+def test_ids_and_texts_are_those_of_transformers(pair, texts):
+    ours, theirs = pair
+    plain: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    for options in ({}, plain, {"padding": "max_length", "max_length": 9, "truncation": True}):
+        ids = ours(texts, **options)["input_ids"]
+        assert ids == theirs(texts, **options)["input_ids"]
+    assert [ours.decode(each) for each in ids] == [theirs.decode(each) for each in ids]
+    assert ours.num_special_tokens_to_add() == theirs.num_special_tokens_to_add()
+    assert (ours.pad_token_id, max_length(ours)) == (theirs.pad_token_id, max_length(theirs))
+
+
+def test_another_tokenizer_is_read_by_transformers(tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(shipped_path(TEACHER) / "tokenizer_2", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    loaded = load_tokenizer(folder)
+    assert type(loaded).__module__.startswith("transformers")
+    ours = load_tokenizer(shipped_path(TEACHER) / "tokenizer_2")
+    kinds = [tokenize(each, ["a red circle"], 16, encoder="T5").tolist() for each in (ours, loaded)]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("damage", ["{", '{"<|endoftext|>": 0}'])
+def test_a_damaged_vocabulary_is_one_line(tmp_path, damage):
+    folder = without_json(tmp_path)
+    (folder / "vocab.json").write_text(damage)
+    with pytest.raises(UserError, match=f"^no usable tokenizer in {folder}: .") as raised:
+        load_tokenizer(folder)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
