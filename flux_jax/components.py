@@ -6,14 +6,13 @@ import functools
 import threading
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.clip import CLIPTextEncoder
 from flux_jax.configs import AutoencoderConfig, CLIPTextConfig, FluxConfig, T5Config
-from flux_jax.layers import DType
+from flux_jax.layers import DType, ShapesOnly
 from flux_jax.t5 import T5Encoder
 from flux_jax.transformer import FluxTransformer
 
@@ -31,20 +30,6 @@ MODULE_CLASSES: dict[str, type[nnx.Module]] = {
     "text_encoder_2": T5Encoder,
     "vae": Autoencoder,
 }
-
-
-class _OneKey(nnx.Rngs):
-    """Hands out one and the same key.
-
-    Only shapes are wanted here. Counting the keys of `nnx.Rngs` under a trace costs time that grows
-    with the square of the number of parameters: 15 s for FLUX.1-dev, against 1 s.
-    """
-
-    def __init__(self):
-        super().__init__()
-
-    def params(self) -> jax.Array:
-        return jax.random.key(0)
 
 
 def abstract_module(name: str, config: Config, dtype: DType = jnp.bfloat16) -> Any:
@@ -69,4 +54,4 @@ _BUILDING = threading.Lock()
 def _abstract_parts(name: str, config: Config, dtype: DType) -> tuple[Any, Any]:
     """What to merge: a second of tracing for FLUX.1's transformer, against 0.03 s of merging."""
     module_class: Any = MODULE_CLASSES[name]
-    return nnx.split(nnx.eval_shape(lambda: module_class(config, dtype=dtype, rngs=_OneKey())))
+    return nnx.split(nnx.eval_shape(lambda: module_class(config, dtype=dtype, rngs=ShapesOnly())))
