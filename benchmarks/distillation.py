@@ -42,6 +42,7 @@ from benchmarks.common import (
     run,
 )
 from benchmarks.distillation_rows import BASE, POLICY, ROWS, Row
+from benchmarks.joining import joined
 from benchmarks.machine import git_commit
 from benchmarks.processes import folder_bytes
 from examples.tiny_flux.scenes import T5_LENGTH, sample_captions
@@ -261,21 +262,27 @@ class Runner:
         self._judges.shutdown()
 
 
-def combine(paths: list[Path]) -> dict[str, Figure]:
-    """The figures of several runs of this benchmark that differ in their rows alone.
+def combine(paths: list[Path], *, mixed: bool = False) -> Result:
+    """One result of several runs of this benchmark that differ in their rows alone; see `joined`.
 
     Raises:
       UserError: runs of other lengths, or with another teacher's score.
     """
-    together: dict[str, Figure] = {}
+    result = joined(paths, mixed=mixed)
     for path in paths:
         for name, figure in read_result(path).figures.items():
             if "/" not in name or name.startswith("teacher/"):
-                if together.get(name, figure) != figure:
-                    before = together[name].value
-                    raise UserError(f"{path}: {name} is {figure.value}, not {before} as before")
-            together[name] = figure
-    return together
+                value = result.figures[name].value
+                if figure.value != value:
+                    raise UserError(f"{path}: {name} is {figure.value}, not {value} as in another")
+    names = ["teacher", *ROWS]
+
+    def place(name: str) -> tuple[int, str]:
+        row, _, seed = name.rpartition("/")[0].partition(", seed ")
+        return names.index(row) if row in names else len(names), seed
+
+    figures = {name: result.figures[name] for name in sorted(result.figures, key=place)}
+    return dataclasses.replace(result, figures=figures)
 
 
 def main(
@@ -295,6 +302,10 @@ def main(
         list[Path] | None,
         typer.Option("--combine", help="Train nothing: join these result files of other rows."),
     ] = None,
+    mixed: Annotated[
+        bool,
+        typer.Option("--mixed-commits", help="Join results of several commits, noted at figures."),
+    ] = False,
     smoke: Annotated[bool, typer.Option(help="A few steps of a few rows.")] = False,
     out: OutOrNone = None,
     grids: Annotated[Path | None, typer.Option(help="Folder for pictures, if wanted.")] = None,
@@ -302,8 +313,7 @@ def main(
 ) -> None:
     """Trains and scores every row; prints and writes the table."""
     if combined:
-        result = dataclasses.replace(read_result(combined[0]), figures=combine(combined))
-        print(f"written: {result.write(out or RESULTS).name}")
+        print(f"written: {combine(combined, mixed=mixed).write(out or RESULTS).name}")
         return
     folder = results_folder(out, {"--smoke": smoke})
     rows = {name: ROWS[name] for name in found_by(only, list(ROWS))}

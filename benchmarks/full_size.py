@@ -18,7 +18,7 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -33,12 +33,11 @@ from benchmarks.common import (
     Result,
     Tiny,
     found_by,
-    read_result,
     run,
 )
 from benchmarks.full_size_parts import PARTS, TERNARY, Bench
+from benchmarks.joining import joined
 from benchmarks.machine import describe_hardware, git_commit
-from flux_jax.errors import UserError
 
 
 def derived(figures: dict[str, Figure], peers: dict[str, Peer]) -> dict[str, Figure]:
@@ -68,41 +67,10 @@ def derived(figures: dict[str, Figure], peers: dict[str, Peer]) -> dict[str, Fig
 
 
 def combine(paths: list[Path], *, mixed: bool = False) -> Result:
-    """One result of several runs of this benchmark that differ in their parts.
-
-    Args:
-      paths: the result files; the date, commit and versions are the first's.
-      mixed: whether commits may differ; what was found at another one then says so in its note.
-
-    Raises:
-      UserError: runs of other benchmarks or devices, or of other commits unless `mixed`.
-    """
-    results = [read_result(path) for path in paths]
-    first = results[0]
-    figures: dict[str, Figure] = {}
-    peers: dict[str, Peer] = {}
-    for path, result in zip(paths, results, strict=True):
-        for field in ("benchmark", "device", *(() if mixed else ("commit",))):
-            mine, other = getattr(first, field), getattr(result, field)
-            if mine != other:
-                raise UserError(f"{path}: {field} is {other}, not {mine} as before")
-        at = "" if result.commit == first.commit else f"at {result.commit[:12]}"
-        figures |= _noted(result.figures, at)
-        peers |= {
-            name: dataclasses.replace(peer, figures=_noted(peer.figures, at))
-            for name, peer in result.peers.items()
-        }
-    commands = " and ".join(dict.fromkeys(result.command for result in results))
-    figures |= derived(figures, peers)
-    return dataclasses.replace(first, figures=figures, peers=peers, command=commands)
-
-
-def _noted(figures: Mapping[str, Figure], note: str) -> dict[str, Figure]:
-    """Figures, with more in their notes."""
-    return {
-        name: dataclasses.replace(figure, note=", ".join(filter(None, (figure.note, note))))
-        for name, figure in figures.items()
-    }
+    """One result of several runs of this benchmark that differ in their parts; see `joined`."""
+    result = joined(paths, mixed=mixed)
+    figures = dict(result.figures)
+    return dataclasses.replace(result, figures=figures | derived(figures, dict(result.peers)))
 
 
 def measure(

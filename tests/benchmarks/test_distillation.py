@@ -15,17 +15,27 @@ def write(folder, figures):
     return Result(benchmark="distillation", device="x", figures=made).write(folder)
 
 
-def test_runs_of_other_rows_are_joined(tmp_path):
+def test_runs_of_other_rows_are_joined_in_the_order_of_the_rows(tmp_path):
+    first, *_, last = ROWS
     shared = {"steps": 4.0, "teacher/score": 0.5}
-    first = write(tmp_path / "1", {**shared, "one/score": 0.25})
-    second = write(tmp_path / "2", {**shared, "two/score": 0.75})
-    found = {name: figure.value for name, figure in distillation.combine([first, second]).items()}
-    assert found == {**shared, "one/score": 0.25, "two/score": 0.75}
+    paths = [
+        write(tmp_path / "1", {f"{last}, seed 1/score": 0.7, f"{last}/score": 0.8, **shared}),
+        write(tmp_path / "2", {f"{first}/score": 0.25, **shared}),
+    ]
+    found = distillation.combine(paths).figures
+    assert {name: figure.value for name, figure in found.items()} == {
+        **shared,
+        f"{first}/score": 0.25,
+        f"{last}/score": 0.8,
+        f"{last}, seed 1/score": 0.7,
+    }
+    order = ["teacher", first, last, f"{last}, seed 1"]
+    assert [name.rpartition("/")[0] for name in found if "/" in name] == order
 
 
 def test_runs_of_other_lengths_are_refused(tmp_path):
     paths = [write(tmp_path / str(steps), {"steps": steps}) for steps in (4.0, 5.0)]
-    message = re.escape(f"{paths[1]}: steps is 5.0, not 4.0 as before")
+    message = re.escape(f"{paths[0]}: steps is 4.0, not 5.0 as in another")
     with pytest.raises(UserError, match=message):
         distillation.combine(paths)
 
