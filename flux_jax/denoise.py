@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flux_jax.configs import FluxConfig
-from flux_jax.functional import ModuleFunction
+from flux_jax.functional import ModuleFunction, SplitModule
 from flux_jax.prompts import PromptEmbeds
 from flux_jax.residence import HostWeights
 from flux_jax.rope import image_ids, text_ids
@@ -144,14 +144,14 @@ def denoise(
     Yields:
       S times (latents after the step, predicted clean latents), each (B, I, P) float32.
     """
-    velocity = VELOCITY.bind(transformer)
+    apart = SplitModule.of(transformer)
+    velocity = VELOCITY.bind(apart)
     guidance = None if guidance_scale is None else np.float32(guidance_scale)
     (latents,) = velocity.place(latents)
     ids = image_ids(*grid), text_ids(embeds.prompt_embeds.shape[1])
 
     def conditions(prompt: PromptEmbeds) -> tuple[tuple[Any, ...], list[Array]]:
         inputs = velocity.place(latents, ids[0], prompt.prompt_embeds, ids[1])[1:]
-        modulations = MODULATIONS.bind(transformer)
         chunks = []
         for times in _chunks(schedule.timesteps):
             placed = modulations.place(times, prompt.pooled_prompt_embeds, guidance)
@@ -163,6 +163,8 @@ def denoise(
         return velocity(latents, *inputs, _at(chunks[step // CHUNK], np.int32(step % CHUNK)))
 
     with contextlib.nullcontext() if waiting is None else waiting.on_device():
+        # Other arrays, where they come from the host.
+        modulations = MODULATIONS.bind(apart if waiting is None else transformer)
         positive = conditions(embeds)
         opposite = None if negative is None else conditions(negative)
         if waiting is not None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flux_jax.autoencoder import DECODE
 from flux_jax.denoise import CHUNK, MODULATIONS, VELOCITY
 from flux_jax.encoding import T5_BIAS, T5_BLOCK, T5_EMBED
-from flux_jax.functional import BoundFunction
+from flux_jax.functional import BoundFunction, SplitModule
 from flux_jax.images import TILE, UNPACK_DECODE, WHOLE_DECODE_PIXELS, is_tiled
 from flux_jax.plan import Plan
 from flux_jax.prompts import CLIP
@@ -58,13 +58,14 @@ def stages(models: Mapping[str, Any], plan: Plan, *, tiled: bool | None = None) 
     )
     states = embed.outputs()
     guidance = None if plan.guidance_scale is None else shape((), jnp.float32)
+    transformer = SplitModule.of(models["transformer"])
     modulations = Stage(
-        function=MODULATIONS.bind(models["transformer"]),
+        function=MODULATIONS.bind(transformer),
         args=(shape((CHUNK,), jnp.float32), pooled, guidance),
     )
     mods = modulations.outputs()
     denoise = Stage(
-        function=VELOCITY.bind(models["transformer"]),
+        function=VELOCITY.bind(transformer),
         args=(
             shape((batch, *plan.token_shape), jnp.float32),
             shape((plan.token_shape[0], 3), jnp.int32),
