@@ -135,6 +135,12 @@ def _run(
     if not quiet:
         for component, tensor, reason in summary.dropped:
             typer.echo(f"left out: {tensor} of {component}: {reason}", err=True)
+        for component in summary.unpacked:
+            typer.echo(
+                f"{component}: packed codes became dense weights; nothing makes codes of them "
+                "again",
+                err=True,
+            )
     if as_json:
         print_json({**dataclasses.asdict(summary), "path": str(summary.path)})
     elif not quiet:

@@ -42,6 +42,7 @@ class Summary:
       nbytes: of the parameters written.
       dropped: `(component, stored tensor, reason)` of each tensor left out.
       verified: tensors re-read and compared; 0 without `verify`.
+      unpacked: those of the components that were packed codes, and are dense weights now.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Summary:
     nbytes: int
     dropped: tuple[tuple[str, str, str], ...]
     verified: int
+    unpacked: tuple[str, ...]
 
 
 class _Checksums:
@@ -125,6 +127,7 @@ def convert(
             name: parameters(name, component, DTYPES[dtype])
             for name, component in source.components.items()
         }
+        unpacked = tuple(name for name, part in source.components.items() if part.quantized)
         nbytes = sum(total_bytes(part.reader) for part in parts.values())
         _check_space(dst, nbytes)
         on_start(nbytes * (2 if verify else 1))
@@ -140,7 +143,7 @@ def convert(
                 _write(stage, source, parts, to, shard_bytes, handed_on)
             verified = _verify(stage, checksums, list(parts), on_bytes) if verify else 0
     dropped = tuple((name, *entry) for name, part in parts.items() for entry in part.dropped)
-    return Summary(dst, tuple(parts), nbytes, dropped, verified)
+    return Summary(dst, tuple(parts), nbytes, dropped, verified, unpacked)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -19,11 +19,13 @@ from flux_jax.errors import UserError
 SEED_LIMIT = 2**32
 
 
-def integer(name: str, value: Any, *, least: int = 1) -> int:
-    """`value` as an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return int(value)
+def integer(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """`value` as an int of at least `least`, and of at most `most` if that is given."""
+    whole = int(value) if isinstance(value, numbers.Integral) else None
+    if whole is None or isinstance(value, bool) or not least <= whole <= (most or whole):
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name} must be a whole number {allowed}, got {value!r}")
+    return whole
 
 
 def scale(name: str, value: Any) -> float:

@@ -52,6 +52,6 @@ _BUILDING = threading.Lock()
 
 @functools.lru_cache(maxsize=16)
 def _abstract_parts(name: str, config: Config, dtype: DType) -> tuple[Any, Any]:
-    """What to merge: a second of tracing for FLUX.1's transformer, against 0.03 s of merging."""
+    """What to merge: half a second for FLUX.1's transformer, against 0.03 s of merging."""
     module_class: Any = MODULE_CLASSES[name]
     return nnx.split(nnx.eval_shape(lambda: module_class(config, dtype=dtype, rngs=ShapesOnly())))

@@ -152,6 +152,8 @@ def denoise(
 
     def conditions(prompt: PromptEmbeds) -> tuple[tuple[Any, ...], list[Array]]:
         inputs = velocity.place(latents, ids[0], prompt.prompt_embeds, ids[1])[1:]
+        # Bound here, and gone after: weights that came from the host must not stay for the loop.
+        modulations = MODULATIONS.bind(apart if waiting is None else transformer)
         chunks = []
         for times in _chunks(schedule.timesteps):
             placed = modulations.place(times, prompt.pooled_prompt_embeds, guidance)
@@ -163,8 +165,6 @@ def denoise(
         return velocity(latents, *inputs, _at(chunks[step // CHUNK], np.int32(step % CHUNK)))
 
     with contextlib.nullcontext() if waiting is None else waiting.on_device():
-        # Other arrays, where they come from the host.
-        modulations = MODULATIONS.bind(apart if waiting is None else transformer)
         positive = conditions(embeds)
         opposite = None if negative is None else conditions(negative)
         if waiting is not None:

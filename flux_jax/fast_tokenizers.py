@@ -1,7 +1,9 @@
 """FLUX.1's two tokenizers by the `tokenizers` library alone.
 
 transformers gives the same ids, but importing its tokenizers takes seconds, more where PyTorch is
-installed, which they import; all of it in Python, so that no other thread gets on meanwhile.
+installed, which they import; all of it in Python, so that no other thread gets on meanwhile. (After
+a special token that a prompt itself spells out, such as T5's `</s>`, transformers 5 may cut words
+another way than the tokenizer's file says; here the file decides, as it does in transformers 4.)
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # How CLIP cuts a text into words (openai/CLIP, simple_tokenizer.py).
@@ -94,7 +96,7 @@ def load(folder: Path, name: str, settings: Callable[[str], Any]) -> FastTokeniz
     """The tokenizer of a folder; None if it lacks the files that this reads.
 
     Args:
-      folder: with `tokenizer.json`, or for CLIP `vocab.json` and `merges.txt`.
+      folder: with `tokenizer.json`, or for CLIP `vocab.json` and `merges.txt` and no more tokens.
       name: its class, of `CLASSES`.
       settings: gives what `tokenizer_config.json` says by a name, None where it says nothing.
 
@@ -108,19 +110,41 @@ def load(folder: Path, name: str, settings: Callable[[str], Any]) -> FastTokeniz
     whole = folder / "tokenizer.json"
     if whole.exists():
         backend = tokenizers.Tokenizer.from_file(str(whole))
-    elif name == "CLIPTokenizer" and all((folder / file).exists() for file in _CLIP_FILES):
-        backend = _clip(*(folder / file for file in _CLIP_FILES))
     else:
-        return None
+        vocab, merges, added = (folder / file for file in _CLIP_FILES)
+        special = _special_tokens(settings("added_tokens_decoder") or {})
+        if special is None or pad not in (None, _END) or added.exists():
+            return None
+        if name != "CLIPTokenizer" or not vocab.exists() or not merges.exists():
+            return None
+        backend = _clip(vocab, merges, special)
     return FastTokenizer(
         backend, pad_token=pad or _PADS[name], model_max_length=settings("model_max_length")
     )
 
 
-_CLIP_FILES = ("vocab.json", "merges.txt")
+_CLIP_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
 
 
-def _clip(vocab: Path, merges: Path) -> Tokenizer:
+def _special_tokens(decoder: dict[str, dict[str, Any]]) -> list[AddedToken] | None:
+    """CLIP's two, as a folder's settings have them; None if it has others (textual inversion)."""
+    from tokenizers import AddedToken
+
+    told = {each["content"]: each for each in decoder.values()}
+    if told.keys() - {_START, _END}:
+        return None
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    return [
+        AddedToken(
+            content,
+            special=True,
+            **{flag: told.get(content, {}).get(flag, False) for flag in flags},
+        )
+        for content in (_START, _END)
+    ]
+
+
+def _clip(vocab: Path, merges: Path, special: list[AddedToken]) -> Tokenizer:
     """CLIP's byte pairs: lower case, words cut apart, the last byte of each marked."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
@@ -140,7 +164,7 @@ def _clip(vocab: Path, merges: Path) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([_START, _END])
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.RobertaProcessing(
         (_END, words[_END]), (_START, words[_START]), trim_offsets=False, add_prefix_space=False
     )

@@ -12,15 +12,20 @@ from flux_jax.errors import UserError
 PATCH = 2
 
 
+# Sixteen times what 2048 x 2048 pixels have. No card has room for so many, and schedules, which are
+# shifted by the number of tokens, leave the range of floats some way beyond.
+MOST_TOKENS = 2**18
+
+
 def check_size(height: int, width: int, multiple: int) -> None:
-    """Refuse an image size that is not a whole number of tokens.
+    """Refuse an image size that is not a whole number of tokens, or beyond all use.
 
     Args:
       height, width: pixels.
       multiple: pixels per token along one side (16 for FLUX.1).
 
     Raises:
-      UserError: names the nearest sizes that work.
+      UserError: names the nearest sizes that work, or the most that do.
     """
     for name, size in (("height", height), ("width", width)):
         if size < multiple or size % multiple:
@@ -30,6 +35,12 @@ def check_size(height: int, width: int, multiple: int) -> None:
                 f"{name} must be a multiple of {multiple} pixels, got {size}; "
                 f"the nearest that works is {nearest}"
             )
+    tokens = (height // multiple) * (width // multiple)
+    if tokens > MOST_TOKENS:
+        raise UserError(
+            f"an image must have at most {MOST_TOKENS} tokens of {multiple} x {multiple} pixels, "
+            f"got {tokens} (height {height}, width {width})"
+        )
 
 
 def pack(latents: Float[Array, "B H W C"]) -> Float[Array, "B I P"]:

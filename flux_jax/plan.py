@@ -18,6 +18,8 @@ from flux_jax.scheduler import Schedule, make_schedule
 from flux_jax.tokenization import DEV_TOKENS, SCHNELL_TOKENS
 
 DEV_STEPS, SCHNELL_STEPS = 28, 4
+# Ten times the noise levels that the model has learned.
+MOST_STEPS = 10_000
 
 # Of the pipeline's call, what `make_plan` takes, and all images share.
 ARGUMENTS = (
@@ -126,7 +128,7 @@ def make_plan(
     grid = (height // side, width // side)
     if num_inference_steps is None:
         num_inference_steps = DEV_STEPS if transformer.guidance_embed else SCHNELL_STEPS
-    steps = arguments.integer("num_inference_steps", num_inference_steps)
+    steps = arguments.integer("num_inference_steps", num_inference_steps, most=MOST_STEPS)
     guidance = arguments.scale("guidance_scale", guidance_scale)
     parts = 1 if mesh is None else mesh.get("data", 1)
     batch = arguments.integer("batch_size", parts if batch_size is None else batch_size)

@@ -234,6 +234,10 @@ def tune_one(name: str, problem: Any, device: Any, repeats: int, quiet: bool) ->
     return tuning.fastest(name, problem, trials), failed
 
 
+# More than any memory holds, and few enough for JAX to count them.
+_MOST_VALUES = 10**14
+
+
 def shapes_of(texts: list[str] | None, *, few: bool) -> tuple[tuple[int, int, int], ...]:
     """(tokens, inputs, outputs) of each --shape; without one, what suits the device.
 
@@ -251,7 +255,12 @@ def shapes_of(texts: list[str] | None, *, few: bool) -> tuple[tuple[int, int, in
                 raise UserError(
                     f"--shape must be TOKENSxINPUTSxOUTPUTS, such as 4608x3072x9216, got {text!r}"
                 )
-            shapes.append((int(match[1]), int(match[2]), int(match[3])))
+            m, k, n = (int(number) for number in match.groups())
+            if max(m * k, k * n, m * n) > _MOST_VALUES:
+                raise UserError(
+                    f"--shape must have at most {_MOST_VALUES} values in a matrix, got {text!r}"
+                )
+            shapes.append((m, k, n))
         return tuple(shapes)
     if compute_capability(device_of(None)) is None:
         return measuring.SMALL

@@ -95,6 +95,13 @@ def test_json_is_all_that_is_on_stdout(folder, out):
     assert told["components"] == ["text_encoder", "text_encoder_2"]
 
 
+def test_that_codes_become_dense_weights_is_told(out):
+    result = run("tiny-ternary", out, "--components", "transformer")
+    assert result.exit_code == 0, result.output
+    assert "transformer: packed codes became dense weights" in result.stderr
+    assert "became dense" not in run("tiny", out, "--force", "--components", "vae").stderr
+
+
 def test_importing_the_command_line_is_light():
     program = (
         "import sys, convert.cli; print([m for m in ('jax', 'torch', 'orbax') if m in sys.modules])"

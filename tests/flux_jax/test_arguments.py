@@ -24,6 +24,15 @@ def test_integer(value):
     assert arguments.integer("width", np.int64(32)) == 32
 
 
+def test_integer_with_an_upper_bound():
+    assert arguments.integer("steps", 5, most=5) == 5
+    for value in (0, 6, 10**30):
+        with pytest.raises(
+            UserError, match=f"steps must be a whole number from 1 to 5, got {value}"
+        ):
+            arguments.integer("steps", value, most=5)
+
+
 @pytest.mark.parametrize("value", ["3.5", None, True, float("inf")])
 def test_scale(value):
     with pytest.raises(UserError, match="scale must be a finite number of at least 0, got"):

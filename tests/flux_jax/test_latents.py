@@ -33,3 +33,6 @@ def test_sizes():
         check_size(47, 16, 16)
     with pytest.raises(UserError, match="width must be a multiple of 16 .* got 0; .* is 16"):
         check_size(48, 0, 16)
+    check_size(8192, 8192, 16)
+    with pytest.raises(UserError, match="at most 262144 tokens .*, got 262656 .height 8192, "):
+        check_size(8192, 8208, 16)

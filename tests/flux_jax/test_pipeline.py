@@ -428,7 +428,7 @@ def test_on_a_mesh(pipe, programs):
     [
         ({"height": 40}, "height must be a multiple of 16 pixels, got 40; .* is 32 or 48"),
         ({"width": 7}, "width must be a multiple of 16 pixels, got 7; .* is 16"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 10000"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number"),
         ({"batch_size": True}, "batch_size must be a whole number .* got True"),
         ({"guidance_scale": -1}, "guidance_scale must be a finite number of at least 0, got -1"),

@@ -99,6 +99,52 @@ def test_another_tokenizer_is_read_by_transformers(tmp_path):
     assert kinds[0] == kinds[1]
 
 
+def change_settings(folder, **changes):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kept", ["added_tokens_decoder", "added_tokens.json"])
+def test_tokens_that_were_added_are_left_to_transformers(tmp_path, kept):
+    """As textual inversion adds them: beside a vocabulary that does not have them."""
+    folder = without_json(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    added, new = (
+        settings["added_tokens_decoder"],
+        len(json.loads((folder / "vocab.json").read_text())),
+    )
+    if kept == "added_tokens_decoder":
+        token = {**next(iter(added.values())), "content": "<s0>", "special": False}
+        change_settings(folder, added_tokens_decoder={**added, str(new): token})
+    else:
+        del settings["added_tokens_decoder"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "added_tokens.json").write_text(json.dumps({"<s0>": new}))
+    theirs = CLIPTokenizer.from_pretrained(str(folder))
+    ids = load_tokenizer(folder)(["a photo of <s0>"])["input_ids"]
+    assert ids == theirs(["a photo of <s0>"])["input_ids"]
+    assert new in ids[0]
+
+
+def test_another_padding_token_is_left_to_transformers(tmp_path):
+    folder = without_json(tmp_path)
+    change_settings(folder, pad_token="!")
+    theirs = CLIPTokenizer.from_pretrained(str(folder))
+    assert load_tokenizer(folder)(["no!! no!"])["input_ids"] == theirs(["no!! no!"])["input_ids"]
+
+
+def test_special_tokens_are_as_the_settings_say(tmp_path):
+    """FLUX.1's start token is looked for in the normalised text, its end token in the text."""
+    folder = without_json(tmp_path)
+    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    for each in added.values():
+        each["normalized"] = each["content"] == "<|startoftext|>"
+    change_settings(folder, added_tokens_decoder=added)
+    texts = ["<|STARTOFTEXT|> a", "<|ENDOFTEXT|> a", "<|startoftext|> a <|endoftext|> b"]
+    theirs = CLIPTokenizer.from_pretrained(str(folder))
+    assert load_tokenizer(folder)(texts)["input_ids"] == theirs(texts)["input_ids"]
+
+
 @pytest.mark.parametrize("damage", ["{", '{"<|endoftext|>": 0}'])
 def test_a_damaged_vocabulary_is_one_line(tmp_path, damage):
     folder = without_json(tmp_path)

@@ -39,6 +39,7 @@ except SystemExit as end:
     ("arguments", "message"),
     [
         (("bench", "--shape", "4x5"), "--shape must be TOKENSxINPUTSxOUTPUTS, .* got '4x5'"),
+        (("bench", "--shape", "99999999x1x99999999"), "at most 10+ values in a matrix, got '9"),
         (("bench", "--shape", "4x0x5"), "got '4x0x5'"),
         (("bench", "--backend", "abacus"), "--backend must be one of mosaic, triton, jax, got 'a"),
         (("bench", "--backend", "mosaic"), "--backend mosaic cannot be used here: it needs an NV"),
