@@ -17,6 +17,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,10 @@ _CUSTOM_CALLS = (
     "__cudnn$fmhaSoftmaxF8",
     "__cudnn$fmhaScaleBiasSoftmax",
 )
+# A lowered program that nothing has used for so long is removed.
+_KEPT_SECONDS = 90 * 24 * 3600
+# Of the digest in a program's name.
+_DIGITS = 32
 # What a program calls by these names is found only once the module is imported, which the model's
 # code would have done: Mosaic's compiled kernels look for its runtime.
 _RUNTIMES = {b"mosaic_gpu": "jax.experimental.mosaic.gpu"}
@@ -111,6 +116,7 @@ class StoredProgram:
         path = self._folder / f"{self._function.__name__.strip('_')}-{name}"
         try:
             exported = export.deserialize(bytearray(path.read_bytes()))
+            _used(path)
         except Exception:
             # Not there, or half of it: either way it is made.
             try:
@@ -120,6 +126,7 @@ class StoredProgram:
                 # Not everything can be exported. It runs all the same.
                 return self._function
             _write(path, data)
+            _forget_old(path.parent)
         for name, module in _RUNTIMES.items():
             if name in exported.mlir_module_serialized:
                 importlib.import_module(module)
@@ -198,7 +205,22 @@ def _environment() -> tuple[Any, ...]:
 
 
 def _digest(*parts: Any) -> str:
-    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:_DIGITS]
+
+
+def _used(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def _forget_old(folder: Path) -> None:
+    """Removes what no process has used for long: each new version leaves its programs behind."""
+    oldest = time.time() - _KEPT_SECONDS
+    with contextlib.suppress(OSError):
+        for path in list(folder.glob(f"*-{'[0-9a-f]' * _DIGITS}")):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,28 @@ def test_half_a_file_is_made_anew(tmp_path):
     assert np.array_equal(program(tmp_path, function)([X], (Y, None))[0], want[0])
     assert function.count == 2
     assert path.stat().st_size == len(whole)
+
+
+def test_what_was_not_used_for_long_is_removed_when_another_is_kept(tmp_path):
+    program(tmp_path, Traced())([X], (Y, None))
+    (path,) = tmp_path.iterdir()
+    other = tmp_path / "something-else"
+    other.write_text("not ours")
+    os.utime(other, (0, 0))
+    for age, kept in ((80, True), (100, False)):
+        os.utime(path, (time.time() - age * 86400,) * 2)
+        program(tmp_path, Traced(), (age,))([X], (Y, None))
+        assert path.exists() == kept
+    assert other.exists()
+
+
+def test_a_program_that_is_found_counts_as_used(tmp_path):
+    program(tmp_path, Traced())([X], (Y, None))
+    (path,) = tmp_path.iterdir()
+    os.utime(path, (0, 0))
+    program(tmp_path, Traced())([X], (Y, None))
+    program(tmp_path, Traced(), ("another",))([X], (Y, None))
+    assert path.exists()
 
 
 def test_what_a_program_does_not_need_is_no_argument_of_it(tmp_path):
