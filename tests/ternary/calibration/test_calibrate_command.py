@@ -99,6 +99,7 @@ def test_the_latents_are_those_of_the_checkpoint(folder, made):
             np.testing.assert_array_equal(np.asarray(value), np.asarray(stored), err_msg=name)
 
 
+@pytest.mark.long
 def test_a_killed_run_gives_the_same_checkpoint(folder, made):
     out = folder / "killed"
     command = [sys.executable, "-m", "ternary", *arguments(folder, out, "--quiet")]

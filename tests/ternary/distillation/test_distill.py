@@ -166,6 +166,7 @@ def test_jit_over_a_mesh_gives_the_same_losses():
     np.testing.assert_allclose(spread, alone, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_pmap_gives_the_same_losses():
     """Two devices with the halves of every group, against one device with all of it.
 

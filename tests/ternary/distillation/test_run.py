@@ -192,6 +192,7 @@ def test_a_drawing_that_a_kill_prevented_is_made(teacher, prompts, settings, who
     assert (out / "samples" / "step_000009.png").exists()
 
 
+@pytest.mark.long
 def test_a_student_that_was_drawn_leaves_the_device(
     teacher, prompts, settings, tmp_path, monkeypatch
 ):
