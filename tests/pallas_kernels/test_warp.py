@@ -113,7 +113,15 @@ def products(random, shape):
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("exact", "tokens"), [(True, 1), (False, 9)])
+@pytest.mark.parametrize(
+    ("exact", "tokens"),
+    [
+        (True, 1),
+        (False, 9),
+        pytest.param(True, 9, marks=pytest.mark.long),
+        pytest.param(False, 1, marks=pytest.mark.long),
+    ],
+)
 def test_a_block_s_warps_read_and_sum_all_that_is_theirs(
     numbers, monkeypatch, exact, tokens, sizes, activations
 ):
