@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flux_jax import attention_kernels as kernels
+from flux_jax.sharding import on_each_device
 
 Implementation = Literal["cudnn", "mosaic", "tokamax", "cudnn_fp8", "xla_fp8", "xla"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
@@ -71,14 +72,23 @@ def attention(
     elif reason := why_not(implementation, q, k, masked=masked):
         raise NotImplementedError(f"attention {implementation!r} cannot run here: {reason}")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if bias is not None:
+        return _library(q, k, v, implementation, bias=bias, scale=scale, is_causal=causal)
     if masked or implementation == "cudnn":
-        by: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
-        return jax.nn.dot_product_attention(
-            q, k, v, bias=bias, scale=scale, is_causal=causal, implementation=by
+        one = functools.partial(
+            _library, implementation=implementation, scale=scale, is_causal=causal
         )
-    if implementation in kernels.KERNELS:
-        return kernels.KERNELS[implementation](q, k, v, scale).astype(q.dtype)
-    return _plain(q, k, v, scale, float8=implementation == "xla_fp8")
+    elif implementation in kernels.KERNELS:
+        one = functools.partial(kernels.KERNELS[implementation], scale=scale)
+    else:
+        one = functools.partial(_plain, scale=scale, float8=implementation == "xla_fp8")
+    return on_each_device(one, ("batch", None, "heads", None), q, k, v).astype(q.dtype)
+
+
+def _library(q: Array, k: Array, v: Array, implementation: str, **settings: Any) -> Array:
+    """By JAX's own function."""
+    by: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
+    return jax.nn.dot_product_attention(q, k, v, implementation=by, **settings)
 
 
 def _plain(q: Array, k: Array, v: Array, scale: float, *, float8: bool) -> Float[Array, "B Lq H D"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -195,6 +195,15 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
+def _compiler_mesh() -> AbstractMesh | None:
+    """The mesh of `mesh_in_scope`, where the compiler is to split the work over it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Under `pmap` and `shard_map` an axis is the caller's, and an array already a part.
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return None
+    return mesh
+
+
 def constrain(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shaped[Array, "*shape"]:
     """Tell the compiler where an activation lies; without `mesh_in_scope`, x as it is.
 
@@ -202,9 +211,8 @@ def constrain(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shape
       x: an activation.
       axes: the logical name of each dimension, as in `DEFAULT_RULES`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    # Under `pmap` and `shard_map` an axis is the caller's, and x already a part.
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    mesh = _compiler_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
 
@@ -224,6 +232,30 @@ def gathered(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shaped
     )
     # Both sides: the second alone would have what x is made of brought together.
     return constrain(constrain(x, axes), whole)
+
+
+def on_each_device(
+    function: Callable[..., Array], axes: tuple[str | None, ...], *arrays: Array
+) -> Array:
+    """`function(*arrays)`, each device for its own part, without a word to the others.
+
+    For what the compiler cannot split by itself, or only by asking Python, as it does for cuDNN's
+    attention: such a program is new to the compilation cache in every process. Without
+    `mesh_in_scope`, the function alone.
+
+    Args:
+      function: of arrays of the same sizes where `axes` has a name; its result has them too.
+      axes: the logical name of each dimension of the arrays and of the result.
+      arrays: what it takes.
+    """
+    mesh = _compiler_mesh()
+    if mesh is None:
+        return function(*arrays)
+    spec = partition_spec(arrays[0].shape, axes, mesh)
+    split = jax.shard_map(
+        function, mesh=mesh, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False
+    )
+    return split(*arrays)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from flux_jax.inputs import Hidden, Input, dense, surround
 from flux_jax.layers import AnyLinear, Axes, DType, Linear
 from pallas_kernels import pack_codes, packed_width, ternary_matmul, unpack_codes
-from pallas_kernels.reference import signed_product
+from pallas_kernels.reference import float_product, signed_product
 from ternary.config import QuantConfig, scale_shape
 from ternary.fused import Weights, product
 from ternary.quantize import (
@@ -320,9 +320,6 @@ def _through(
     x: Float[Array, "*B K"], a: Float[Array, "R K"], b: Float[Array, "N R"]
 ) -> Float[Array, "*B N"]:
     """`(x @ a.T) @ b.T`, the middle rounded to x's dtype, the result float32."""
-
-    def product(x: Array, weight: Array) -> Array:
-        contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, weight, contract_last, preferred_element_type=jnp.float32)
-
-    return product(product(x, a).astype(x.dtype), b)
+    rows = x.reshape(-1, x.shape[-1])
+    y = float_product(float_product(rows, a).astype(x.dtype), b)
+    return y.reshape(*x.shape[:-1], b.shape[0])

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flux_jax import attention_kernels
 from flux_jax.attention import IMPLEMENTATIONS, attention, why_not
+from flux_jax.sharding import make_mesh, mesh_in_scope, partition_spec
 
 # Relative to the largest result: bfloat16 has 8 bits, float8 (e4m3) 4 for q, k, weights and result.
 BOUNDS = {"xla": 2e-2, "cudnn": 2e-2, "mosaic": 2e-2, "tokamax": 2e-2}
@@ -131,3 +133,49 @@ def test_every_implementation_on_a_gpu(name):
     assert error(found, exact(q, k, v)) <= BOUNDS.get(name, BOUND_8)
     twice = attention(q, k, v, implementation=name)
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(twice, np.float32))
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(4, 2), (3, 2), (4, 3)])
+def test_each_device_has_its_own_images_and_heads(batch, heads):
+    """Split or, where a number does not divide, not: the same result and gradients."""
+    q, k, v = draw(heads=heads, dtype=jnp.float32, batch=batch)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    place = NamedSharding(mesh, partition_spec(q.shape, ("batch", None, "heads", None), mesh))
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(attention(q, k, v)))
+
+    @jax.jit
+    def split(*arrays):
+        with mesh_in_scope(mesh):
+            return jax.value_and_grad(loss, (0, 1, 2))(*arrays)
+
+    arrays = jax.device_put((q, k, v), place)
+    alone = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), split(*arrays), alone)
+    compiled = split.lower(*arrays).compile().as_text()
+    assert "all-gather" not in compiled
+
+
+def test_cudnn_on_a_mesh_is_the_same_program_in_every_process(monkeypatch):
+    """Left to XLA, it would be split by a Python function, whose address is in the program."""
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(f"{module}.check_compute_capability", lambda capability: True)
+    monkeypatch.setattr("flux_jax.attention.why_not", lambda *_, **__: None)
+    q, k, v = draw(batch=4)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+
+    def program(scope):
+        def loss(q, k, v):
+            with mesh_in_scope(scope):
+                return jnp.sum(attention(q, k, v, implementation="cudnn").astype(jnp.float32))
+
+        place = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        step = jax.jit(jax.grad(loss), in_shardings=(place,) * 3)
+        return step.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "CustomSPMDPartitioning" in program(None)
+    ours = program(mesh)
+    assert "CustomSPMDPartitioning" not in ours
+    assert "__cudnn$fmhaSoftmaxBackward" in ours

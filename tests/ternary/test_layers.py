@@ -123,6 +123,36 @@ def test_latent_gradient_is_that_of_a_dense_weight():
     np.testing.assert_allclose(np.asarray(dw), np.asarray(expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_all_products_of_a_step_are_in_16_bits(granularity, rank):
+    """Those of the gradient too, or they run at half the rate; and they stay close to float32's."""
+    config = QuantConfig(granularity=granularity, rank=rank, learned_scale=True)
+    fake = FakeTernaryLinear.from_linear(linear(dtype=jnp.bfloat16), config)
+    rebuild, flat = split_flat(fake)
+    x = activations(dtype=jnp.bfloat16)
+    g = jnp.asarray(np.random.default_rng(3).standard_normal((2, 5, 24)), jnp.float32)
+
+    def loss(flat, x, dtype):
+        module = rebuild(flat)
+        module.dtype = jnp.dtype(dtype)
+        return jnp.sum(module(x).astype(jnp.float32) * g)
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    program = gradient.lower(flat, x, jnp.bfloat16).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) >= 3
+    for line in products:
+        assert line.partition("->")[0].count("bf16>") == 2, line
+    found, exact = gradient(flat, x, jnp.bfloat16), gradient(flat, x, jnp.float32)
+
+    def close(found, exact):
+        found, exact = (np.asarray(a, np.float64) for a in (found, exact))
+        assert np.linalg.norm(found - exact) <= 1e-2 * np.linalg.norm(exact)
+
+    jax.tree.map(close, found, exact)
+
+
 def test_without_bias():
     plain = linear(bias=False)
     frozen = TernaryLinear.from_linear(plain, QuantConfig())
