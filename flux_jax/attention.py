@@ -85,6 +85,14 @@ def attention(
     return on_each_device(one, ("batch", None, "heads", None), q, k, v).astype(q.dtype)
 
 
+def is_fused(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a step of a program is cuDNN's attention: a policy for `jax.checkpoint`.
+
+    Its result and the sums of its softmax are what its gradient needs, and no larger than q.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 def _library(q: Array, k: Array, v: Array, implementation: str, **settings: Any) -> Array:
     """By JAX's own function."""
     by: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"

@@ -12,10 +12,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 # Of the modulated norms.
 EPS = 1e-6
+# A gated product, to `jax.checkpoint`. The gate's gradient needs it, and it is as narrow as the
+# stream: kept, it spares the gradient two fifths of a block's products.
+GATED = "gated"
 
 
 def layer_norm(x: Float[Array, "*B C"], eps: float) -> Float[Array, "*B C"]:
@@ -119,4 +123,4 @@ def surround(
         if gate is not None or residual is not None:
             raise ValueError("gate and residual go together: give both, or neither")
         return y
-    return add_gated(residual, gate, y)
+    return add_gated(residual, gate, checkpoint_name(y, GATED))

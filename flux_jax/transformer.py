@@ -21,10 +21,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from flux_jax.attention import Implementation, attention
+from flux_jax.attention import Implementation, attention, is_fused
 from flux_jax.configs import FluxConfig
 from flux_jax.heads import HeadsBackend, QKNorm, attention_heads
-from flux_jax.inputs import Input, Joined, Modulated
+from flux_jax.inputs import GATED, Input, Joined, Modulated
 from flux_jax.layers import DType, Linear
 from flux_jax.rope import Rotation, rotary_angles, sinusoidal_embedding
 from flux_jax.sequence import is_split, over_all_tokens
@@ -34,6 +34,10 @@ _TIME_CHANNELS = 256
 # Of the residual streams: examples over devices. Without it the compiler may rather split the
 # width, as the weights are, and move activations where it should gather weights.
 _STREAM = ("batch", None, None)
+# What a recomputed block keeps for its gradient.
+_KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(GATED), is_fused
+)
 
 
 class Modulations(NamedTuple):
@@ -333,7 +337,8 @@ class FluxTransformer(nnx.Module):
           img_ids, txt_ids: positions of the tokens.
           txt: T5 embeddings.
           mods: from `modulations`.
-          remat: recompute each block in the gradient instead of keeping its activations.
+          remat: recompute each block in the gradient instead of keeping its activations, but for
+            gated products and cuDNN's attention.
           on_block: called, while tracing, with each block's output, text first: what a
             distillation compares.
         """
@@ -344,7 +349,7 @@ class FluxTransformer(nnx.Module):
         def run(block: nnx.Module, *inputs: Any) -> Any:
             graphdef, state = nnx.split(block)
             call = functools.partial(_run_block, graphdef)
-            return (jax.checkpoint(call) if remat else call)(state, *inputs)
+            return (jax.checkpoint(call, policy=_KEPT) if remat else call)(state, *inputs)
 
         img, txt = constrain(self.img_in(img), _STREAM), constrain(self.txt_in(txt), _STREAM)
         for block, block_mods in zip(self.double_blocks, mods.double, strict=True):

@@ -1,5 +1,6 @@
 """Attention by every implementation that runs here, against float64, and what is refused."""
 
+import functools
 import sys
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flux_jax import attention_kernels
-from flux_jax.attention import IMPLEMENTATIONS, attention, why_not
+from flux_jax.attention import IMPLEMENTATIONS, attention, is_fused, why_not
 from flux_jax.sharding import make_mesh, mesh_in_scope, partition_spec
 
 # Relative to the largest result: bfloat16 has 8 bits, float8 (e4m3) 4 for q, k, weights and result.
@@ -157,12 +158,38 @@ def test_each_device_has_its_own_images_and_heads(batch, heads):
     assert "all-gather" not in compiled
 
 
-def test_cudnn_on_a_mesh_is_the_same_program_in_every_process(monkeypatch):
-    """Left to XLA, it would be split by a Python function, whose address is in the program."""
+def pretend_cudnn(monkeypatch):
+    """Lets programs that call it be lowered where it is not."""
     module = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91900)
     monkeypatch.setattr(f"{module}.check_compute_capability", lambda capability: True)
     monkeypatch.setattr("flux_jax.attention.why_not", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_a_recomputed_block_keeps_cudnns_attention(meshed, monkeypatch):
+    pretend_cudnn(monkeypatch)
+    q, k, v = draw(batch=4)
+    mesh = make_mesh(data=2, tensor=2) if meshed else None
+
+    def program(policy):
+        @functools.partial(jax.checkpoint, policy=policy)
+        def block(q, k, v):
+            return jnp.sin(attention(jnp.sin(q), k, v, implementation="cudnn"))
+
+        def loss(q, k, v):
+            with mesh_in_scope(mesh):
+                return jnp.sum(block(q, k, v).astype(jnp.float32))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(q, k, v))
+
+    assert program(is_fused).count("dot_product_attention_fwd_wrapper[") == 1
+    assert program(None).count("dot_product_attention_fwd_wrapper[") == 2
+
+
+def test_cudnn_on_a_mesh_is_the_same_program_in_every_process(monkeypatch):
+    """Left to XLA, it would be split by a Python function, whose address is in the program."""
+    pretend_cudnn(monkeypatch)
     q, k, v = draw(batch=4)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
 
