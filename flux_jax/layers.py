@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flux_jax.inputs import Hidden, Input, dense, layer_norm, surround
+from flux_jax.sharding import product_on_mesh
 
 Axes = tuple[str | None, ...]
 DType = Any
@@ -137,8 +138,12 @@ class Linear(AnyLinear):
         return self._product(x, slice(start)), Hidden(self._product(x, slice(start, None)))
 
     def _product(self, x: Float[Array, "*L K"], outputs: slice) -> Float[Array, "*L N"]:
-        weight = self.weight[...][outputs]
-        y = jax.lax.dot_general(x.astype(weight.dtype), weight, (((x.ndim - 1,), (1,)), ((), ())))
+        def product(x: Array, weight: Array) -> Array:
+            return jax.lax.dot_general(x, weight[outputs], (((x.ndim - 1,), (1,)), ((), ())))
+
+        axes = self.weight.get_metadata().get("axes", (None, None))
+        weight = self.weight[...]
+        y = product_on_mesh(product, x.astype(weight.dtype), weight, axes)
         return y if self.bias is None else y + along_last(self.bias[...][outputs], y.ndim)
 
 

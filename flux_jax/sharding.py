@@ -31,20 +31,26 @@ from flux_jax.tree import parameter_path
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Output features of the wide products over `tensor` (heads stay whole), the residual width over
-# `fsdp`. Convolutions are small and stay replicated. Devices that share parameters by `fsdp` each
+# Output features of the wide products over `tensor` (heads stay whole). Of a weight (out, in),
+# `fsdp` splits the first dimension, whatever it is: what is gathered and summed then lies one
+# device's after the other's, and nothing has to be turned round. Vectors it leaves whole: they are
+# a few thousandths, and gathering them takes as many messages as the weights. Convolutions are
+# small and stay replicated. Devices that share parameters by `fsdp` each
 # have examples of their own: a layer's weights are gathered where they are used. Of a picture that
 # is decoded, each device of a `sequence` has some rows.
 DEFAULT_RULES: Rules = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
+    "heads": ("tensor", "fsdp"),
+    "mlp": ("tensor", "fsdp"),
+    "vocab": ("tensor", "fsdp"),
     "conv_in": None,
     "conv_out": None,
     "rows": "sequence",
 }
+
+# Dimensions of a parameter that `fsdp` splits.
+_LEAST_SPLIT = 2
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -172,7 +178,8 @@ def partition_spec(
       shape: of the array.
       axes: the logical name of each dimension; None for a replicated array.
       mesh: the device mesh.
-      rules: logical name to mesh axis.
+      rules: logical name to mesh axis, or to several, of which each is left out that, with those
+        before it, does not divide the dimension.
 
     Raises:
       UserError: if a logical name is not in the rules.
@@ -186,16 +193,17 @@ def partition_spec(
             raise UserError(f"no sharding rule for logical axis {name!r}; rules: {sorted(rules)}")
         rule = None if name is None else rules[name]
         wanted = (rule,) if isinstance(rule, str) else rule or ()
-        found = tuple(axis for axis in wanted if axis in mesh.axis_names and axis not in used)
-        if not found or size % math.prod(mesh.shape[axis] for axis in found):
-            entries.append(None)
-            continue
+        found: list[str] = []
+        for axis in wanted:
+            there = axis in mesh.axis_names and axis not in used
+            if there and size % math.prod(mesh.shape[name] for name in (*found, axis)) == 0:
+                found.append(axis)
         used.update(found)
-        entries.append(found[0] if len(found) == 1 else found)
+        entries.append((tuple(found) if len(found) > 1 else found[0]) if found else None)
     return PartitionSpec(*entries)
 
 
-def _compiler_mesh() -> AbstractMesh | None:
+def compiler_mesh() -> AbstractMesh | None:
     """The mesh of `mesh_in_scope`, where the compiler is to split the work over it."""
     mesh = jax.sharding.get_abstract_mesh()
     # Under `pmap` and `shard_map` an axis is the caller's, and an array already a part.
@@ -211,27 +219,58 @@ def constrain(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shape
       x: an activation.
       axes: the logical name of each dimension, as in `DEFAULT_RULES`.
     """
-    mesh = _compiler_mesh()
+    mesh = compiler_mesh()
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
 
 
-def gathered(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shaped[Array, "*shape"]:
-    """Tell the compiler to bring a parameter together over `fsdp` here, as it now is.
+def without_axis(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    """`spec` with what `axis` splits brought together."""
 
-    Left to itself it does so where the parameter is used, which may be after a cast to a wider
-    type. Without `mesh_in_scope`, x as it is.
+    def left(entry: Any) -> Any:
+        if isinstance(entry, tuple):
+            names = tuple(name for name in entry if name != axis)
+            return names if len(names) > 1 else next(iter(names), None)
+        return None if entry == axis else entry
+
+    return PartitionSpec(*map(left, spec))
+
+
+def is_gathered(x: Shaped[Array, "*B K"]) -> bool:
+    """Whether a weight that `fsdp` splits is brought together for a product with `x`.
+
+    For (B, L, K) tokens it is. (B, K) vectors, one for each example, are less to move than a
+    weight, and each device computes some outputs of all of them.
+    """
+    return x.ndim > 2
+
+
+def product_on_mesh(
+    product: Callable[[Array, Array], Array],
+    x: Shaped[Array, "*B K"],
+    weight: Shaped[Array, "N K"],
+    axes: tuple[str | None, ...],
+) -> Shaped[Array, "*B _"]:
+    """`product(x, weight)` where the two are to meet (`is_gathered`); without a mesh, that alone.
 
     Args:
-      x: a parameter, or what was made of it element by element.
-      axes: the logical name of each dimension, as in `DEFAULT_RULES`.
+      product: of x and the weight's rows, whichever are there.
+      x: tokens or vectors.
+      weight: a parameter, or what was made of it.
+      axes: the logical names of the weight's dimensions.
     """
-    whole = tuple(
-        None if name is not None and DEFAULT_RULES[name] == "fsdp" else name for name in axes
-    )
-    # Both sides: the second alone would have what x is made of brought together.
-    return constrain(constrain(x, axes), whole)
+    mesh = compiler_mesh()
+    if mesh is None:
+        return product(x, weight)
+    place = partition_spec(weight.shape, axes, mesh)
+    at = jax.lax.with_sharding_constraint
+    if is_gathered(x):
+        return product(x, at(weight, without_axis(place, "fsdp")))
+    batch = without_axis(partition_spec(x.shape, ("batch", None), mesh), "fsdp")
+    y = product(at(x, batch), at(weight, place))
+    # Of the gradient that comes back too.
+    return at(y, PartitionSpec(batch[0], place[0]))
 
 
 def on_each_device(
@@ -248,7 +287,7 @@ def on_each_device(
       axes: the logical name of each dimension of the arrays and of the result.
       arrays: what it takes.
     """
-    mesh = _compiler_mesh()
+    mesh = compiler_mesh()
     if mesh is None:
         return function(*arrays)
     spec = partition_spec(arrays[0].shape, axes, mesh)
@@ -278,8 +317,10 @@ def shardings(state: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """
 
     def one(variable: nnx.Variable) -> nnx.Variable:
-        axes = variable.get_metadata().get("axes")
-        spec = partition_spec(variable.get_value().shape, axes, mesh, rules)
+        axes, shape = variable.get_metadata().get("axes"), variable.get_value().shape
+        spec = partition_spec(shape, axes, mesh, rules)
+        if len(shape) < _LEAST_SPLIT:
+            spec = without_axis(spec, "fsdp")
         return variable.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -171,9 +171,9 @@ def _contract(a: Array, b: Array, axes: tuple[int, int], kind: Any) -> Array:
 def float_product(x: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Float[Array, "M N"]:
     """`x @ weight.T` of two matrices of one dtype, in float32.
 
-    In the gradient's two products too, both factors are of that dtype: what comes back in float32
-    is rounded to it first. Left to JAX, x and the weight would be widened instead, and the tensor
-    cores run at half of bf16's rate, or a quarter.
+    In the gradient's two products too, both factors are of that dtype, and so are their results:
+    what comes back in float32 is rounded to it first. Left to JAX, x and the weight would be
+    widened instead, and the tensor cores run at half of bf16's rate or less.
     """
     return _contract(x, weight, (1, 1), jnp.float32)
 
@@ -185,9 +185,7 @@ def _float_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]
 def _float_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, weight = saved
     grad = grad.astype(x.dtype)
-    of_x = _contract(grad, weight, (1, 0), jnp.float32)
-    of_weight = _contract(grad, x, (0, 0), jnp.float32)
-    return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
+    return _contract(grad, weight, (1, 0), x.dtype), _contract(grad, x, (0, 0), weight.dtype)
 
 
 float_product.defvjp(_float_forward, _float_backward)

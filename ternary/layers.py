@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from flux_jax.inputs import Hidden, Input, dense, surround
 from flux_jax.layers import AnyLinear, Axes, DType, Linear
+from flux_jax.sharding import is_gathered, product_on_mesh
 from pallas_kernels import pack_codes, packed_width, ternary_matmul, unpack_codes
 from pallas_kernels.reference import float_product, signed_product
 from ternary.config import QuantConfig, scale_shape
@@ -254,15 +255,18 @@ class FakeTernaryLinear(AnyLinear):
         x = dense(x).astype(self.dtype)
         scale = self.quantization_scale()
         # Integers of at most 127 are exact in bf16, and so is everything that is summed.
-        signs: Array = straight_through_signs(self.weight[...], scale, _axes(self.weight))
-        signs = signs.astype(self.dtype)
+        axes, gather = _axes(self.weight), is_gathered(x)
+        signs: Array = straight_through_signs(self.weight[...], scale, axes, gather)
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
-        if self.config.activation_bits == 16:
-            y = signed_product(x, signs, scale, bias)
-        else:
+
+        def product(x: Array, signs: Array) -> Array:
+            if self.config.activation_bits == 16:
+                return signed_product(x, signs, scale, bias)
             q, token_scale = straight_through_tokens(x)
             token_scale = jax.lax.stop_gradient(token_scale)
-            y = signed_product(q.astype(self.dtype), signs, scale, bias, token_scale)
+            return signed_product(q.astype(self.dtype), signs, scale, bias, token_scale)
+
+        y = product_on_mesh(product, x, signs.astype(self.dtype), axes)
         if self.low_rank_a is not None and self.low_rank_b is not None:
             a, b = (part[...].astype(self.dtype) for part in (self.low_rank_a, self.low_rank_b))
             y = y + _through(x, a, b)

@@ -24,8 +24,14 @@ from jaxtyping import Array, Float, Int8
 
 from flux_jax.errors import UserError
 from flux_jax.layers import Axes
-from flux_jax.sharding import constrain, gathered
-from pallas_kernels import GROUP, group_count, quantize_activations
+from flux_jax.sharding import (
+    axis_size,
+    compiler_mesh,
+    constrain,
+    partition_spec,
+    without_axis,
+)
+from pallas_kernels import GROUP, group_count, pack_codes, quantize_activations, unpack_codes
 
 Scale = Float[Array, ""] | Float[Array, " N"] | Float[Array, "N G"]
 
@@ -102,9 +108,9 @@ def dequantize(
     return (signs.astype(jnp.float32) * spread).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def straight_through_signs(
-    weight: Float[Array, "N K"], scale: Scale, axes: Axes = (None, None)
+    weight: Float[Array, "N K"], scale: Scale, axes: Axes = (None, None), gather: bool = True
 ) -> Float[Array, "N K"]:
     """The signs in float32, differentiable: as if they were `weight / scale`, unrounded.
 
@@ -115,17 +121,53 @@ def straight_through_signs(
     Args:
       weight: latent weights.
       scale: of the weight.
-      axes: the logical names of the weight's dimensions. Where `fsdp` splits one, devices exchange
-        signs of a byte in place of latent weights of four, and each takes its part of the gradient.
+      axes: the logical names of the weight's dimensions. Each device takes its part of the
+        gradient.
+      gather: whether devices that share the weight by `fsdp` exchange their parts, as packed codes
+        of two bits in place of latent weights of four bytes.
     """
-    return gathered(ternary_signs(weight, scale), axes).astype(jnp.float32)
+    signs = constrain(ternary_signs(weight, scale), axes)
+    return (gathered(signs, axes) if gather else signs).astype(jnp.float32)
 
 
-def _signs_forward(weight: Array, scale: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
-    return straight_through_signs(weight, scale, axes), (weight, scale)
+def gathered(signs: Int8[Array, "N K"], axes: Axes) -> Int8[Array, "N K"]:
+    """Brought together over `fsdp`, packed on the way; without `mesh_in_scope`, as they are.
+
+    Args:
+      signs: -1, 0 or +1.
+      axes: the logical names of the dimensions.
+    """
+    mesh = compiler_mesh()
+    if mesh is None or axis_size(mesh, "fsdp") == 1:
+        return signs
+    split = partition_spec(signs.shape, axes, mesh)
+    whole = without_axis(split, "fsdp")
+    if whole == split:
+        return signs
+    rows_are_split = whole[0] != split[0]
+
+    def exchange(part: Int8[Array, "n k"]) -> Int8[Array, "N k"] | Int8[Array, "n K"]:
+        rows, columns = part.shape
+        packed = pack_codes((part + 1).astype(jnp.uint8))
+        parts = jax.lax.all_gather(packed, "fsdp")
+        codes = unpack_codes(parts.reshape(-1, parts.shape[-1]), columns)
+        signs = codes.astype(jnp.int8) - 1
+        if rows_are_split:
+            return signs
+        return signs.reshape(-1, rows, columns).swapaxes(0, 1).reshape(rows, -1)
+
+    return jax.shard_map(exchange, mesh=mesh, in_specs=split, out_specs=whole, check_vma=False)(
+        signs
+    )
 
 
-def _signs_backward(axes: Axes, saved: tuple[Any, Any], grad: Any) -> tuple[Any, Any]:
+def _signs_forward(
+    weight: Array, scale: Array, axes: Axes, gather: bool
+) -> tuple[Array, tuple[Array, Array]]:
+    return straight_through_signs(weight, scale, axes, gather), (weight, scale)
+
+
+def _signs_backward(axes: Axes, gather: bool, saved: tuple[Any, Any], grad: Any) -> tuple[Any, Any]:
     weight, scale = saved
     grad = constrain(grad, axes)
     spread = spread_scale(scale.astype(jnp.float32), weight.shape)

@@ -53,8 +53,8 @@ def test_every_layout_loads_onto_its_devices(made, layout, spread):
     qkv = to_flat(checkpoint.modules["transformer"])["double_blocks.1.img_attn.qkv.weight"]
     assert len(qkv.sharding.device_set) == (4 if spread else 1)
     if spread:
-        assert qkv.sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
-        assert qkv.addressable_shards[0].data.shape == (qkv.shape[0] // 2, qkv.shape[1] // 2)
+        assert qkv.sharding.spec == jax.sharding.PartitionSpec(("tensor", "fsdp"), None)
+        assert qkv.addressable_shards[0].data.shape == (qkv.shape[0] // 4, qkv.shape[1])
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "flax"])

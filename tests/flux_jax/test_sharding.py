@@ -6,21 +6,26 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from flux_jax.errors import UserError
-from flux_jax.sharding import make_mesh, partition_spec
+from flux_jax.sharding import make_mesh, partition_spec, without_axis
 
 
 @pytest.mark.parametrize(
     ("shape", "axes", "expected"),
     [
-        ((8, 6), ("heads", "embed"), ("tensor", "fsdp")),
+        # The first dimension is split by all that can; the second by what is left.
+        ((8, 6), ("heads", "embed"), (("tensor", "fsdp"), None)),
+        ((8, 6), ("embed", "heads"), ("fsdp", "tensor")),
+        ((6, 6), ("heads", "embed"), ("tensor", "fsdp")),
         # What an axis does not divide is replicated.
         ((7, 6), ("heads", "embed"), (None, "fsdp")),
         ((8, 6), ("conv_out", None), (None, None)),
-        # Several mesh axes for one dimension; together they must divide it.
+        # Several mesh axes for one dimension: those that together divide it.
         ((4, 3), ("batch", None), (("data", "fsdp"), None)),
-        ((2, 3), ("batch", None), (None, None)),
+        ((2, 3), ("batch", None), ("data", None)),
+        ((3, 3), ("batch", None), (None, None)),
+        ((9, 6), ("heads", "embed"), (None, "fsdp")),
         # A mesh axis is used once, by the first that names it.
-        ((4, 6), ("mlp", "heads"), ("tensor", None)),
+        ((4, 6), ("mlp", "heads"), (("tensor", "fsdp"), None)),
         ((4, 6), ("batch", "embed"), (("data", "fsdp"), None)),
         ((4,), None, ()),
     ],
@@ -28,6 +33,19 @@ from flux_jax.sharding import make_mesh, partition_spec
 def test_partition_spec(shape, axes, expected):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     assert partition_spec(shape, axes, mesh) == PartitionSpec(*expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (("fsdp", "tensor"), (None, "tensor")),
+        ((("tensor", "fsdp"), None), ("tensor", None)),
+        ((("data", "fsdp", "tensor"),), (("data", "tensor"),)),
+        ((), ()),
+    ],
+)
+def test_without_an_axis(spec, expected):
+    assert without_axis(PartitionSpec(*spec), "fsdp") == PartitionSpec(*expected)
 
 
 def test_an_unknown_axis_is_refused():

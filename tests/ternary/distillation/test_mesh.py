@@ -19,6 +19,7 @@ from flux_jax.errors import UserError
 from flux_jax.sharding import MeshConfig, flat_shardings, make_mesh, read_mesh
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat, to_flat
+from pallas_kernels import packed_width
 from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig
 from ternary.distillation.placement import Freezer, Start, abstract_student
 from ternary.distillation.run import distill
@@ -152,7 +153,7 @@ def test_fsdp_splits_parameters_and_optimizer():
     # Moments go in and come out as they lie: whole, one would be an operand or result somewhere.
     name = "single_blocks.0.linear1.weight"
     rows, columns = state.params[name].shape
-    local = f"f32[{rows},{columns // 8}]"
+    local = f"f32[{rows // 8},{columns}]"
     program = parts.compiled.as_text()
     assert local in program
     gathered = [
@@ -178,16 +179,22 @@ def gathered_elements(program: str) -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_fsdp_gathers_signs_in_place_of_latent_weights():
+def test_fsdp_gathers_packed_codes_in_place_of_latent_weights():
     here = training((1, 8, 1), "channel")
     student, teacher = here.start.shapes.params, here.inputs[0]
     whole = sum(value.size for value in teacher.values())
     names = linears(here.student, FakeTernaryLinear)
     latent = sum(student[f"{name}.weight"].size for name in names)
+    vectors = [name for name in names if "mod" in name]
+    shapes = [student[f"{name}.weight"].shape for name in names if name not in vectors]
+    moved = sum(student[f"{name}.weight"].size for name in vectors)
     found = gathered_elements(here.compiled.as_text())
-    # Signs of what is ternary, and the rest as it is: forward, and where it is recomputed.
-    assert found["s8"] == 2 * latent
-    assert found["f32"] < whole + 2 * (whole - latent) + 0.5 * latent
+    # Codes of what is ternary, four a byte, and the rest as it is: forward, and where it is
+    # recomputed. What is multiplied by one vector an example stays where it is, the teacher's too.
+    assert found["u8"] == 2 * sum(rows * packed_width(columns) for rows, columns in shapes)
+    assert found["s8"] == 0
+    assert moved > 0
+    assert found["f32"] < whole - moved + 2 * (whole - latent) + 0.5 * (latent - moved)
 
 
 def losses_over(meshes, folder):
@@ -246,6 +253,8 @@ def test_a_dimension_that_does_not_divide_stays_whole():
     layer = nnx.eval_shape(lambda: FluxTransformer(FLUX, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     places = flat_shardings(layer, make_mesh(fsdp=2, tensor=3))
     assert places["single_blocks.0.linear2.weight"].spec == PartitionSpec("fsdp", None)
+    assert places["single_blocks.0.linear1.weight"].spec == PartitionSpec("fsdp", None)
+    assert places["single_blocks.0.linear1.bias"].spec == PartitionSpec(None)
     assert places["img_in.weight"].spec == PartitionSpec("fsdp", None)
 
 

@@ -130,7 +130,7 @@ def test_sharded(rounded):
     mesh = make_mesh(fsdp=2, tensor=2)
     model = transformer(rounded, mesh=mesh)
     packed = model.double_blocks[0].img_attn.qkv.packed[...]
-    assert packed.sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+    assert packed.sharding.spec == jax.sharding.PartitionSpec(("tensor", "fsdp"), None)
     assert_same_arrays(model, transformer(rounded))
 
 
