@@ -17,9 +17,10 @@ For simulated CPU devices, work is an upper bound by far, and in two parts:
 - weights: compiled with few tokens. A CPU computes bf16 products in float32, and gradients over
   two axes are summed whole on every device.
 - activations: on paper. XLA's CPU backend drops the barriers that keep a recomputed block in its
-  place, recomputes all of them early, and has no fused attention. What must be there is each
-  block's input, and in the gradient of one block three times what its forward pass holds at its
-  widest: the values, their gradients, and both in float32 on the way.
+  place, recomputes all of them early, and has no fused attention. What must be there is what
+  each block keeps (its input, gated products, attention), and in the gradient of one block three
+  times what its forward pass holds at its widest: the values, their gradients, and both in float32
+  on the way.
 """
 
 from __future__ import annotations
@@ -127,10 +128,14 @@ def extrapolated(found: dict[tuple[int, int], Bytes], full: tuple[int, int] = FU
 
 
 def activation_bytes(config: FluxConfig, step: paper.Step) -> float:
-    """Of a training step whose blocks are recomputed: every block's input, and one block's work."""
-    blocks = config.depth + config.depth_single_blocks
-    inputs = 2.0 * blocks * step.batch * step.tokens * config.hidden_size
-    return inputs + 3.0 * sum(paper.activation_bytes(config, step).values())
+    """Of a training step whose blocks are recomputed: what each keeps, and one block's work.
+
+    A block keeps its input, its gated products (two in a double block, one in a single) and, by
+    cuDNN, its attention.
+    """
+    kept = 4 * config.depth + 3 * config.depth_single_blocks
+    stream = 2.0 * step.batch * step.tokens * config.hidden_size
+    return kept * stream + 3.0 * sum(paper.activation_bytes(config, step).values())
 
 
 def plan_gpus(name: str, width: int) -> dict[str, Figure]:

@@ -4,16 +4,18 @@
 
 A model of a few lines, to be held against what 2 and 4 devices measure:
 
-- Arithmetic runs at the rate of one device (`transformer_step`). A distillation step is five
-  forward passes: the teacher's, the student's, the recomputation, and two for the gradient.
+- Arithmetic runs at the rate of one device (`transformer_step`). A distillation step is the forward
+  passes of teacher and student, two for the gradient, and the recomputation of what blocks do not
+  keep: all their products but the gated ones.
 - Exchanges run at the links' full rate. Drawn out of the way of the arithmetic they cost nothing,
   else their sum: both are given, as "overlapped" and "one after the other".
 - Within a host devices are joined by NVLink, between hosts by a network card each.
 
 Of FLUX.1-dev with N parameters, distilled with fsdp = F in bf16 with float32 latent weights, every
-device holds 14 N / F bytes (teacher, latent weights, moments). It receives (F - 1) / F of 2 N bytes
-for the teacher, of N twice for the student's signs (forward and recomputation) and of 4 N for its
-gradients; then its part of the gradients, 4 N / F, is averaged over data = D, which takes
+device holds 14 N / F bytes (teacher, latent weights, moments). T of the N are multiplied by tokens;
+the others, a quarter, make modulation vectors and stay where they are. It receives (F - 1) / F of 2
+T bytes for the teacher, of T / 4 twice for the student's codes (forward and recomputation) and of 2
+T for its gradients; then its part of all gradients, 2 N / F, is averaged over data = D, which takes
 2 (D - 1) / D of it. One image on n devices (`flux_jax.sequence`) moves (n - 1) / n of 4 L C / n
 numbers of two bytes in each block, of L tokens and width C.
 """
@@ -97,19 +99,41 @@ def gathered_seconds(nbytes: float, devices: int) -> float:
     return max(within, between)
 
 
-def distill_step(parameters: float, forward: float, data: int, fsdp: int) -> Times:
+def recomputed_share(config: FluxConfig, step: paper.Step) -> float:
+    """Of a forward pass, what the gradient computes once more (`FluxTransformer.velocity`)."""
+    gated = {"img proj", "img mlp out", "txt proj", "txt mlp out", "linear2"}
+    products = paper.products(config, step)
+    again = sum(product.flops for product in products if product.name not in gated)
+    whole = sum(product.flops for product in products) + paper.attention_flops(config, step)
+    return again / whole
+
+
+def modulation_parameters(config: FluxConfig) -> float:
+    """Weights that are multiplied by one vector for each example."""
+    vectors = 12 * config.depth + 3 * config.depth_single_blocks + 2
+    return float(vectors * config.hidden_size**2)
+
+
+def distill_step(
+    config: FluxConfig, step: paper.Step, forward: float, data: int, fsdp: int
+) -> Times:
     """One step with one state on each device.
 
     Args:
-      parameters: of the transformer.
+      config, step: the transformer, and a state's tokens.
       forward: seconds of a forward pass.
       data, fsdp: the mesh's axes; fsdp joins neighbours.
     """
-    gathered = (2.0 + 2 * 1.0 + 4.0) * parameters
+    parameters = paper.parameter_count(config)
+    moved = parameters - modulation_parameters(config)
+    gathered = (2.0 + 2 / 4 + 2.0) * moved
     # Those that share a part of the parameters are on as many hosts, unless all is on one.
     link = NVLINK if data * fsdp <= HOST else NETWORK
-    averaged = 2.0 * (data - 1) / data * 4.0 * parameters / fsdp / link
-    return Times(compute=5 * forward, exchange=gathered_seconds(gathered, fsdp) + averaged)
+    averaged = 2.0 * (data - 1) / data * 2.0 * parameters / fsdp / link
+    return Times(
+        compute=(4 + recomputed_share(config, step)) * forward,
+        exchange=gathered_seconds(gathered, fsdp) + averaged,
+    )
 
 
 def image_step(config: FluxConfig, step: paper.Step, forward: float, sequence: int) -> Times:
@@ -156,7 +180,7 @@ def figures(measured: Result) -> dict[str, Figure]:
     activations = sum(paper.activation_bytes(config, step).values())
     found: dict[str, Figure] = {}
     for name, (data, fsdp) in DISTILL.items():
-        times = distill_step(parameters, forward, data, fsdp)
+        times = distill_step(config, step, forward, data, fsdp)
         states = data * fsdp
         found |= {
             f"distill, {name}/compute": Figure(value=times.compute * 1e3, unit="ms"),

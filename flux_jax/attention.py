@@ -72,17 +72,21 @@ def attention(
     elif reason := why_not(implementation, q, k, masked=masked):
         raise NotImplementedError(f"attention {implementation!r} cannot run here: {reason}")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+    def compute(q: Array, k: Array, v: Array) -> Array:
+        if masked or implementation == "cudnn":
+            by: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
+            return jax.nn.dot_product_attention(
+                q, k, v, bias=bias, scale=scale, is_causal=causal, implementation=by
+            )
+        if implementation in kernels.KERNELS:
+            return kernels.KERNELS[implementation](q, k, v, scale).astype(q.dtype)
+        return _plain(q, k, v, scale, float8=implementation == "xla_fp8")
+
+    # A bias has heads of its own, and comes with encoders, which no training splits.
     if bias is not None:
-        return _library(q, k, v, implementation, bias=bias, scale=scale, is_causal=causal)
-    if masked or implementation == "cudnn":
-        one = functools.partial(
-            _library, implementation=implementation, scale=scale, is_causal=causal
-        )
-    elif implementation in kernels.KERNELS:
-        one = functools.partial(kernels.KERNELS[implementation], scale=scale)
-    else:
-        one = functools.partial(_plain, scale=scale, float8=implementation == "xla_fp8")
-    return on_each_device(one, ("batch", None, "heads", None), q, k, v).astype(q.dtype)
+        return compute(q, k, v)
+    return on_each_device(compute, ("batch", None, "heads", None), q, k, v)
 
 
 def is_fused(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -91,12 +95,6 @@ def is_fused(primitive: Any, *_: Any, **__: Any) -> bool:
     Its result and the sums of its softmax are what its gradient needs, and no larger than q.
     """
     return primitive.name.startswith("dot_product_attention_fwd")
-
-
-def _library(q: Array, k: Array, v: Array, implementation: str, **settings: Any) -> Array:
-    """By JAX's own function."""
-    by: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
-    return jax.nn.dot_product_attention(q, k, v, implementation=by, **settings)
 
 
 def _plain(q: Array, k: Array, v: Array, scale: float, *, float8: bool) -> Float[Array, "B Lq H D"]:

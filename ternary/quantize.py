@@ -24,14 +24,9 @@ from jaxtyping import Array, Float, Int8
 
 from flux_jax.errors import UserError
 from flux_jax.layers import Axes
-from flux_jax.sharding import (
-    axis_size,
-    compiler_mesh,
-    constrain,
-    partition_spec,
-    without_axis,
-)
-from pallas_kernels import GROUP, group_count, pack_codes, quantize_activations, unpack_codes
+from flux_jax.sharding import constrain
+from pallas_kernels import GROUP, group_count, quantize_activations
+from ternary.exchange import gather_signs
 
 Scale = Float[Array, ""] | Float[Array, " N"] | Float[Array, "N G"]
 
@@ -127,38 +122,7 @@ def straight_through_signs(
         of two bits in place of latent weights of four bytes.
     """
     signs = constrain(ternary_signs(weight, scale), axes)
-    return (gathered(signs, axes) if gather else signs).astype(jnp.float32)
-
-
-def gathered(signs: Int8[Array, "N K"], axes: Axes) -> Int8[Array, "N K"]:
-    """Brought together over `fsdp`, packed on the way; without `mesh_in_scope`, as they are.
-
-    Args:
-      signs: -1, 0 or +1.
-      axes: the logical names of the dimensions.
-    """
-    mesh = compiler_mesh()
-    if mesh is None or axis_size(mesh, "fsdp") == 1:
-        return signs
-    split = partition_spec(signs.shape, axes, mesh)
-    whole = without_axis(split, "fsdp")
-    if whole == split:
-        return signs
-    rows_are_split = whole[0] != split[0]
-
-    def exchange(part: Int8[Array, "n k"]) -> Int8[Array, "N k"] | Int8[Array, "n K"]:
-        rows, columns = part.shape
-        packed = pack_codes((part + 1).astype(jnp.uint8))
-        parts = jax.lax.all_gather(packed, "fsdp")
-        codes = unpack_codes(parts.reshape(-1, parts.shape[-1]), columns)
-        signs = codes.astype(jnp.int8) - 1
-        if rows_are_split:
-            return signs
-        return signs.reshape(-1, rows, columns).swapaxes(0, 1).reshape(rows, -1)
-
-    return jax.shard_map(exchange, mesh=mesh, in_specs=split, out_specs=whole, check_vma=False)(
-        signs
-    )
+    return (gather_signs(signs, axes) if gather else signs).astype(jnp.float32)
 
 
 def _signs_forward(

@@ -111,14 +111,21 @@ def test_gathering_is_bound_by_the_slower_link():
 
 
 def test_a_distillation_step_by_hand():
-    times = scaling_times.distill_step(12e9, 0.1, data=8, fsdp=8)
-    assert times.compute == pytest.approx(0.5)
-    gathered = 8 * 12e9 * 7 / 8 / 450e9
-    averaged = 2 * 7 / 8 * 4 * 12e9 / 8 / 50e9
-    assert times.exchange == pytest.approx(gathered + averaged)
-    assert times.sequential == pytest.approx(0.5 + gathered + averaged)
-    assert times.overlapped == pytest.approx(max(0.5, gathered + averaged))
-    assert scaling_times.distill_step(12e9, 0.1, data=1, fsdp=1).exchange == 0.0
+    config, step = FluxConfig.dev(), paper.Step()
+    times = scaling_times.distill_step(config, step, 0.1, data=8, fsdp=8)
+    # A double block: qkv 3, proj 1, MLP 4 + 4, modulation 6, of two streams; a single one: 7, 5, 3.
+    square, attention = 3072**2, 2 * 4608**2 * 3072
+    tokens = 4608 * square
+    again = tokens * (19 * 7 + 38 * 7) + square * (19 * 12 + 38 * 3)
+    forward = again + tokens * (19 * 5 + 38 * 5) + attention * 57
+    assert times.compute == pytest.approx((4 + again / forward) * 0.1, rel=1e-6)
+    moved = square * (19 * 2 * 12 + 38 * 12)
+    gathered = (2 + 2 / 4 + 2) * moved * 7 / 8 / 450e9
+    averaged = 2 * 7 / 8 * 2 * 11.9e9 / 8 / 50e9
+    assert times.exchange == pytest.approx(gathered + averaged, rel=5e-3)
+    assert times.sequential == pytest.approx(times.compute + times.exchange)
+    assert times.overlapped == pytest.approx(max(times.compute, times.exchange))
+    assert scaling_times.distill_step(config, step, 0.1, data=1, fsdp=1).exchange == 0.0
 
 
 def test_an_image_over_devices_by_hand():
