@@ -185,11 +185,14 @@ def train(
     )
     rows = draw(jax.random.key(1))
     losses, seconds = [], []
-    for _ in range(steps):
+    for number in range(1, steps + 1):
         begun = time.perf_counter()
         state, metrics = program(state, weights, rows)
         losses.append(float(metrics.loss))
         seconds.append(time.perf_counter() - begun)
+        if number % 10 == 0:
+            ms = 1e3 * statistics.median(seconds[-5:])
+            print(f"  step {number} of {steps}: {ms:.0f} ms, loss {losses[-1]:.4g}", flush=True)
     return Trained(compile=compiled, seconds=seconds, losses=losses)
 
 
