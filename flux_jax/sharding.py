@@ -267,10 +267,12 @@ def product_on_mesh(
     at = jax.lax.with_sharding_constraint
     if is_gathered(x):
         return product(x, at(weight, without_axis(place, "fsdp")))
-    batch = without_axis(partition_spec(x.shape, ("batch", None), mesh), "fsdp")
+    examples = partition_spec(x.shape, ("batch", None), mesh)
+    batch = without_axis(examples, "fsdp")
     y = product(at(x, batch), at(weight, place))
-    # Of the gradient that comes back too.
-    return at(y, PartitionSpec(batch[0], place[0]))
+    # Both act on the gradient that comes back, too. Cut into vectors of the model's width, some
+    # outputs of each would be a split that the compiler cannot go on from.
+    return at(at(y, PartitionSpec(batch[0], place[0])), PartitionSpec(examples[0], None))
 
 
 def on_each_device(
