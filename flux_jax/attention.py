@@ -83,8 +83,9 @@ def attention(
             return kernels.KERNELS[implementation](q, k, v, scale).astype(q.dtype)
         return _plain(q, k, v, scale, float8=implementation == "xla_fp8")
 
-    # A bias has heads of its own, and comes with encoders, which no training splits.
-    if bias is not None:
+    # Plain JAX the compiler splits by itself, by rows of a picture too. A bias has heads of its
+    # own, and comes with encoders, which no training splits.
+    if bias is not None or implementation in ("xla", "xla_fp8"):
         return compute(q, k, v)
     return on_each_device(compute, ("batch", None, "heads", None), q, k, v)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,11 +32,11 @@ from flux_jax.tree import parameter_path
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Output features of the wide products over `tensor` (heads stay whole). Of a weight (out, in),
-# `fsdp` splits the first dimension, whatever it is: what is gathered and summed then lies one
-# device's after the other's, and nothing has to be turned round. Vectors it leaves whole: they are
-# a few thousandths, and gathering them takes as many messages as the weights. Convolutions are
-# small and stay replicated. Devices that share parameters by `fsdp` each
+# Output features of the wide products over `tensor` (heads stay whole). Of a weight, `fsdp` splits
+# the first dimension that has a name and divides: what is gathered and summed then lies one
+# device's after the other's, and nothing has to be turned round. Vectors it leaves whole
+# (`shardings`): they are a few thousandths, and gathering them takes as many messages as the
+# weights. Convolutions are small and stay replicated. Devices that share parameters by `fsdp` each
 # have examples of their own: a layer's weights are gathered where they are used. Of a picture that
 # is decoded, each device of a `sequence` has some rows.
 DEFAULT_RULES: Rules = {
@@ -61,7 +62,7 @@ class MeshConfig:
 
     Attributes:
       data: parts of the batch; None for as many as there are devices left.
-      fsdp: parts of the batch, and of the parameters' residual width; for training.
+      fsdp: parts of the batch, and of every weight; for training.
       sequence: parts of each image's tokens, with whole parameters; for drawing.
       tensor: parts of the parameters' wide dimensions.
     """
@@ -203,13 +204,17 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def compiler_mesh() -> AbstractMesh | None:
-    """The mesh of `mesh_in_scope`, where the compiler is to split the work over it."""
+def compiler_mesh(x: Any) -> AbstractMesh | None:
+    """The mesh of `mesh_in_scope`, where the compiler is to split the work over it.
+
+    Args:
+      x: what the work is on. If it is not traced, there is no compiler.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     # Under `pmap` and `shard_map` an axis is the caller's, and an array already a part.
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None
-    return mesh
+    return mesh if isinstance(x, jax.core.Tracer) else None
 
 
 def constrain(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shaped[Array, "*shape"]:
@@ -219,7 +224,7 @@ def constrain(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shape
       x: an activation.
       axes: the logical name of each dimension, as in `DEFAULT_RULES`.
     """
-    mesh = compiler_mesh()
+    mesh = compiler_mesh(x)
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
@@ -260,19 +265,40 @@ def product_on_mesh(
       weight: a parameter, or what was made of it.
       axes: the logical names of the weight's dimensions.
     """
-    mesh = compiler_mesh()
-    if mesh is None:
+    mesh = compiler_mesh(x)
+    if mesh is None or x.ndim < 2:
         return product(x, weight)
     place = partition_spec(weight.shape, axes, mesh)
-    at = jax.lax.with_sharding_constraint
     if is_gathered(x):
-        return product(x, at(weight, without_axis(place, "fsdp")))
+        return product(x, _gathered(weight, place))
+    at = jax.lax.with_sharding_constraint
     examples = partition_spec(x.shape, ("batch", None), mesh)
     batch = without_axis(examples, "fsdp")
     y = product(at(x, batch), at(weight, place))
     # Both act on the gradient that comes back, too. Cut into vectors of the model's width, some
     # outputs of each would be a split that the compiler cannot go on from.
     return at(at(y, PartitionSpec(batch[0], place[0])), PartitionSpec(examples[0], None))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(weight: Array, place: PartitionSpec) -> Array:
+    """A weight that lies at `place`, brought together over `fsdp`.
+
+    Its gradient is summed to where the weight lies. Of a constraint's own gradient it is said that
+    it be whole, and over `data` and `fsdp` whole gradients would be exchanged.
+    """
+    return jax.lax.with_sharding_constraint(weight, without_axis(place, "fsdp"))
+
+
+def _gathered_forward(weight: Array, place: PartitionSpec) -> tuple[Array, None]:
+    return _gathered(weight, place), None
+
+
+def _gathered_backward(place: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(grad, place),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def on_each_device(
@@ -289,7 +315,7 @@ def on_each_device(
       axes: the logical name of each dimension of the arrays and of the result.
       arrays: what it takes.
     """
-    mesh = compiler_mesh()
+    mesh = compiler_mesh(arrays[0])
     if mesh is None:
         return function(*arrays)
     spec = partition_spec(arrays[0].shape, axes, mesh)
@@ -301,7 +327,11 @@ def on_each_device(
 
 @contextlib.contextmanager
 def mesh_in_scope(mesh: Mesh | AbstractMesh | None) -> Iterator[None]:
-    """While a function is traced: the mesh that `constrain` means. None changes nothing."""
+    """While a function is traced: the mesh over which the compiler splits what it computes.
+
+    `constrain`, `product_on_mesh`, `on_each_device` and `ternary.exchange` act on it. What is given
+    to the function must lie on the mesh. None changes nothing.
+    """
     if mesh is None:
         yield
         return
@@ -315,7 +345,7 @@ def shardings(state: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     Args:
       state: an nnx state (concrete or from `nnx.eval_shape`) whose variables carry `axes`.
       mesh: the device mesh.
-      rules: logical name to mesh axis.
+      rules: logical name to mesh axis. Vectors are left whole by `fsdp`, whatever the rules say.
     """
 
     def one(variable: nnx.Variable) -> nnx.Variable:

@@ -172,8 +172,9 @@ def float_product(x: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Float[
     """`x @ weight.T` of two matrices of one dtype, in float32.
 
     In the gradient's two products too, both factors are of that dtype, and so are their results:
-    what comes back in float32 is rounded to it first. Left to JAX, x and the weight would be
-    widened instead, and the tensor cores run at half of bf16's rate or less.
+    what comes back in float32 is rounded to it first (but not to float16, whose range is too
+    small). Left to JAX, x and the weight would be widened instead, and the tensor cores run at
+    half of bf16's rate or less.
     """
     return _contract(x, weight, (1, 1), jnp.float32)
 
@@ -184,8 +185,12 @@ def _float_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]
 
 def _float_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, weight = saved
-    grad = grad.astype(x.dtype)
-    return _contract(grad, weight, (1, 0), x.dtype), _contract(grad, x, (0, 0), weight.dtype)
+    # What is small in float32 is nothing in float16.
+    wide = jnp.finfo(x.dtype).minexp > jnp.finfo(jnp.float32).minexp
+    kind = jnp.float32 if wide else x.dtype
+    a, b, g = (array.astype(kind) for array in (x, weight, grad))
+    of_x, of_weight = _contract(g, b, (1, 0), kind), _contract(g, a, (0, 0), kind)
+    return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
 
 
 float_product.defvjp(_float_forward, _float_backward)

@@ -18,7 +18,7 @@ def gather_signs(signs: Int8[jax.Array, "N K"], axes: Axes) -> Int8[jax.Array, "
       signs: -1, 0 or +1.
       axes: the logical names of the dimensions.
     """
-    mesh = compiler_mesh()
+    mesh = compiler_mesh(signs)
     if mesh is None or axis_size(mesh, "fsdp") == 1:
         return signs
     split = partition_spec(signs.shape, axes, mesh)

@@ -137,14 +137,22 @@ def test_every_implementation_on_a_gpu(name):
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(4, 2), (3, 2), (4, 3)])
-def test_each_device_has_its_own_images_and_heads(batch, heads):
+def test_a_kernel_on_a_mesh_has_its_devices_images_and_heads(batch, heads, monkeypatch):
     """Split or, where a number does not divide, not: the same result and gradients."""
+    shapes = []
+
+    def kernel(q, k, v, scale):
+        shapes.append(q.shape)
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="xla")
+
+    monkeypatch.setitem(attention_kernels.KERNELS, "mosaic", kernel)
+    monkeypatch.setattr("flux_jax.attention.why_not", lambda *_, **__: None)
     q, k, v = draw(heads=heads, dtype=jnp.float32, batch=batch)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     place = NamedSharding(mesh, partition_spec(q.shape, ("batch", None, "heads", None), mesh))
 
     def loss(q, k, v):
-        return jnp.sum(jnp.sin(attention(q, k, v)))
+        return jnp.sum(jnp.sin(attention(q, k, v, implementation="mosaic")))
 
     @jax.jit
     def split(*arrays):
@@ -156,6 +164,9 @@ def test_each_device_has_its_own_images_and_heads(batch, heads):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), split(*arrays), alone)
     compiled = split.lower(*arrays).compile().as_text()
     assert "all-gather" not in compiled
+    part = place.shard_shape(q.shape)
+    assert part != q.shape
+    assert part in shapes
 
 
 def pretend_cudnn(monkeypatch):

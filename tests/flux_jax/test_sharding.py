@@ -84,6 +84,12 @@ def test_a_mesh_needs_its_devices():
     }
 
 
+def results(program, operation):
+    """The part before the name, of each such operation of a compiled program."""
+    parts = (line.partition(f" {operation}(") for line in program.splitlines())
+    return [before for before, found, _ in parts if found]
+
+
 def test_vectors_come_to_a_weight_that_is_split(capfd):
     """And go back: no weight moves, and the compiler is not at a loss with parts of vectors."""
     width, count = 16, 6
@@ -104,8 +110,52 @@ def test_vectors_come_to_a_weight_that_is_split(capfd):
     assert "fsdp" in placed["weight"].sharding.spec[0]
     batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
     compiled = step.lower(placed, jax.device_put(x, batch), mesh).compile()
-    gathered = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
-    assert not any(f"[{count * width},{width}]" in line.split("all-gather")[0] for line in gathered)
+    assert f"[{count * width},{width}]" not in " ".join(results(compiled.as_text(), "all-gather"))
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
     found, alone = compiled(placed, jax.device_put(x, batch)), step(flat, x, None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, alone)
+
+
+@pytest.mark.parametrize("axes", [("mlp", "embed"), ("embed", "mlp")])
+def test_a_gradient_is_summed_to_where_its_weight_lies(axes):
+    """Over `fsdp` first: what goes over `data`, between hosts, is a part."""
+    mesh = make_mesh(data=2, fsdp=4)
+    layer = Linear(32, 64, axes=axes, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    rebuild, flat = split_flat(layer)
+    places = flat_shardings(layer, mesh)
+
+    @jax.jit
+    def gradient(flat, x):
+        def loss(flat):
+            with mesh_in_scope(mesh):
+                stream = ("batch", None, None)
+                y = constrain(rebuild(flat)(constrain(x, stream)), stream)
+                return jnp.sum(jnp.sin(y))
+
+        found = jax.grad(loss)(flat)
+        return {n: jax.lax.with_sharding_constraint(v, places[n]) for n, v in found.items()}
+
+    x = jnp.ones((8, 3, 32))
+    placed = {name: jax.device_put(flat[name], place) for name, place in places.items()}
+    program = gradient.lower(placed, x).compile().as_text()
+    sums = results(program, "all-reduce")
+    assert sum("f32[64,32]" in line for line in sums) == 1
+    assert any("f32[16,32]" in line for line in sums)
+
+
+def test_what_a_caller_may_do_without_us():
+    """A mesh of its own in scope, products not traced, or vectors of no batch."""
+    layer = Linear(8, 16, axes=("mlp", "embed"), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jnp.arange(24.0).reshape(3, 8)
+    alone = layer(x)
+    mesh = make_mesh(fsdp=8)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(layer(x), alone, rtol=1e-6)
+
+    @jax.jit
+    def one_by_one(x):
+        with mesh_in_scope(mesh):
+            return jax.vmap(layer)(x)
+
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+    np.testing.assert_allclose(one_by_one(placed), alone, rtol=1e-6)

@@ -17,7 +17,7 @@ from pallas_kernels import (
     ternary_matmul,
 )
 from pallas_kernels.arguments import check_matmul, check_modulation
-from pallas_kernels.reference import signed_product
+from pallas_kernels.reference import float_product, signed_product
 
 GRANULARITIES = ("tensor", "channel", "group")
 
@@ -451,3 +451,12 @@ def test_what_is_quantised_is_taken_under_64_bit_types():
         settings = {"token_scale": scale, "row_sum": row_sum, "activation_bits": 8}
         y = ternary_matmul(q, packed, jnp.ones(4, jnp.float32), **settings)
     np.testing.assert_allclose(y, 8.0, rtol=1e-6)
+
+
+def test_gradients_in_float16_do_not_vanish():
+    """What comes back may be far smaller than float16 goes, where the result is not."""
+    x, weight = jnp.full((2, 64), 1.0, jnp.float16), jnp.full((32, 64), 1.0, jnp.float16)
+    pull = jax.vjp(float_product, x, weight)[1]
+    of_x, of_weight = pull(jnp.full((2, 32), 1e-8, jnp.float32))
+    assert of_x.dtype == of_weight.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(of_x, np.float64), 32e-8, rtol=0.1)
