@@ -84,7 +84,7 @@ class DistillConfig:
       weight_decay: of the matrices.
       max_grad_norm: a gradient of a larger norm is scaled down to it; infinity for never.
       block_loss: weight of the blocks' outputs, each as squared error over the teacher's square.
-      remat: recompute blocks in the gradient.
+      remat: recompute blocks in the gradient, but for gated products and cuDNN's attention.
       compute_dtype: of the student's passes.
       master_dtype: of the latent weights and the optimiser.
       ema: decay of an average of the weights; 0 keeps none.

@@ -412,7 +412,7 @@ def test_on_a_mesh(pipe, programs):
         nnx.update(model, jax.device_put(state, shardings(state, mesh)))
     weight = spread.transformer.double_blocks[0].img_attn.qkv.weight.get_value()
     assert len(weight.sharding.device_set) == 4
-    assert weight.addressable_shards[0].data.shape == (48, 16)
+    assert weight.addressable_shards[0].data.shape == (24, 32)
     found = spread([RED, BLUE], seed=0, return_latents=True, **STEPS)
     expected = pipe([RED, BLUE], seed=0, return_latents=True, **STEPS)
     np.testing.assert_allclose(found.latents, expected.latents, atol=1e-4)
