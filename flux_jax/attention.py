@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flux_jax import attention_kernels as kernels
-from flux_jax.sharding import on_each_device
+from flux_jax.partition import on_each_device
 
 Implementation = Literal["cudnn", "mosaic", "tokamax", "cudnn_fp8", "xla_fp8", "xla"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)

@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from flux_jax.compile_cache import lowered_folder
-from flux_jax.sharding import axis_size, mesh_in_scope
+from flux_jax.partition import mesh_in_scope
+from flux_jax.sharding import axis_size
 from flux_jax.stored import StoredProgram, has_own_name, is_ours
 
 Axes = tuple[str | None, ...]

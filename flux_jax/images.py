@@ -14,8 +14,8 @@ from flux_jax.configs import AutoencoderConfig
 from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
 from flux_jax.latents import PATCH, unpack
+from flux_jax.partition import constrain
 from flux_jax.residence import device_memory
-from flux_jax.sharding import constrain
 
 # Above this many pixels a whole decode would need more memory than the denoising loop.
 WHOLE_DECODE_PIXELS = 1024 * 1024

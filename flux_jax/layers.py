@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flux_jax.inputs import Hidden, Input, dense, layer_norm, surround
-from flux_jax.sharding import product_on_mesh
+from flux_jax.partition import product_on_mesh
 
 Axes = tuple[str | None, ...]
 DType = Any

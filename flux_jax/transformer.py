@@ -26,9 +26,10 @@ from flux_jax.configs import FluxConfig
 from flux_jax.heads import HeadsBackend, QKNorm, attention_heads
 from flux_jax.inputs import GATED, Input, Joined, Modulated
 from flux_jax.layers import DType, Linear
+from flux_jax.partition import constrain
 from flux_jax.rope import Rotation, rotary_angles, sinusoidal_embedding
 from flux_jax.sequence import is_split, over_all_tokens
-from flux_jax.sharding import constrain, mesh_of
+from flux_jax.sharding import mesh_of
 
 _TIME_CHANNELS = 256
 # Of the residual streams: examples over devices. Without it the compiler may rather split the

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Int8
 
 from flux_jax.layers import Axes
-from flux_jax.sharding import axis_size, compiler_mesh, partition_spec, without_axis
+from flux_jax.partition import compiler_mesh
+from flux_jax.sharding import axis_size, partition_spec, without_axis
 from pallas_kernels import pack_codes, unpack_codes
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from flux_jax.inputs import Hidden, Input, dense, surround
 from flux_jax.layers import AnyLinear, Axes, DType, Linear
-from flux_jax.sharding import is_gathered, product_on_mesh
+from flux_jax.partition import is_gathered, product_on_mesh
 from pallas_kernels import pack_codes, packed_width, ternary_matmul, unpack_codes
 from pallas_kernels.reference import float_product, signed_product
 from ternary.config import QuantConfig, scale_shape

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int8
 
 from flux_jax.errors import UserError
 from flux_jax.layers import Axes
-from flux_jax.sharding import constrain
+from flux_jax.partition import constrain
 from pallas_kernels import GROUP, group_count, quantize_activations
 from ternary.exchange import gather_signs
 

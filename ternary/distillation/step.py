@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flux_jax.kernels import leave_to_xla
+from flux_jax.partition import mesh_in_scope
 from flux_jax.rope import image_ids, text_ids
-from flux_jax.sharding import flat_shardings, mesh_in_scope
+from flux_jax.sharding import flat_shardings
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import Flat, split_flat, to_flat
 from ternary.config import DistillConfig

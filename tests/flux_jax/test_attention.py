@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flux_jax import attention_kernels
 from flux_jax.attention import IMPLEMENTATIONS, attention, is_fused, why_not
-from flux_jax.sharding import make_mesh, mesh_in_scope, partition_spec
+from flux_jax.partition import mesh_in_scope
+from flux_jax.sharding import make_mesh, partition_spec
 
 # Relative to the largest result: bfloat16 has 8 bits, float8 (e4m3) 4 for q, k, weights and result.
 BOUNDS = {"xla": 2e-2, "cudnn": 2e-2, "mosaic": 2e-2, "tokamax": 2e-2}

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flux_jax.sharding import make_mesh, mesh_in_scope, partition_spec
+from flux_jax.partition import mesh_in_scope
+from flux_jax.sharding import make_mesh, partition_spec
 from ternary.exchange import gather_signs
 
 
