@@ -12,10 +12,10 @@ would hold. Compiled at full width with one and two blocks of each kind, and ext
   compiled at full length, with XLA's own attention in chunks where a GPU has cuDNN's: an upper
   bound, by the probabilities of one block.
 
-For simulated CPU devices, work is an upper bound by far, and in two parts:
+For simulated CPU devices, work is an estimate, and in two parts:
 
 - weights: compiled with few tokens. A CPU computes bf16 products in float32, and gradients over
-  two axes are summed whole on every device.
+  two axes are summed whole on every device: there it is far too much.
 - activations: on paper. XLA's CPU backend drops the barriers that keep a recomputed block in its
   place, recomputes all of them early, and has no fused attention. What must be there is what
   each block keeps (its input, gated products, attention), and in the gradient of one block three
