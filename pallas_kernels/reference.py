@@ -186,8 +186,8 @@ def _float_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]
 def _float_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, weight = saved
     # What is small in float32 is nothing in float16.
-    wide = jnp.finfo(x.dtype).minexp > jnp.finfo(jnp.float32).minexp
-    kind = jnp.float32 if wide else x.dtype
+    too_small = jnp.finfo(x.dtype).minexp > jnp.finfo(jnp.float32).minexp
+    kind = jnp.float32 if too_small else x.dtype
     a, b, g = (array.astype(kind) for array in (x, weight, grad))
     of_x, of_weight = _contract(g, b, (1, 0), kind), _contract(g, a, (0, 0), kind)
     return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
