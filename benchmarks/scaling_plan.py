@@ -9,8 +9,8 @@ would hold. Compiled at full width with one and two blocks of each kind, and ext
 
 - held: latent weights, moments, teacher and trajectories, between steps. Exact.
 - work: what a step holds beside that: gathered weights, gradients, activations. For GPUs it is
-  compiled at full length, with XLA's own attention in chunks where a GPU has cuDNN's: an upper
-  bound, by the probabilities of one block.
+  compiled at full length, with XLA's own attention in chunks where a GPU has cuDNN's. That keeps
+  the probabilities of one block, but not every block's result, 1.5 GiB a state.
 
 For simulated CPU devices, work is an estimate, and in two parts:
 

@@ -44,6 +44,11 @@ def param(init: Any, rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DType, axes:
     return nnx.Param(init(rngs.params(), shape, jnp.float32).astype(dtype), axes=axes)
 
 
+def weight_axes(weight: nnx.Param) -> Axes:
+    """The logical names of a matrix's two dimensions, None where it has none."""
+    return weight.get_metadata().get("axes", (None, None))
+
+
 def truncated_fan_in(fan_in: int) -> Any:
     """Truncated normal of standard deviation 1 / sqrt(fan_in)."""
     return jax.nn.initializers.truncated_normal(1.0 / math.sqrt(fan_in))
@@ -141,9 +146,8 @@ class Linear(AnyLinear):
         def product(x: Array, weight: Array) -> Array:
             return jax.lax.dot_general(x, weight[outputs], (((x.ndim - 1,), (1,)), ((), ())))
 
-        axes = self.weight.get_metadata().get("axes", (None, None))
         weight = self.weight[...]
-        y = product_on_mesh(product, x.astype(weight.dtype), weight, axes)
+        y = product_on_mesh(product, x.astype(weight.dtype), weight, weight_axes(self.weight))
         return y if self.bias is None else y + along_last(self.bias[...][outputs], y.ndim)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from flux_jax.inputs import Hidden, Input, dense, surround
-from flux_jax.layers import AnyLinear, Axes, DType, Linear
+from flux_jax.layers import AnyLinear, Axes, DType, Linear, weight_axes
 from flux_jax.partition import is_gathered, product_on_mesh
 from pallas_kernels import pack_codes, packed_width, ternary_matmul, unpack_codes
 from pallas_kernels.reference import float_product, signed_product
@@ -220,7 +220,7 @@ class FakeTernaryLinear(AnyLinear):
             rows,
             config,
             bias=linear.bias is not None,
-            axes=_axes(linear.weight),
+            axes=weight_axes(linear.weight),
             dtype=weight.dtype,
             master_dtype=master_dtype,
         )
@@ -255,7 +255,7 @@ class FakeTernaryLinear(AnyLinear):
         x = dense(x).astype(self.dtype)
         scale = self.quantization_scale()
         # Integers of at most 127 are exact in bf16, and so is everything that is summed.
-        axes, gather = _axes(self.weight), is_gathered(x)
+        axes, gather = weight_axes(self.weight), is_gathered(x)
         signs: Array = straight_through_signs(self.weight[...], scale, axes, gather)
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
 
@@ -275,7 +275,7 @@ class FakeTernaryLinear(AnyLinear):
     def freeze(self) -> TernaryLinear:
         """The packed layer with the same result."""
         rows, columns = self.weight.shape
-        axes = _axes(self.weight)
+        axes = weight_axes(self.weight)
         new = TernaryLinear(
             columns, rows, self.config, bias=self.bias is not None, axes=axes, dtype=self.dtype
         )
@@ -287,11 +287,6 @@ class FakeTernaryLinear(AnyLinear):
             if value is not None:
                 getattr(new, name)[...] = value[...].astype(self.dtype)
         return new
-
-
-def _axes(weight: nnx.Param) -> Axes:
-    """The logical names of its dimensions."""
-    return weight.get_metadata().get("axes", (None, None))
 
 
 def trained_dtype(name: str, master_dtype: DType) -> DType:
