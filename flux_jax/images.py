@@ -83,7 +83,7 @@ def decode(
                 [some, np.repeat(some[-1:], -len(some) % function.parts, axis=0)]
             )
             parts.append(jax.device_get(function(*function.place(filled)))[: len(some)])
-        decoded = np.concatenate(parts).astype(np.float32)
+        decoded = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.float32)
     if not np.isfinite(decoded).all():
         raise UserError(
             "the image came out as NaN or infinity: the weights or the latents overflow "
@@ -109,12 +109,16 @@ def is_tiled(pixels: int, tiled: bool | None) -> bool:
 
 def to_unit_range(decoded: Float[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
     """The autoencoder's [-1, 1] to [0, 1], clipped; float32."""
-    return np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
+    # In place: each fresh array of a picture's size costs as much as the arithmetic.
+    unit = decoded * np.float32(0.5)
+    unit += np.float32(0.5)
+    return np.clip(unit, 0.0, 1.0, out=unit)
 
 
 def to_uint8(images: Float[np.ndarray, "*B H W C"]) -> UInt8[np.ndarray, "*B H W C"]:
     """[0, 1] to 0..255, halves to even as NumPy and diffusers round."""
-    return (images * 255).round().astype(np.uint8)
+    scaled = images * 255
+    return np.rint(scaled, out=scaled).astype(np.uint8)
 
 
 def to_pil(images: Float[np.ndarray, "B H W C"]) -> list[Image.Image]:
