@@ -51,6 +51,7 @@ from flux_jax.assets import resolve
 from flux_jax.composition.prompts import load_prompts
 from flux_jax.composition.score import score_images
 from flux_jax.errors import UserError
+from flux_jax.linears import linears
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.tree import Flat, split_flat
 from ternary.calibration.run import calibrate_checkpoint
@@ -59,7 +60,6 @@ from ternary.distillation.held_out import HeldOut, grid
 from ternary.distillation.step import PromptSet, StepFunction, TrainState
 from ternary.distillation.trajectory import Trajectories
 from ternary.layers import FakeTernaryLinear
-from ternary.policy import linears
 from ternary.storage.latents import load_latents
 from ternary.storage.saving import save_checkpoint
 from ternary.student import freeze_student, make_student

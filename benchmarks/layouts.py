@@ -151,6 +151,10 @@ LAYOUTS = {
             ("peak", "peak memory a device"),
         ),
     ),
+    "lora": Layout(
+        title="FLUX.1-dev, 1024 x 1024, one step",
+        columns=(("step", "time"), ("times", "of that without"), ("weights", "weights")),
+    ),
     "composition": Layout(
         title="composition score, 720 held-out prompts, guidance 3.5, 28 steps",
         rows=(

@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 from benchmarks.scaled_weights import moments, ternary_layers
 from flux_jax.components import abstract_module
 from flux_jax.configs import AutoencoderConfig, FluxConfig
+from flux_jax.linears import linears
 from flux_jax.prompts import PromptEmbeds
 from flux_jax.sharding import flat_shardings
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat
 from ternary.config import QuantConfig
 from ternary.layers import TernaryLinear
-from ternary.policy import linears
 from ternary.storage.checkpoint import abstract_ternary
 
 Module = TypeVar("Module", bound=nnx.Module)

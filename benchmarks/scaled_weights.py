@@ -24,9 +24,10 @@ from convert.safetensors_write import write_component
 from convert.tensors import Spec, total_bytes
 from flux_jax.assets import shipped_path
 from flux_jax.configs import FluxConfig, SchedulerConfig
+from flux_jax.linears import linears
 from flux_jax.tokenization import DEV_TOKENS
 from ternary.config import QuantConfig
-from ternary.policy import Policy, linears, select
+from ternary.policy import Policy, select
 from ternary.storage.base3 import pack_base3
 from ternary.storage.checkpoint import dense_shapes
 from ternary.storage.format import CODES, expected_tensors

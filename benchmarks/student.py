@@ -25,10 +25,11 @@ from benchmarks.processes import folder_bytes
 from flux_jax.assets import STUDENT, TEACHER, shipped_path
 from flux_jax.evaluate import Evaluation, evaluate, file_name, select_prompts
 from flux_jax.images import psnr
+from flux_jax.linears import linears
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.tree import to_flat
 from ternary.layers import TernaryLinear
-from ternary.policy import Policy, linears
+from ternary.policy import Policy
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.saving import save_checkpoint
 from ternary.student import freeze_student, make_student

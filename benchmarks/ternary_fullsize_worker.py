@@ -159,8 +159,8 @@ def load(size: Size, work: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from flux_jax.linears import linears
     from ternary.layers import TernaryLinear
-    from ternary.policy import linears
 
     del size
     # What starting the backend takes is not the checkpoint's.

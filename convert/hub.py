@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from convert.problems import first_line
+from convert.safetensors_header import SUFFIX
 from convert.tables import COMPONENTS, TOKENIZERS, check_components
 from flux_jax import assets
 from flux_jax.errors import UserError
 
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# As diffusers saves a LoRA.
+_LORA_FILE = f"pytorch_lora_weights{SUFFIX}"
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 
@@ -66,12 +70,74 @@ def download(
         check_components(list(components))
     # Late: only this path needs the network's libraries.
     import huggingface_hub
-    from huggingface_hub import errors
 
-    try:
+    with _told(repo, revision):
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=patterns(components)
         )
+    path = Path(folder)
+    if not (path / "model_index.json").exists():
+        raise UserError(
+            f"{repo}: has no model_index.json, so it is no diffusers pipeline; download the "
+            "single file that you want and give its path"
+        )
+    return path
+
+
+def resolve_lora(src: str | Path) -> Path:
+    """The safetensors file of a LoRA, downloaded to the hub's cache if need be.
+
+    Args:
+      src: a file, a folder with one, a repository id `owner/name` whose file has the name that
+        diffusers gives it, or `owner/name/file.safetensors`.
+
+    Raises:
+      UserError: none of these is there, or it cannot be reached.
+    """
+    path = Path(src).expanduser()
+    if path.is_dir():
+        return only_file(path)
+    if path.exists():
+        return path
+    repo, name = "/".join(Path(src).parts[:2]), "/".join(Path(src).parts[2:])
+    if not _REPO_ID.fullmatch(repo) or (name and not name.endswith(SUFFIX)):
+        raise UserError(
+            f"{src}: no such file or folder, and no file of a hub repository "
+            f"(owner/name or owner/name/file{SUFFIX})"
+        )
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    with _told(repo, None):
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, name or _LORA_FILE))
+        except errors.RemoteEntryNotFoundError as error:
+            raise UserError(
+                f"{repo}: has no {name or _LORA_FILE}; name its file as {repo}/FILE{SUFFIX}"
+            ) from error
+
+
+def only_file(folder: Path) -> Path:
+    """The one safetensors file of a folder.
+
+    Raises:
+      UserError: it has none, or several.
+    """
+    found = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
+    if len(found) != 1:
+        raise UserError(
+            f"{folder}: expected one {SUFFIX} file, found {len(found)}; give the file's own path"
+        )
+    return found[0]
+
+
+@contextlib.contextmanager
+def _told(repo: str, revision: str | None) -> Iterator[None]:
+    """What the hub's client raises, as one line that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise UserError(
             f"{repo}: gated: accept its licence at https://huggingface.co/{repo} and log in with "
@@ -98,10 +164,3 @@ def download(
         raise UserError(
             f"{repo}: download failed: {reason}; what is there already is not fetched again"
         ) from error
-    path = Path(folder)
-    if not (path / "model_index.json").exists():
-        raise UserError(
-            f"{repo}: has no model_index.json, so it is no diffusers pipeline; download the "
-            "single file that you want and give its path"
-        )
-    return path

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flux_jax.autoencoder import Autoencoder as Autoencoder
     from flux_jax.checkpoint import inspect_checkpoint as inspect_checkpoint
     from flux_jax.checkpoint import load_checkpoint as load_checkpoint
+    from flux_jax.checkpoint import load_lora as load_lora
     from flux_jax.checkpoint import save_checkpoint as save_checkpoint
     from flux_jax.clip import CLIPTextEncoder as CLIPTextEncoder
     from flux_jax.configs import AutoencoderConfig as AutoencoderConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from flux_jax.configs import SchedulerConfig as SchedulerConfig
     from flux_jax.configs import T5Config as T5Config
     from flux_jax.errors import UserError as UserError
+    from flux_jax.lora import LoRA as LoRA
     from flux_jax.metadata import read_png as read_png
     from flux_jax.metadata import save_png as save_png
     from flux_jax.pipeline import FluxPipeline as FluxPipeline
@@ -41,6 +43,7 @@ _HOME = {
     "FluxConfig": "configs",
     "FluxPipeline": "pipeline",
     "FluxTransformer": "transformer",
+    "LoRA": "lora",
     "PromptEmbeds": "prompts",
     "SchedulerConfig": "configs",
     "T5Config": "configs",
@@ -50,6 +53,7 @@ _HOME = {
     "flat_shardings": "sharding",
     "inspect_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
+    "load_lora": "checkpoint",
     "make_mesh": "sharding",
     "read_png": "metadata",
     "save_checkpoint": "checkpoint",

@@ -28,6 +28,14 @@ def integer(name: str, value: Any, *, least: int = 1, most: int | None = None) -
     return whole
 
 
+def finite(name: str, value: Any) -> float:
+    """`value` as a finite float."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
 def scale(name: str, value: Any) -> float:
     """`value` as a finite float that is not negative."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -18,9 +18,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from flux_jax import arguments
 from flux_jax.components import Config, abstract_module
-from flux_jax.configs import SchedulerConfig
+from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.layers import DType
+from flux_jax.lora import LoRA
 from flux_jax.sharding import Rules
 
 
@@ -206,6 +208,25 @@ def inspect_checkpoint(path_or_repo_id: str | Path) -> Contents:
             scheduler=opened.scheduler,
             tokenizer_paths=opened.tokenizers,
         )
+
+
+def load_lora(path_or_repo_id: str | Path, config: FluxConfig, *, scale: float = 1.0) -> LoRA:
+    """A LoRA of a FLUX.1 transformer, in the names of diffusers, kohya, ComfyUI or XLabs.
+
+    Args:
+      path_or_repo_id: a safetensors file, a folder with one, a hub id with the file that diffusers
+        writes (owner/name), or a hub file (owner/name/file.safetensors).
+      config: of the transformer that it is for.
+      scale: by which its changes are multiplied.
+
+    Raises:
+      UserError: no such file, another kind of adapter, or one that does not fit the transformer.
+    """
+    from convert import hub, lora
+
+    found = lora.read_lora(hub.resolve_lora(path_or_repo_id), config)
+    scale = arguments.finite("the scale of a LoRA", scale)
+    return dataclasses.replace(found, path=str(path_or_repo_id), scale=scale)
 
 
 def save_checkpoint(

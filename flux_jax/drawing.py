@@ -134,6 +134,7 @@ class _Wanted:
             "guidance_scale": plan.guidance_scale,
             "negative_prompt": self._negative,
             "true_cfg_scale": 1.0 if self._negative is None else plan.true_cfg_scale,
+            "loras": pipe.loras,
             "dtype": str(pipe.transformer.dtype),
             "fingerprint": pipe.fingerprint(),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flux_jax import arguments, stages
-from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint, stored_component
+from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint, load_lora, stored_component
 from flux_jax.encoding import StreamedT5
 from flux_jax.errors import UserError
+from flux_jax.lora import LoRA, attach, read_name
 from flux_jax.plan import ARGUMENTS, Plan, make_plan
 from flux_jax.prompts import TextEncoders
 from flux_jax.residence import AUTO, PLACEMENTS, RESIDENT, STREAMED, fits
@@ -35,12 +36,14 @@ class Request:
       configs: of its four components, by name.
       abstract: from a dtype, each of them in shapes alone.
       plan: the call.
+      loras: read, for the transformer.
     """
 
     path: Path
     configs: dict[str, Any]
     abstract: dict[str, Callable[[Any], nnx.Module]]
     plan: Plan
+    loras: tuple[LoRA, ...] = ()
 
 
 def check_request(
@@ -50,6 +53,7 @@ def check_request(
     images: int,
     num_images_per_prompt: int,
     mesh: jax.sharding.Mesh | None = None,
+    loras: Sequence[str] = (),
 ) -> Request:
     """Check a call's arguments against a checkpoint's configurations, before any weight is read.
 
@@ -60,9 +64,11 @@ def check_request(
       images: number of prompts.
       num_images_per_prompt: images of each.
       mesh: the devices, if they are a mesh.
+      loras: PATH or PATH:SCALE, as `flux_jax.lora.read_name` takes it. They are read.
 
     Raises:
-      UserError: an argument out of its range, or a checkpoint that lacks a part of a pipeline.
+      UserError: an argument out of its range, a checkpoint that lacks a part of a pipeline, or a
+        LoRA that cannot be read or does not fit.
     """
     found = inspect_checkpoint(model)
     missing = [name for name in (*_TEXT, *_IMAGE) if name not in found.components]
@@ -82,7 +88,14 @@ def check_request(
     )
     arguments.seeds_and_keys(settings.get("seed"), None, images * num_images_per_prompt)
     abstract = {name: part.abstract for name, part in found.components.items()}
-    return Request(path=found.path, configs=configs, abstract=abstract, plan=plan)
+    names = [read_name(text) for text in loras]
+    return Request(
+        path=found.path,
+        configs=configs,
+        abstract=abstract,
+        plan=plan,
+        loras=tuple(load_lora(path, configs["transformer"], scale=s) for path, s in names),
+    )
 
 
 def lower_ahead(request: Request, dtype: Any, mesh: jax.sharding.Mesh | None = None) -> list[Any]:
@@ -92,7 +105,11 @@ def lower_ahead(request: Request, dtype: Any, mesh: jax.sharding.Mesh | None = N
     """
     if mesh is not None:
         return []
-    models = {name: make(check_dtype(dtype)) for name, make in request.abstract.items()}
+    models: dict[str, Any] = {
+        name: make(check_dtype(dtype)) for name, make in request.abstract.items()
+    }
+    for lora in request.loras:
+        attach(models["transformer"], lora)
     for model in models.values():
         place_shapes(model, None)
     return stages.lower_ahead(models, request.plan)

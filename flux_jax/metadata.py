@@ -35,6 +35,7 @@ class GenerationRecord:
       true_cfg_scale: 1 without a negative prompt.
       batch_size: how many images a device drew together.
       model: as it was named to `from_pretrained`.
+      loras: beside its weights, each as PATH:SCALE.
       dtype: of the transformer's weights.
       fingerprint: of the weights (`flux_jax.fingerprint`); None if not computed.
       version: of flux_jax.
@@ -52,6 +53,7 @@ class GenerationRecord:
     true_cfg_scale: float = 1.0
     batch_size: int = 1
     model: str | None = None
+    loras: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     fingerprint: str | None = None
     version: str = ""
@@ -98,6 +100,7 @@ def readable(record: GenerationRecord) -> str:
         "Size": f"{record.width}x{record.height}",
         "Model": record.model,
         "Model hash": record.fingerprint,
+        "LoRAs": " ".join(record.loras) or None,
         "Version": f"flux_jax {record.version}",
     }
     lines = [record.prompt]
@@ -119,6 +122,9 @@ def save_png(image: Image.Image, path: str | Path, record: GenerationRecord | No
     chunks = PngImagePlugin.PngInfo()
     if record is not None:
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(record)}
+        if not record.loras:
+            # Earlier versions read this record too.
+            del content["loras"]
         # JSON in ASCII survives every tool that rewrites text chunks.
         chunks.add_itxt(_CHUNK, json.dumps(content))
         chunks.add_itxt(_READABLE_CHUNK, readable(record))
@@ -198,6 +204,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "int | None": (int, type(None)),
     "float | None": (int, float, type(None)),
     "str | None": (str, type(None)),
+    "tuple[str, ...]": (list,),
 }
 
 
@@ -217,11 +224,14 @@ def _parse(text: str, path: str | Path) -> GenerationRecord:
         if name not in fields:
             raise UserError(f"{path} has flux_jax metadata with an unknown field {name!r}")
         allowed = _JSON_TYPES[str(fields[name].type)]
-        if isinstance(value, bool) or not isinstance(value, allowed):
+        texts = not isinstance(value, list) or all(isinstance(item, str) for item in value)
+        if isinstance(value, bool) or not isinstance(value, allowed) or not texts:
             raise UserError(
                 f"{path} has flux_jax metadata whose {name} should be {fields[name].type}, "
                 f"got {value!r}"
             )
+    if "loras" in content:
+        content["loras"] = tuple(content["loras"])
     try:
         return GenerationRecord(**content)
     except TypeError as error:

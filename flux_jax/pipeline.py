@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from flux_jax.configs import SchedulerConfig
 from flux_jax.denoise import denoise
 from flux_jax.fingerprint import component_digest, fingerprint
 from flux_jax.kernels import suit_mesh, use_kernels
+from flux_jax.lora import LoRA, attach, detach
 from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
 from flux_jax.parts import check_devices, check_embeds, check_widths, encoded_length
@@ -87,8 +89,10 @@ class FluxPipeline:
         suit_mesh(transformer)
         self.vae_tiling = vae_tiling
         self.name = name
-        layers = modulation_layers(transformer) if offload_modulation else []
-        self._waiting = HostWeights(layers) if offload_modulation else None
+        self._loras: tuple[LoRA, ...] = ()
+        self._waiting: HostWeights | None = None
+        if offload_modulation:
+            self._offload()
 
     @classmethod
     def from_pretrained(
@@ -174,6 +178,57 @@ class FluxPipeline:
           UserError: no such name, or what it names cannot run here; says why.
         """
         use_kernels(self.transformer, kernels=kernels, attention_by=attention)
+
+    def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:
+        """Put a LoRA beside the transformer's weights, whatever kind they are, from now on.
+
+        Several add up. Nothing is merged: a step takes a little longer, ternary weights stay
+        packed, and `unload_loras` gives back the transformer that was there before.
+
+        Args:
+          path: a safetensors file, or a hub id, as `flux_jax.load_lora` takes it.
+          scale: by which its changes are multiplied; may be negative.
+
+        Raises:
+          UserError: no such file, another kind of adapter, or one that does not fit the
+            transformer.
+        """
+        # Late, as all that reads checkpoints.
+        from flux_jax.checkpoint import load_lora
+
+        self.add_lora(load_lora(path, self.transformer.config, scale=scale))
+
+    def add_lora(self, lora: LoRA) -> None:
+        """As `load_lora`, of a LoRA that was read before."""
+        with self._weights_on_device():
+            attach(self.transformer, lora)
+        self._loras += (lora,)
+
+    def unload_loras(self) -> None:
+        """Take all LoRAs off the transformer."""
+        with self._weights_on_device():
+            detach(self.transformer)
+        self._loras = ()
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """The LoRAs in use, each as PATH:SCALE."""
+        return tuple(map(str, self._loras))
+
+    def _offload(self) -> None:
+        self._waiting = HostWeights(modulation_layers(self.transformer))
+
+    @contextlib.contextmanager
+    def _weights_on_device(self) -> Iterator[None]:
+        """For the length of a block that changes layers, no weights wait on the host."""
+        if self._waiting is None:
+            yield
+            return
+        self._waiting.bring_back()
+        try:
+            yield
+        finally:
+            self._offload()
 
     def encode_prompt(
         self, prompt: str | Sequence[str], *, max_sequence_length: int | None = None
@@ -402,6 +457,7 @@ class FluxPipeline:
                 true_cfg_scale=1.0 if negative is None else plan.true_cfg_scale,
                 batch_size=plan.device_batch_size,
                 model=self.name,
+                loras=self.loras,
                 dtype=str(self.transformer.dtype),
                 version=flux_jax.__version__,
                 platform=self.transformer.device.platform,

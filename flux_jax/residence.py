@@ -33,12 +33,16 @@ class HostWeights:
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
         """The arrays where they were; results must be there before the end of the block."""
-        for module, host, places in zip(self._modules, self._host, self._places, strict=True):
-            nnx.update(module, jax.device_put(host, places))
+        self.bring_back()
         try:
             yield
         finally:
             self._leave()
+
+    def bring_back(self) -> None:
+        """The arrays where they were, for good: the modules may then be changed."""
+        for module, host, places in zip(self._modules, self._host, self._places, strict=True):
+            nnx.update(module, jax.device_put(host, places))
 
     def _leave(self) -> None:
         for module, host in zip(self._modules, self._host, strict=True):

@@ -1,17 +1,13 @@
-"""Which linears become ternary: name patterns, and the exchange of layers in place."""
+"""Which linears become ternary: name patterns, and how much of a model they are."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from flax import nnx
+from collections.abc import Mapping, Sequence
 
 from flux_jax.errors import UserError
-from flux_jax.layers import Linear
 
 # Every linear of every block, modulation included. Embedders and the final layer stay.
 DEFAULT_PATTERNS = ("double_blocks.*", "single_blocks.*")
@@ -30,16 +26,6 @@ class Policy:
 
     include: tuple[str, ...] = DEFAULT_PATTERNS
     exclude: tuple[str, ...] = ()
-
-
-def linears(module: nnx.Module, kinds: type | tuple[type, ...] = Linear) -> dict[str, Any]:
-    """The linears of a module by dotted path, in the order of their paths."""
-    found = {
-        ".".join(map(str, path)): child
-        for path, child in nnx.iter_modules(module)
-        if isinstance(child, kinds)
-    }
-    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
 
 def select(names: Sequence[str], policy: Policy) -> list[str]:
@@ -68,18 +54,6 @@ def select(names: Sequence[str], policy: Policy) -> list[str]:
     return chosen
 
 
-def replace_linears(
-    module: nnx.Module, names: Sequence[str], make: Callable[[str, Any], Any]
-) -> None:
-    """Put `make(name, linear)` in the place of each named linear."""
-    for name in names:
-        *parents, last = name.split(".")
-        parent: Any = module
-        for part in parents:
-            parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
-        setattr(parent, last, make(name, getattr(parent, last)))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coverage:
     """How much of a model is ternary.
@@ -104,9 +78,3 @@ def coverage(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> Cov
         ternary=sum(math.prod(shapes[f"{name}.weight"]) for name in names),
         total=sum(math.prod(shape) for shape in shapes.values()),
     )
-
-
-def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
-    """A sort key that puts block 2 before block 10."""
-    parts = name.split(".")
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in parts)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from flax import nnx
 
 from flux_jax.layers import DType
+from flux_jax.linears import linears, replace_linears
 from flux_jax.transformer import FluxTransformer
 from ternary.config import QuantConfig
 from ternary.layers import FakeTernaryLinear
-from ternary.policy import Policy, linears, replace_linears, select
+from ternary.policy import Policy, select
 
 
 def make_student(

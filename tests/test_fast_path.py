@@ -17,12 +17,12 @@ from flux_jax.assets import STUDENT
 from flux_jax.functional import ModuleFunction
 from flux_jax.images import psnr
 from flux_jax.inputs import dense
+from flux_jax.linears import linears
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.rope import image_ids, text_ids
 from pallas_kernels import ternary_matmul
 from pallas_kernels.backends import device_of, why_not
 from ternary.layers import TernaryLinear
-from ternary.policy import linears
 
 PROMPT = "a red circle above a blue square"
 CALL = {"seed": 3, "output_type": "np", "progress": False}

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,6 +66,16 @@ MeshOption = Annotated[
         help="How this process's devices are laid out, as data=4 (images over devices) or "
         "data=2,sequence=2 (each image over two); tensor splits the weights.",
         show_default="one device",
+    ),
+]
+LoRAs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="PATH[:SCALE]",
+        help="A LoRA's safetensors file or hub id, beside the transformer's weights, packed ones "
+        "too. May be given several times.",
+        show_default="none",
     ),
 ]
 Distributed = Annotated[
@@ -165,6 +175,7 @@ def load_and_encode(
     with_fingerprint: bool = True,
     mesh: Mesh | None = None,
     offload_modulation: bool = False,
+    loras: Sequence[str] = (),
 ) -> Loaded:
     """Check what is asked for, then encode the prompts while the rest of the model is loaded.
 
@@ -180,6 +191,7 @@ def load_and_encode(
       with_fingerprint: whether it is wanted.
       mesh: devices to draw on; by default one.
       offload_modulation: as in `FluxPipeline`.
+      loras: as in `LoRAs`.
     """
     from flux_jax import arguments, loading
     from flux_jax.pipeline import FluxPipeline
@@ -188,7 +200,12 @@ def load_and_encode(
 
     prompts = arguments.texts("prompt", settings["prompt"])
     request = loading.check_request(
-        model, settings, images=len(prompts), num_images_per_prompt=num_images, mesh=mesh
+        model,
+        settings,
+        images=len(prompts),
+        num_images_per_prompt=num_images,
+        mesh=mesh,
+        loras=loras,
     )
     path, length = request.path, request.plan.max_sequence_length
     negative = negative_prompt(settings, request.plan)
@@ -220,6 +237,8 @@ def load_and_encode(
             name=model,
             **others.result(),
         )
+        for lora in request.loras:
+            pipe.add_lora(lora)
     return Loaded(
         pipe=pipe,
         prompts=embeds.take(range(len(prompts))),

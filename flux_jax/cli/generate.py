@@ -67,6 +67,7 @@ def generate(
     num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
     max_sequence_length: common.Length = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32.", show_default="bf16")] = None,
+    lora: common.LoRAs = None,
     batch_size: common.BatchSize = None,
     replay: Annotated[
         Path | None,
@@ -100,6 +101,7 @@ def generate(
       python -m flux_jax generate "a red circle above a blue square" --seed 0
       python -m flux_jax generate "a cat" "a dog" --num-images 2 --out pets.png
       python -m flux_jax generate "a lighthouse" --model black-forest-labs/FLUX.1-dev --width 768
+      python -m flux_jax generate "a lighthouse" --lora style.safetensors:0.8
       python -m flux_jax generate --replay image.png --out again.png
       python -m flux_jax generate "a lighthouse" --model FOLDER --mesh sequence=4
       python -m flux_jax generate --prompts prompts.txt --out images --mesh data=4
@@ -117,6 +119,7 @@ def generate(
         "batch_size": batch_size,
         "model": model,
         "dtype": None if dtype is None else common.dtype_name(dtype),
+        "loras": lora or None,
     }
     given = {name: value for name, value in explicit.items() if value is not None}
     shared: dict[str, Any] = {
@@ -161,7 +164,7 @@ def _generate(
     enable_compilation_cache()
     devices = common.mesh_of_this_process(mesh)
     settings, expected = _settings(explicit, replay, devices)
-    model, dtype = settings.pop("model"), settings.pop("dtype")
+    model, dtype, loras = (settings.pop(name) for name in ("model", "dtype", "loras"))
 
     watch = common.Stopwatch()
     with watch.stage("load and encode"):
@@ -173,6 +176,7 @@ def _generate(
             with_fingerprint=metadata,
             mesh=devices,
             offload_modulation=offload_modulation,
+            loras=loras,
         )
     if None not in (expected, loaded.fingerprint) and expected != loaded.fingerprint:
         logger.warning(
@@ -219,13 +223,13 @@ def _settings(
     """Everything asked for, explicit options over those of the image to replay.
 
     Returns:
-      (settings, fingerprint): keyword arguments of the pipeline's call with "model" and "dtype",
-      and the fingerprint of the weights that drew the image to replay, if known.
+      (settings, fingerprint): keyword arguments of the pipeline's call with "model", "dtype" and
+      "loras", and the fingerprint of the weights that drew the image to replay, if known.
     """
     if replay is None:
         if "prompt" not in explicit:
             raise UserError("give a PROMPT to draw, or --replay IMAGE.png; see --help")
-        return {"model": DEFAULT_MODEL, "dtype": "bfloat16", **explicit}, None
+        return {"model": DEFAULT_MODEL, "dtype": "bfloat16", "loras": (), **explicit}, None
     from flux_jax.metadata import read_png
     from flux_jax.sharding import axis_size
 
@@ -235,6 +239,8 @@ def _settings(
     recorded["batch_size"] *= 1 if mesh is None else axis_size(mesh, "data")
     if record.model is None and "model" not in explicit:
         raise UserError(f"{replay} does not say which model drew it: name one with --model")
-    settings = {**recorded, "model": record.model, "dtype": record.dtype, **explicit}
+    drawn_by = {"model": record.model, "dtype": record.dtype, "loras": record.loras}
+    settings = {**recorded, **drawn_by, **explicit}
     # Other weights were asked for: nobody expects the same image.
-    return settings, None if "model" in explicit else record.fingerprint
+    others = {"model", "loras"} & set(explicit)
+    return settings, None if others else record.fingerprint

@@ -56,6 +56,7 @@ def generate_many(
     settings = {"seed": 0, **explicit}
     model = settings.pop("model", DEFAULT_MODEL)
     dtype = settings.pop("dtype", "bfloat16")
+    loras = settings.pop("loras", ())
     prompts = read_prompts(prompt_file)
     count = arguments.integer("num_images", num_images)
     seed = arguments.integer("seed", settings.pop("seed"), least=0)
@@ -76,7 +77,7 @@ def generate_many(
             devices = common.mesh_of_this_process(mesh)
             checked = {**settings, "seed": jobs[-1].seed}
             request = loading.check_request(
-                model, checked, images=1, num_images_per_prompt=1, mesh=devices
+                model, checked, images=1, num_images_per_prompt=1, mesh=devices, loras=loras
             )
             if processes.first:
                 # For its warning; `drawing` leaves out what has no effect.
@@ -92,6 +93,8 @@ def generate_many(
                 offload_modulation=offload_modulation,
             )
             pipe.name = model
+            for lora in request.loras:
+                pipe.add_lora(lora)
         with watch.stage("draw"):
             drawn = drawing.draw(
                 pipe, jobs, out, settings=settings, progress=not quiet, processes=processes

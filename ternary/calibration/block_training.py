@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from flux_jax.configs import FluxConfig
 from flux_jax.layers import Linear
+from flux_jax.linears import replace_linears
 from flux_jax.rope import Rotation
 from flux_jax.tree import Flat, split_flat, to_flat
 from ternary.calibration.streaming import OUTPUTS, Part, abstract_part, apply_part
@@ -30,7 +31,6 @@ from ternary.config import CalibrateConfig, QuantConfig
 from ternary.distillation.optimizer import apply_gradients, make_optimizer
 from ternary.distillation.step import latent_names, relative_error
 from ternary.layers import FakeTernaryLinear, trained_dtype
-from ternary.policy import replace_linears
 
 
 class PartPrograms:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flux_jax.kernels import leave_to_xla
+from flux_jax.linears import linears
 from flux_jax.partition import mesh_in_scope
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.sharding import flat_shardings
@@ -28,7 +29,6 @@ from ternary.config import DistillConfig
 from ternary.distillation.optimizer import apply_gradients, make_optimizer
 from ternary.distillation.trajectory import Pool, States, Trajectories
 from ternary.layers import FakeTernaryLinear, trained_dtype
-from ternary.policy import linears
 
 
 class PromptSet(NamedTuple):

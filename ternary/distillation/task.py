@@ -21,13 +21,13 @@ from flux_jax import loading
 from flux_jax.composition.prompts import EvalPrompt, load_prompts
 from flux_jax.errors import UserError
 from flux_jax.files import write_whole, writing
+from flux_jax.linears import linears
 from flux_jax.prompt_file import read_prompts
 from flux_jax.tree import Flat
 from ternary.distillation.placement import abstract_student
 from ternary.distillation.run_config import RunConfig, differences, to_yaml
 from ternary.distillation.training_state import complete_steps
 from ternary.layers import TernaryLinear
-from ternary.policy import linears
 from ternary.storage.latents import Latents, load_latents
 
 # Prompts that carry a composition score come with the package.

@@ -22,12 +22,12 @@ from jaxtyping import Float, Shaped, UInt8
 from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
+from flux_jax.linears import replace_linears
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat, to_flat
 from pallas_kernels import GROUP
 from ternary.config import QuantConfig
 from ternary.layers import TernaryLinear
-from ternary.policy import replace_linears
 from ternary.storage import files
 from ternary.storage.base3 import base3_to_packed, unpack_base3
 from ternary.storage.device_base3 import base3_to_packed_on

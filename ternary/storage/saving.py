@@ -11,12 +11,12 @@ import numpy as np
 
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
+from flux_jax.linears import linears
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import to_flat
 from pallas_kernels import unpack_codes
 from ternary.config import GRANULARITIES, QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
-from ternary.policy import linears
 from ternary.storage import files
 from ternary.storage.base3 import pack_base3
 from ternary.storage.checkpoint import dense_shapes

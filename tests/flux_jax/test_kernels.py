@@ -10,11 +10,12 @@ from flux_jax.components import abstract_module
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 from flux_jax.kernels import leave_to_xla, use_kernels
+from flux_jax.linears import linears, replace_linears
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.sharding import make_mesh, spread
 from ternary.config import QuantConfig
 from ternary.layers import TernaryLinear
-from ternary.policy import Policy, linears, replace_linears, select
+from ternary.policy import Policy, select
 from tests.random_module import random_module
 from tests.small_pipeline import TRANSFORMER, VAE, small_pipeline
 

@@ -25,6 +25,7 @@ RECORD = GenerationRecord(
     true_cfg_scale=2.0,
     batch_size=4,
     model="tiny",
+    loras=("style.safetensors:0.8", "other.safetensors:-1"),
     dtype="bfloat16",
     fingerprint="0123456789abcdef",
     version="0.1.0",
@@ -55,10 +56,17 @@ def test_any_text_survives(tmp_path_factory, prompt, negative, seed):
 
 def test_every_field_is_kept_and_used():
     """A field that neither draws the image again nor says what drew it would be clutter."""
-    told = {"guidance_scale", "model", "dtype", "fingerprint", "version", "platform"}
+    told = {"guidance_scale", "model", "loras", "dtype", "fingerprint", "version", "platform"}
     fields = {field.name for field in dataclasses.fields(RECORD)}
     assert fields == set(RECORD.arguments()) | told
     assert "guidance_scale" not in dataclasses.replace(RECORD, guidance_scale=None).arguments()
+
+
+def test_without_loras_earlier_versions_read_it(tmp_path):
+    save_png(IMAGE, tmp_path / "image.png", dataclasses.replace(RECORD, loras=()))
+    with Image.open(tmp_path / "image.png") as image:
+        assert "loras" not in json.loads(image.text["flux_jax"])
+    assert read_png(tmp_path / "image.png").loras == ()
 
 
 def test_readable_text():
@@ -68,6 +76,8 @@ def test_readable_text():
     assert "Seed: 7, Size: 96x128, Model: tiny, Model hash: 0123456789abcdef" in lines[2]
     plain = readable(dataclasses.replace(RECORD, negative_prompt=None, guidance_scale=None))
     assert "CFG" not in plain
+    assert "LoRAs: style.safetensors:0.8 other.safetensors:-1" in lines[2]
+    assert "LoRAs" not in readable(dataclasses.replace(RECORD, loras=()))
 
 
 def test_other_programs_find_the_text(tmp_path):
@@ -126,6 +136,8 @@ def test_an_image_that_is_too_large_to_be_decoded(tmp_path, monkeypatch):
         ({"seed": "7"}, r"whose seed should be int \| None, got '7'"),
         ({"height": True}, "whose height should be int, got True"),
         ({"prompt": None}, "whose prompt should be str, got None"),
+        ({"loras": "a:1"}, "whose loras should be tuple.*, got 'a:1'"),
+        ({"loras": [1]}, r"whose loras should be tuple.*, got \[1\]"),
     ],
 )
 def test_metadata_of_another_kind(tmp_path, change, message):

@@ -9,11 +9,12 @@ from flax import nnx
 from flux_jax.configs import FluxConfig
 from flux_jax.inputs import Modulated, gelu
 from flux_jax.layers import Linear
+from flux_jax.linears import linears, replace_linears
 from flux_jax.tree import split_flat, to_flat
 from ternary import layers
 from ternary.config import GRANULARITIES, QuantConfig
 from ternary.layers import FakeTernaryLinear, PackedParam, TernaryLinear
-from ternary.policy import Policy, linears, replace_linears, select
+from ternary.policy import Policy, select
 from tests.random_module import random_module
 
 SMALL = FluxConfig(

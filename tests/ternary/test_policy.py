@@ -5,8 +5,9 @@ import pytest
 from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
+from flux_jax.linears import linears, replace_linears
 from flux_jax.tree import to_flat
-from ternary.policy import Policy, coverage, linears, replace_linears, select
+from ternary.policy import Policy, coverage, select
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from flux_jax.errors import UserError
 from flux_jax.files import claimed
+from flux_jax.linears import linears
 from flux_jax.loading import load_text_encoders
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
@@ -28,7 +29,7 @@ from ternary.cli import app
 from ternary.commands.calibrate import parse_blocks
 from ternary.config import QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
-from ternary.policy import Policy, linears
+from ternary.policy import Policy
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.latents import load_latents
 from ternary.student import make_student

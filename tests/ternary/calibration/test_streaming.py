@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from flux_jax.configs import FluxConfig
+from flux_jax.linears import linears
 from flux_jax.rope import image_ids, rotary_angles, text_ids
 from flux_jax.tree import to_flat
 from ternary.calibration.block_training import PartPrograms, output_weights
@@ -25,7 +26,6 @@ from ternary.calibration.streaming import (
     take_rows,
 )
 from ternary.config import CalibrateConfig
-from ternary.policy import linears
 from ternary.storage.saving import stored_layer
 from tests.ternary.calibration.calibration_parts import (
     FLUX,

@@ -13,6 +13,7 @@ from flax import nnx
 
 from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.heads import attention_heads
+from flux_jax.linears import linears, replace_linears
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat
 from ternary.config import OPTIMIZERS, DistillConfig, QuantConfig, TrajectoryConfig
@@ -20,7 +21,7 @@ from ternary.distillation.optimizer import make_optimizer
 from ternary.distillation.step import PromptSet, StepFunction, latent_names, pmap_step
 from ternary.distillation.trajectory import Trajectories, split_pool
 from ternary.layers import FakeTernaryLinear
-from ternary.policy import Policy, linears, replace_linears, select
+from ternary.policy import Policy, select
 
 pytestmark = pytest.mark.slow
 

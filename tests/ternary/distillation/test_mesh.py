@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.errors import UserError
+from flux_jax.linears import linears
 from flux_jax.sharding import MeshConfig, flat_shardings, make_mesh, read_mesh
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat, to_flat
@@ -29,7 +30,7 @@ from ternary.distillation.task import Task
 from ternary.distillation.training_state import StateStore
 from ternary.distillation.trajectory import Trajectories
 from ternary.layers import FakeTernaryLinear
-from ternary.policy import Policy, linears
+from ternary.policy import Policy
 
 FLUX = FluxConfig(
     in_channels=8,

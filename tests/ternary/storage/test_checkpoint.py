@@ -19,12 +19,13 @@ from convert import engine
 from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
+from flux_jax.linears import linears, replace_linears
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.sharding import make_mesh
 from flux_jax.tree import to_flat
 from ternary.config import GRANULARITIES, QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
-from ternary.policy import Policy, linears, replace_linears, select
+from ternary.policy import Policy, select
 from ternary.storage import base3, checkpoint
 from ternary.storage.checkpoint import abstract_ternary, dense_shapes, open_checkpoint
 from ternary.storage.format import FILE, expected_tensors

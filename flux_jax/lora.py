@@ -1,0 +1,161 @@
+"""LoRAs (arXiv 2106.09685): low-rank changes of a transformer's linears, put beside them.
+
+Nothing is merged. A ternary weight would lose the change, which is far below the step between its
+levels, and a bf16 weight would round part of it away; beside the weight it acts in full, on a
+1.58-bit student as on its teacher, and can be taken off again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flux_jax import arguments
+from flux_jax.inputs import Input, dense, surround
+from flux_jax.layers import AnyLinear
+from flux_jax.linears import linears, replace_linears
+from flux_jax.sharding import spread
+from flux_jax.transformer import FluxTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A change `b @ a` of one linear's weight.
+
+    Attributes:
+      a: (R, K) float32.
+      b: (N, R) float32.
+    """
+
+    a: Float[np.ndarray, "R K"]
+    b: Float[np.ndarray, "N R"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """The changes of a transformer's linears that belong together.
+
+    Attributes:
+      path: where they were read from, as it was given.
+      layers: by the linears' dotted paths.
+      scale: by which all are multiplied.
+    """
+
+    path: str
+    layers: Mapping[str, LowRank]
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        """As a command line takes it."""
+        return f"{self.path}:{self.scale:g}"
+
+
+class LoRALinear(AnyLinear):
+    """A linear, and what LoRAs add to it.
+
+    Attributes:
+      base: the linear of any kind, as it was.
+      lora_a, lora_b: (R, K) and (N, R), the LoRAs' scales in the second; several LoRAs lie one
+        after the other along R.
+    """
+
+    def __init__(self, base: AnyLinear, a: Float[Any, "R K"], b: Float[Any, "N R"]):
+        self.base = base
+        # Their rank has no name: every device has all of it.
+        self.lora_a = nnx.Param(a, axes=(None, None))
+        self.lora_b = nnx.Param(b, axes=(None, None))
+
+    @property
+    def bias(self) -> nnx.Param | None:
+        """The base's, which tells where and in which type a transformer computes."""
+        return getattr(self.base, "bias", None)
+
+    def __call__(
+        self,
+        x: Input,
+        *,
+        gate: Float[Array, "B N"] | None = None,
+        residual: Float[Array, "*L N"] | None = None,
+    ) -> Float[Array, "*L N"]:
+        """See `AnyLinear`; the base computes with its product what it does without a LoRA."""
+        y = self.base(x, gate=gate, residual=residual)
+        change = self._change(x).astype(y.dtype)
+        return y + change if gate is None else surround(change, gate, y)
+
+    def _change(self, x: Input) -> Float[Array, "*L N"]:
+        a, b = self.lora_a[...], self.lora_b[...]
+        return dense(x).astype(a.dtype) @ a.T @ b.T
+
+
+def attach(transformer: FluxTransformer, lora: LoRA) -> None:
+    """Put a LoRA beside the linears that it changes, and beside the LoRAs that are there.
+
+    Args:
+      transformer: is changed. Of one in shapes alone, the LoRA has shapes alone too.
+      lora: read for a transformer of this configuration.
+    """
+    found = linears(transformer, AnyLinear)
+    example = transformer.img_in.bias
+    assert example is not None
+    shapes_only = isinstance(example.get_value(), jax.ShapeDtypeStruct)
+
+    def made(value: np.ndarray) -> Any:
+        if shapes_only:
+            return jax.ShapeDtypeStruct(value.shape, example.get_value().dtype)
+        return jax.device_put(jnp.asarray(value, transformer.dtype), transformer.device)
+
+    def beside(path: str, linear: AnyLinear) -> AnyLinear:
+        change = lora.layers[path]
+        a, b = change.a, change.b * np.float32(lora.scale)
+        if isinstance(linear, LoRALinear):
+            a = np.concatenate((_host(linear.lora_a), a))
+            b = np.concatenate((_host(linear.lora_b), b), axis=1)
+            linear = linear.base
+        new = LoRALinear(linear, made(a), made(b))
+        if transformer.mesh is not None:
+            spread(new, transformer.mesh)
+        return new
+
+    replace_linears(transformer, [path for path in found if path in lora.layers], beside)
+
+
+def detach(transformer: FluxTransformer) -> None:
+    """Take all LoRAs off; the linears are those that were there before.
+
+    Args:
+      transformer: is changed.
+    """
+    replace_linears(
+        transformer, list(linears(transformer, LoRALinear)), lambda _, linear: linear.base
+    )
+
+
+def read_name(text: str) -> tuple[str, float]:
+    """Path and scale of a LoRA as a command line has it: PATH or PATH:SCALE.
+
+    Raises:
+      UserError: a scale that is not finite.
+    """
+    path, colon, tail = text.rpartition(":")
+    try:
+        scale = float(tail)
+    except ValueError:
+        colon = ""
+    if not colon:
+        # No scale: a colon may be part of a path.
+        return text, 1.0
+    return path, arguments.finite("the scale of a LoRA", scale)
+
+
+def _host(param: nnx.Param) -> np.ndarray:
+    value = param.get_value()
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return np.zeros(value.shape, np.float32)
+    return np.asarray(value, np.float32)
