@@ -35,9 +35,11 @@ def enable_compilation_cache() -> Path | None:
       The folder in use, or None if off or if the folder cannot be made.
     """
     wanted = os.environ.get(VARIABLE, "")
-    if wanted.lower() in ("off", "0", "no"):
-        return None
     config: Any = jax.config
+    if wanted.lower() in ("off", "0", "no"):
+        jax.config.update("jax_compilation_cache_dir", None)
+        _enabled.clear()
+        return None
     configured = config.jax_compilation_cache_dir
     folder = Path(wanted or configured or default_folder()).expanduser()
     try:

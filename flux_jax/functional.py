@@ -127,7 +127,7 @@ class ModuleFunction:
             every device has all of them.
           result: of the result.
           compiler_splits: axes of a mesh over which the function says itself what is divided
-            (`sharding.constrain`). Where one of them has several devices, all of the function is
+            (`partition.constrain`). Where one of them has several devices, all of the function is
             left to the compiler.
         """
         self._function = function

@@ -23,7 +23,13 @@ from flux_jax.kernels import suit_mesh, use_kernels
 from flux_jax.lora import LoRA, attach, detach
 from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
-from flux_jax.parts import check_devices, check_embeds, check_widths, encoded_length
+from flux_jax.parts import (
+    check_devices,
+    check_embeds,
+    check_same_length,
+    check_widths,
+    encoded_length,
+)
 from flux_jax.plan import Plan, initial_noise, make_plan, sequence_length
 from flux_jax.prompt_rows import Prompt, embed_rows, prompt_rows
 from flux_jax.prompts import PromptEmbeds, TextEncoders
@@ -372,6 +378,8 @@ class FluxPipeline:
             wanted.append((negative_prompt, negative_rows))
         embeds, *others = embed_rows(self.text_encoders, wanted, plan)
         negative = others[0] if others else None
+        if negative is not None:
+            check_same_length(embeds, negative)
 
         decoded, clean = [], []
         for indices, tokens in self._drawn(noise, embeds, negative, plan, callback, progress):

@@ -33,8 +33,8 @@ class HostWeights:
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
         """The arrays where they were; results must be there before the end of the block."""
-        self.bring_back()
         try:
+            self.bring_back()
             yield
         finally:
             self._leave()

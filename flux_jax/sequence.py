@@ -83,9 +83,17 @@ def _merged(x: Float[Array, ...], axis: int) -> Float[Array, ...]:
 _here: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
+def exchange_here() -> Exchange | None:
+    """How the tokens lie, where this is traced; None if all of them are at hand.
+
+    What is traced once and called again depends on it: it must be part of the key.
+    """
+    return _here.get()
+
+
 def is_split() -> bool:
     """Whether, where this is traced, the tokens at hand are a part of them."""
-    return _here.get() is not None
+    return exchange_here() is not None
 
 
 def over_all_tokens(

@@ -159,7 +159,8 @@ class FakeTernaryLinear(AnyLinear):
     """A linear that is ternary in the forward pass and keeps latent weights; for training.
 
     Its result is that of the `TernaryLinear` from `freeze`: the same integers are multiplied, as
-    floats, and the scales are rounded as they will be stored. Gradients go straight through both
+    floats, and the scales are rounded as they will be stored. Only gate and residual, which the
+    packed layer adds before it rounds, are added after it here. Gradients go straight through both
     roundings.
 
     Attributes:
@@ -252,7 +253,11 @@ class FakeTernaryLinear(AnyLinear):
         residual: Float[Array, "*L N"] | None = None,
     ) -> Float[Array, "*L N"]:
         """As `TernaryLinear`, differentiable in all its floating parameters and in x."""
-        x = dense(x).astype(self.dtype)
+        if self.config.activation_bits == 8 and self.low_rank_a is None:
+            # As the packed layer does it: rounded to int8 alone, not to 16 bits before.
+            x = dense(jax.tree.map(lambda array: array.astype(jnp.float32), x))
+        else:
+            x = dense(x).astype(self.dtype)
         scale = self.quantization_scale()
         # Integers of at most 127 are exact in bf16, and so is everything that is summed.
         axes, gather = weight_axes(self.weight), is_gathered(x)

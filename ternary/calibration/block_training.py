@@ -99,11 +99,10 @@ class PartPrograms:
         rebuild, _ = split_flat(module)
         return rebuild, latent_names(module)
 
-    def start(self, part: Part, teacher: Flat, layers: Sequence[str]) -> Flat:
-        """The student's parameters before training: the teacher's, rounded in the forward pass.
+    def start(self, teacher: Flat, layers: Sequence[str]) -> Flat:
+        """A part's parameters before training: the teacher's, rounded in the forward pass.
 
         Args:
-          part: which.
           teacher: its parameters, on the device.
           layers: paths of its ternary linears, within the part.
 

@@ -140,7 +140,7 @@ class Calibrator:
             return send(self.progress.read(part))
         if teacher is None:
             teacher = send(self.weights.part(part))
-        return self.programs.start(part, teacher, self.plan.layers[part.name])
+        return self.programs.start(teacher, self.plan.layers[part.name])
 
 
 class _Pass:

@@ -83,11 +83,13 @@ class RunLog:
         """The tables, cut back to the last checkpoint; what they say last is known again."""
         step = done or 0
         # The drawing of step 0 is made before any checkpoint.
-        drawn = Table(self._out / "held_out.csv", HELD_OUT, -1 if done is None else step)
+        last_drawn = -1 if done is None else step
+        drawn = Table(self._out / "held_out.csv", HELD_OUT, last_drawn)
         self._parts.callback(drawn.close)
         metrics = Table(self._out / "metrics.csv", METRICS, step)
         self._parts.callback(metrics.close)
-        board = Board(self._out / "tensorboard", step)
+        self._forget_pictures(last_drawn)
+        board = Board(self._out / "tensorboard", last_drawn)
         self._parts.callback(board.close)
         if metrics.last is not None:
             self.loss = float(metrics.last["loss"])
@@ -95,6 +97,13 @@ class RunLog:
             cells = drawn.last.items()
             self.held_out = {name: float(cell) if cell else None for name, cell in cells}
         return metrics, drawn, board
+
+    def _forget_pictures(self, last: int) -> None:
+        """Removes those of steps that will be taken again, perhaps with other settings."""
+        for file in (self._out / "samples").glob("step_*.*"):
+            step = file.stem.removeprefix("step_")
+            if step.isdigit() and int(step) > last:
+                file.unlink()
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         return writing(self._out, "; the run goes on from its last checkpoint")

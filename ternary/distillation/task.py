@@ -20,7 +20,7 @@ import yaml
 from flux_jax import loading
 from flux_jax.composition.prompts import EvalPrompt, load_prompts
 from flux_jax.errors import UserError
-from flux_jax.files import write_whole, writing
+from flux_jax.files import partial_path, write_whole, writing
 from flux_jax.linears import linears
 from flux_jax.prompt_file import read_prompts
 from flux_jax.tree import Flat
@@ -166,7 +166,8 @@ def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> N
                     f"{out} holds a run with other settings ({'; '.join(changed[:4])}): go on "
                     "with its own, or name another folder"
                 )
-        elif not path.exists() and any(out.iterdir()):
+        # Killed while it wrote its settings for the first time, a run has left but a part of them.
+        elif not path.exists() and set(out.iterdir()) - {partial_path(path)}:
             raise UserError(f"{out} is not empty and holds no run: name another folder")
         else:
             write_whole(path, text.encode())

@@ -44,6 +44,13 @@ def test_folder_from_the_environment(tmp_path, variable):
 
 def test_off(tmp_path):
     assert run(XDG_CACHE_HOME=str(tmp_path), FLUX_JAX_COMPILATION_CACHE="off") == "None"
+    # Also one that JAX was told of.
+    told = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "told"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    assert run(**told, FLUX_JAX_COMPILATION_CACHE="off") == "None"
     assert not any(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from flux_jax.errors import UserError
 from flux_jax.images import UNPACK_DECODE
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
-from flux_jax.sequence import is_split, over_all_tokens, tokens_of_a_part
+from flux_jax.sequence import Exchange, is_split, over_all_tokens, tokens_of_a_part
 from flux_jax.sharding import make_mesh, spread
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import to_flat
@@ -98,6 +98,30 @@ def test_images_in_bf16(alone, kind, axes):
     assert np.abs(found - expected).max() < 0.15
     apart = np.abs(expected[:1] - expected[1:]).mean()
     assert np.abs(found - expected).mean() < 0.05 * apart
+
+
+def test_another_share_of_text_is_another_program(monkeypatch):
+    """Though a single block's shapes are the same: 4 + 16 tokens, and 12 + 8."""
+    seen = []
+    to_heads = Exchange.to_heads
+
+    def watched(self, q, k, v, meanwhile):
+        seen.append((self.text, q.shape[1]))
+        return to_heads(self, q, k, v, meanwhile)
+
+    monkeypatch.setattr(Exchange, "to_heads", watched)
+    pipe = small_pipeline(mesh=make_mesh(sequence=2))
+    for tokens, height in ((4, 64), (12, 32)):
+        pipe(
+            "a red circle",
+            seed=0,
+            height=height,
+            width=64,
+            max_sequence_length=tokens,
+            **{**STEPS, "num_inference_steps": 1},
+        )
+    # A double block and a single one, each traced for both.
+    assert seen == [(2, 10), (2, 10), (6, 10), (6, 10)]
 
 
 @pytest.mark.slow

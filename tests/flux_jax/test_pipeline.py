@@ -225,6 +225,17 @@ def test_true_cfg_needs_both_its_arguments(pipe, options):
     assert half.records[0].negative_prompt is None
 
 
+def test_a_negative_prompt_of_another_length_is_refused(pipe):
+    short, whole = (pipe.encode_prompt(BLUE, max_sequence_length=n) for n in (8, 12))
+    cfg = {"true_cfg_scale": 2.0, "num_inference_steps": 1, "progress": False, "seed": 0}
+    for prompt in (RED, whole):
+        with pytest.raises(UserError, match="encoded to 8 tokens and prompt to 12: encode both"):
+            pipe(prompt, negative_prompt=short, **cfg)
+    # Without an effect it is not looked at.
+    pipe(RED, negative_prompt=short, **{**cfg, "true_cfg_scale": 1.0})
+    pipe(RED, negative_prompt=short, max_sequence_length=8, **cfg)
+
+
 def test_negative_prompt_of_each(pipe):
     cfg = {"true_cfg_scale": 2.0, "return_latents": True, **STEPS}
     both = pipe([RED, BLUE], negative_prompt=["the cube", "green"], seed=0, **cfg)

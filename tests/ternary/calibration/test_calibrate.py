@@ -167,7 +167,7 @@ def test_embedders_and_the_final_layer_can_be_ternary(tmp_path, weights, prompts
     assert list(reports) == ["embedders", "final_layer"]
     assert all(report.after < 0.8 * report.before for report in reports.values())
     part, layers = weights.parts[0], calibrator.plan.layers["embedders"]
-    start = calibrator.programs.start(part, jax.device_put(weights.part(part)), layers)
+    start = calibrator.programs.start(jax.device_put(weights.part(part)), layers)
     trained = calibrator.progress.read(weights.parts[0])
     for kind in ("weight", "bias", "log_scale", "low_rank_a", "low_rank_b"):
         name = f"time_in.in_layer.{kind}"

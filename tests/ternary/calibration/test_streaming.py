@@ -111,7 +111,7 @@ def test_a_part_that_is_dropped_leaves_the_device(calibrator):
 
     def make_and_save():
         teacher = send(calibrator.weights.part(part))
-        params = calibrator.programs.start(part, teacher, layers)
+        params = calibrator.programs.start(teacher, layers)
         for layer in layers:
             for _ in stored_layer(layer, calibrator.programs.layer(params, layer)):
                 pass
@@ -172,7 +172,7 @@ def test_accumulation_is_the_same_batch_in_parts(calibrator):
             compute_dtype="float32", accumulate=accumulate, warmup=1, optimizer="lion"
         )
         programs = PartPrograms(FLUX, QUANT, config, calibrator.programs._rotation)
-        start = programs.start(part, send(calibrator.weights.part(part)), ["linear"])
+        start = programs.start(send(calibrator.weights.part(part)), ["linear"])
         state = start, programs.start_optimizer(start)
         losses = []
         for _ in range(3):
@@ -190,7 +190,7 @@ def test_moments_in_bf16_stay_so_where_gradients_are_summed_in_float32(calibrato
     part, width = calibrator.weights.parts[-1], FLUX.hidden_size
     config = CalibrateConfig(batch_size=4, accumulate=2, master_dtype="bfloat16")
     programs = PartPrograms(FLUX, QUANT, config, calibrator.programs._rotation)
-    params = programs.start(part, send(calibrator.weights.part(part)), ["linear"])
+    params = programs.start(send(calibrator.weights.part(part)), ["linear"])
     state = params, programs.start_optimizer(params)
     inputs = {"img": jnp.zeros((4, 6, width)), "vec": jnp.zeros((4, width))}
     targets = {"velocity": jnp.ones((4, 6, FLUX.in_channels))}

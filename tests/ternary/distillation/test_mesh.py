@@ -142,7 +142,7 @@ def test_every_mesh_gives_the_losses_and_gradients_of_one_device(axes, kind):
 
 @pytest.mark.slow
 def test_fsdp_splits_parameters_and_optimizer():
-    """Eight devices hold an eighth each, and no step gathers what only the optimiser reads."""
+    """Eight devices hold an eighth each, and take in and give out no more."""
     parts, whole = training((1, 8, 1), "channel"), training((1, 1, 1), "channel")
     state = parts.start.from_teacher()
     for tree in (state.params, state.ema, state.optimizer):
@@ -155,17 +155,7 @@ def test_fsdp_splits_parameters_and_optimizer():
     name = "single_blocks.0.linear1.weight"
     rows, columns = state.params[name].shape
     local = f"f32[{rows // 8},{columns}]"
-    program = parts.compiled.as_text()
-    assert local in program
-    gathered = [
-        line for line in program.splitlines() if " all-gather(" in line and "f32[8]" not in line
-    ]
-    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer))
-    # Weights are gathered for teacher, student and its gradient, in a step's one loop; the moments,
-    # twice the parameters, are not among them.
-    assert gathered
-    assert all("optimizer" not in line for line in gathered)
-    assert moments > 2 * sum(value.size for value in state.params.values()) * 0.99
+    assert local in parts.compiled.as_text()
 
 
 def gathered_elements(program: str) -> Counter[str]:
@@ -195,7 +185,9 @@ def test_fsdp_gathers_packed_codes_in_place_of_latent_weights():
     assert found["u8"] == 2 * sum(rows * packed_width(columns) for rows, columns in shapes)
     assert found["s8"] == 0
     assert moved > 0
-    assert found["f32"] < whole - moved + 2 * (whole - latent) + 0.5 * (latent - moved)
+    # Nor are the moments among it, which only the optimiser reads: two for every parameter.
+    others = whole - moved + 2 * (whole - latent) + 0.5 * (latent - moved)
+    assert found["f32"] < others < found["f32"] + 2 * whole
 
 
 def losses_over(meshes, folder):

@@ -94,6 +94,12 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
+def test_killed_while_it_wrote_its_settings_a_run_begins(tmp_path):
+    (tmp_path / ".run.yaml.partial").write_text("teach")
+    open_folder(tmp_path, Task(teacher="tiny", prompts=Path("p.txt")), RunConfig(), TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
 def test_a_folder_goes_on_with_its_own_texts_alone(begun):
     """The file has its name still, but a line more: every row would be another prompt."""
     task = Task(teacher="tiny", prompts=Path("prompts.txt"))
