@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from convert.tables import COMPONENTS, TOKENIZERS, check_components
 from flux_jax import assets
 from flux_jax.errors import UserError
 
-_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # As diffusers saves a LoRA.
 _LORA_FILE = f"pytorch_lora_weights{SUFFIX}"
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
@@ -33,14 +31,18 @@ def resolve(
     Raises:
       UserError: neither a path nor a repository that can be reached.
     """
+    if not str(src):
+        raise UserError("the path of the checkpoint is empty")
     if revision is None:
         src = assets.resolve(src)
+    elif src in assets.SHIPPED:
+        raise UserError(f"{src}: a model that ships has no revision {revision!r}")
     path = Path(src).expanduser()
     if path.exists():
         if revision is not None:
             raise UserError(f"{src}: a local path has no revision {revision!r}")
         return path
-    if not isinstance(src, str) or not _REPO_ID.fullmatch(src):
+    if not isinstance(src, str) or not assets.REPO_ID.fullmatch(src):
         shipped = ", ".join(assets.SHIPPED)
         raise UserError(
             f"{src}: no such file or folder, and neither a hub id (owner/name) nor a model that "
@@ -100,7 +102,7 @@ def resolve_lora(src: str | Path) -> Path:
     if path.exists():
         return path
     repo, name = "/".join(Path(src).parts[:2]), "/".join(Path(src).parts[2:])
-    if not _REPO_ID.fullmatch(repo) or (name and not name.endswith(SUFFIX)):
+    if not assets.REPO_ID.fullmatch(repo) or (name and not name.endswith(SUFFIX)):
         raise UserError(
             f"{src}: no such file or folder, and no file of a hub repository "
             f"(owner/name or owner/name/file{SUFFIX})"

@@ -6,6 +6,7 @@ Blocks are read with TensorStore, as Orbax does it; whole models are restored by
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,13 +100,13 @@ class OrbaxReader:
             raise self._damaged(name, first_line(error)) from error
 
     def check_chunks(self) -> None:
-        """Look for the file of every chunk.
+        """Look for the file of every chunk, and at its size where it is not compressed.
 
         Orbax reads many arrays at once and, when one fails, leaves the others to complain on their
         own. So what can be missing is looked for first. (OCDBT keeps chunks in a database.)
 
         Raises:
-          UserError: a chunk is missing.
+          UserError: a chunk is missing or cut off.
         """
         if self._ocdbt:
             return
@@ -114,6 +115,10 @@ class OrbaxReader:
             if "chunks" not in metadata:  # zarr 3
                 continue
             separator = metadata.get("dimension_separator", ".")
+            # A chunk at the end is as large as the others.
+            packed = metadata.get("compressor") or metadata.get("filters")
+            itemsize = self.specs[name].dtype.itemsize
+            nbytes = None if packed else math.prod(metadata["chunks"]) * itemsize
             grid = [
                 range(-(-size // chunk))
                 for size, chunk in zip(store.shape, metadata["chunks"], strict=True)
@@ -122,6 +127,11 @@ class OrbaxReader:
                 file = separator.join(map(str, index)) or "0"
                 if not (self.folder / name / file).is_file():
                     raise self._damaged(name, f"chunk {file} is missing")
+                size = (self.folder / name / file).stat().st_size
+                if nbytes is not None and size != nbytes:
+                    raise self._damaged(
+                        name, f"chunk {file} has {size} bytes, expected {nbytes}: it was cut off"
+                    )
 
     def close(self) -> None:
         """Let go of the arrays."""

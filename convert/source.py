@@ -176,8 +176,8 @@ def _open_diffusers(path: Path, components: Sequence[str] | None) -> Source:
             continue
         if not (path / name).is_dir():
             raise UserError(
-                f"{path / name}: missing, though model_index.json lists it; download it, or name "
-                "the wanted ones with --components"
+                f"{path / name}: missing, though model_index.json lists it; download it, or ask "
+                "for the other components alone"
             )
         found[name] = _diffusers_component(name, path / name)
     if components is None and not found:

@@ -17,6 +17,8 @@ from flux_jax.errors import UserError
 
 # JAX seeds wider than 32 bits are cut silently unless x64 is on.
 SEED_LIMIT = 2**32
+# Of one call: each has a key, and a record.
+IMAGE_LIMIT = 2**20
 
 
 def integer(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
@@ -60,6 +62,12 @@ def texts(name: str, value: Any) -> list[str]:
         or not all(isinstance(item, str) for item in items)
     ):
         raise UserError(f"{name} must be a text or a non-empty list of texts, got {value!r}")
+    for item in items:
+        try:
+            item.encode()
+        except UnicodeEncodeError:
+            # As Python reads bytes on a command line that are no UTF-8.
+            raise UserError(f"{name} must be text in UTF-8, got {item[:80]!a}") from None
     return list(items)
 
 
@@ -81,6 +89,8 @@ def seeds_and_keys(seed: Any, key: Any, count: int) -> tuple[tuple[int | None, .
         if seed is not None:
             raise UserError(f"pass seed or key, not both, got seed={seed!r} and a key")
         return (None,) * count, _keys(key, count)
+    if count > IMAGE_LIMIT:
+        raise UserError(f"{count} images are too many for one call, which draws at most 2**20")
     if seed is None:
         seed = secrets.randbelow(SEED_LIMIT - count)
     if isinstance(seed, numbers.Integral):

@@ -24,7 +24,7 @@ from flux_jax.files import claimed, make_folder
 from flux_jax.metadata import (
     GenerationRecord,
     check_png_path,
-    is_whole_png,
+    is_cut_off_png,
     read_png,
     save_png,
 )
@@ -152,7 +152,7 @@ class _Wanted:
         try:
             record = read_png(path, pixels=False)
         except UserError:
-            if replace or not is_whole_png(path):
+            if replace or is_cut_off_png(path):
                 return False
             raise
         differs = [name for name, value in expected.items() if getattr(record, name) != value]

@@ -167,6 +167,17 @@ def is_whole_png(path: str | Path) -> bool:
         return begins and file.read() == _END
 
 
+def is_cut_off_png(path: str | Path) -> bool:
+    """Whether a file is the beginning of a PNG, and not the whole; an empty file is.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        found = file.read(len(_BEGINNING))
+    return _BEGINNING.startswith(found) and not is_whole_png(path)
+
+
 def read_png(path: str | Path, *, pixels: bool = True) -> GenerationRecord:
     """The record inside a PNG that `save_png` wrote.
 

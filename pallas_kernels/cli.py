@@ -134,6 +134,8 @@ def bench(
 
     _check_out(out)
     names = kernels_here(backend, or_jax=True)
+    if shape and few:
+        raise UserError("--few goes without --shape: give 1xINPUTSxOUTPUTS as a shape")
     shapes = shapes_of(shape, few=few)
     rows = []
     for m, k, n in shapes:

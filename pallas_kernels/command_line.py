@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from pallas_kernels.errors import UserError, exit_on_user_error
+from pallas_kernels.errors import BAD_INPUT, UserError, exit_on_user_error, show_error
 
 PACKAGES = ("flux_jax", "convert", "ternary", "pallas_kernels")
 # Programs that compile quicker than this are not worth a line, in seconds.
@@ -58,6 +59,38 @@ Version = Annotated[
 ]
 
 
+class _Command(typer.core.TyperCommand):
+    """Tells of an option's wrong value in one line, as all that is wrong is told."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            parameter: Any = error.param
+            # A missing one is of a class of its own, and shown with the usage.
+            if type(error) is not typer.BadParameter or parameter is None:
+                raise
+            name, value = _found(parameter, given)
+            message = error.message.rstrip(".")
+            told = f"{name}: {message[:1].lower()}{message[1:]}"
+            show_error(told if value is None else f"{told}, got {value}")
+            raise typer.Exit(BAD_INPUT) from None
+
+
+def _found(parameter: Any, given: list[str]) -> tuple[str, str | None]:
+    """What an option or argument is called, and the last value that it was given, if seen."""
+    names = [name for name in parameter.opts if name.startswith("-")]
+    if not names:
+        return str(parameter.metavar or parameter.name).upper(), None
+    value = None
+    for number, word in enumerate(given):
+        option, equals, behind = word.partition("=")
+        if option in names:
+            value = behind if equals else given[number + 1] if number + 1 < len(given) else None
+    return names[0], value
+
+
 class App(typer.Typer):
     """A command line of ours. Each command is registered with `--quiet` and `--verbose`.
 
@@ -69,7 +102,7 @@ class App(typer.Typer):
 
     def command(self, *names: Any, **settings: Any) -> Callable[[Any], Any]:
         """As typer's."""
-        register = super().command(*names, **settings)
+        register = super().command(*names, **{"cls": _Command, **settings})
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
             register(with_common_options(function))

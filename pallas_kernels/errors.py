@@ -21,8 +21,9 @@ class UserError(ValueError):
 def exit_on_user_error(*, verbose: bool = False) -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code, without a traceback.
 
-    A `UserError` ends with code 2; a device whose memory is full with 1. SIGTERM ends the block as
-    an exception does, so that what was half-written is removed.
+    A `UserError` ends with code 2, and so does a file that may not be opened; a device whose memory
+    is full with 1. SIGTERM ends the block as an exception does, so that what was half-written is
+    removed.
 
     Args:
       verbose: the traceback stands above the line.
@@ -31,17 +32,30 @@ def exit_on_user_error(*, verbose: bool = False) -> Iterator[None]:
         try:
             yield
         except UserError as error:
-            _show(str(error), verbose)
+            show_error(str(error), verbose=verbose)
+            raise SystemExit(BAD_INPUT) from None
+        except PermissionError as error:
+            if error.filename is None:
+                raise
+            told = f"{error.filename}: cannot be opened: {error.strerror}"
+            show_error(told, verbose=verbose)
             raise SystemExit(BAD_INPUT) from None
         except RuntimeError as error:
             if not _memory_is_full(error):
                 raise
             first = str(error).partition("\n")[0]
-            _show(f"the device's memory is full: {first} (docs/troubleshooting.md)", verbose)
+            told = f"the device's memory is full: {first} (docs/troubleshooting.md)"
+            show_error(told, verbose=verbose)
             raise SystemExit(FAILED) from None
 
 
-def _show(message: str, verbose: bool) -> None:
+def show_error(message: str, *, verbose: bool = False) -> None:
+    """One line on stderr, whatever lines the message has.
+
+    Args:
+      message: what is wrong.
+      verbose: the traceback of the exception at hand stands above it.
+    """
     if verbose:
         traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import logging
@@ -117,7 +118,8 @@ def make_app() -> App:
     app = App(name="made")
 
     @app.command()
-    def run(what: str) -> None:
+    def run(what: str, size: Annotated[int, typer.Option(min=1)] = 1) -> None:
+        del size
         logging.getLogger("ternary").info("on the way")
         if what == "user":
             raise UserError("--size must be 1,\ngot 2")
@@ -125,6 +127,8 @@ def make_app() -> App:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes\nmore")
         if what == "host memory":
             raise jax.errors.JaxRuntimeError("INTERNAL: Out of memory allocating 9 bytes.")
+        if what == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", "the/file")
         if what == "bug":
             raise jax.errors.JaxRuntimeError("INTERNAL: no such thing")
         if what == "interrupt":
@@ -157,6 +161,7 @@ def make_app() -> App:
             "error: the device's memory is full: INTERNAL: Out of memory allocating 9 bytes. "
             "(docs/troubleshooting.md)\n",
         ),
+        ("locked", 2, "error: the/file: cannot be opened: Permission denied\n"),
         ("interrupt", 130, ""),
         ("terminate", 143, ""),
     ],
@@ -166,6 +171,24 @@ def test_exit_codes(what, code, error):
     assert result.exit_code == code
     assert result.stderr == error
     assert result.stdout == ("the result\n" if code == 0 else "")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [(["--size", "0"], "0"), (["--size=-3"], "-3"), (["--size", "2", "--size", "x"], "x")],
+)
+def test_a_wrong_value_is_one_line(given, found):
+    result = CliRunner().invoke(make_app(), ["nothing", *given])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(rf"error: --size: .*, got {found}", line)
+
+
+@pytest.mark.parametrize("given", [["--sise", "3"], [], ["--size"]])
+def test_a_misspelt_or_missing_option_is_told_with_the_usage(given):
+    result = CliRunner().invoke(make_app(), given)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ")
 
 
 def test_a_bug_keeps_its_traceback():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from flux_jax.errors import UserError
@@ -10,6 +11,15 @@ TEACHER, STUDENT = "tiny", "tiny-ternary"
 # Folders beside this module, by the name a command takes.
 SHIPPED = {TEACHER: "tiny", STUDENT: "tiny_ternary"}
 DEFAULT_MODEL = STUDENT
+
+
+# Of a repository on the Hugging Face hub.
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def is_name(model: str) -> bool:
+    """Whether it may name a model that is no path: one that ships, or one on the hub."""
+    return model in SHIPPED or REPO_ID.fullmatch(model) is not None
 
 
 def resolve(model: str | Path) -> str | Path:

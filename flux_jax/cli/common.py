@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,43 @@ def check_png_target(path: Path) -> None:
     check_folder_of("--out", path)
 
 
+@contextlib.contextmanager
+def naming_options() -> Iterator[None]:
+    """What the pipeline says of its arguments, said of the options that they were given by."""
+    try:
+        yield
+    except UserError as error:
+        argument, _, rest = str(error).partition(" ")
+        if argument not in _OPTION_OF:
+            raise
+        raise UserError(f"{_OPTION_OF[argument]} {rest}") from error
+
+
+# Of arguments that have another name in Python, or the same without the dashes.
+_OPTION_OF = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "true_cfg_scale": "--true-cfg",
+    "negative_prompt": "--negative",
+    "num_images_per_prompt": "--num-images",
+    "num_images": "--num-images",
+    "max_sequence_length": "--max-sequence-length",
+    "batch_size": "--batch-size",
+    "height": "--height",
+    "width": "--width",
+    "seed": "--seed",
+    "prompt": "PROMPT",
+}
+
+
+def bounded_batch(batch_size: int, images: int, mesh: Mesh | None) -> int:
+    """A batch of no more than there are images: the rest of it would be filled up, and drawn."""
+    from flux_jax.sharding import axis_size
+
+    parts = 1 if mesh is None else axis_size(mesh, "data")
+    return min(batch_size, max(1, math.ceil(images / parts)) * parts)
+
+
 def negative_prompt(settings: Mapping[str, Any], plan: Plan) -> str | None:
     """The negative prompt if it has an effect; a warning if one is given that has none."""
     negative = settings.get("negative_prompt")
@@ -209,6 +247,8 @@ def load_and_encode(
     )
     path, length = request.path, request.plan.max_sequence_length
     negative = negative_prompt(settings, request.plan)
+    if negative is not None:
+        arguments.texts("negative_prompt", negative)
     batch_size = request.plan.device_batch_size
 
     def encode(texts: list[str]) -> PromptEmbeds:

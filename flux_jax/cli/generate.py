@@ -132,7 +132,8 @@ def generate(
     if prompt_file is None:
         if distributed:
             raise UserError("--distributed goes with --prompts: the processes share its lines")
-        _generate(given, out=out, replay=replay, metadata=metadata, **shared)
+        with common.naming_options():
+            _generate(given, out=out, replay=replay, metadata=metadata, **shared)
         return
     # What is drawn is known again by its record.
     others = {"PROMPT": prompts, "--replay": replay, "--no-metadata": not metadata}
@@ -141,7 +142,8 @@ def generate(
             raise UserError(f"--prompts goes without {name}")
     if out.suffix.lower() == ".png":
         raise UserError(f"--prompts draws into a folder: give one with --out, got {out}")
-    generate_many(prompt_file, out, given, distributed=distributed, **shared)
+    with common.naming_options():
+        generate_many(prompt_file, out, given, distributed=distributed, **shared)
 
 
 def _generate(
@@ -164,6 +166,10 @@ def _generate(
     enable_compilation_cache()
     devices = common.mesh_of_this_process(mesh)
     settings, expected = _settings(explicit, replay, devices)
+    if "batch_size" in explicit:
+        prompt = settings["prompt"]
+        images = num_images * (1 if isinstance(prompt, str) else len(prompt))
+        settings["batch_size"] = common.bounded_batch(explicit["batch_size"], images, devices)
     model, dtype, loras = (settings.pop(name) for name in ("model", "dtype", "loras"))
 
     watch = common.Stopwatch()

@@ -75,6 +75,9 @@ def generate_many(
     with job as processes:
         with watch.stage("load"):
             devices = common.mesh_of_this_process(mesh)
+            if "batch_size" in settings:
+                batch = settings["batch_size"]
+                settings["batch_size"] = common.bounded_batch(batch, len(jobs), devices)
             checked = {**settings, "seed": jobs[-1].seed}
             request = loading.check_request(
                 model, checked, images=1, num_images_per_prompt=1, mesh=devices, loras=loras

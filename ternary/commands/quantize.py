@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,7 +54,15 @@ def quantize(
 
     quant = QuantConfig(granularity=granularity, activation_bits=activation_bits, refit_steps=refit)
     policy = Policy(include=tuple(include or DEFAULT_PATTERNS), exclude=tuple(exclude or ()))
-    with tqdm(unit="B", unit_scale=True, desc="quantize", disable=quiet, file=sys.stderr) as bar:
+    bar = tqdm(unit="B", unit_scale=True, desc="quantize", disable=True)
+    with contextlib.ExitStack() as stack:
+
+        def start(nbytes: int) -> None:
+            # Not before the source is open: what cannot be read is refused in one line.
+            nonlocal bar
+            options: Any = {"total": nbytes, "unit": "B", "unit_scale": True}
+            bar = tqdm(desc="quantize", disable=quiet, file=sys.stderr, **options)
+            stack.enter_context(bar)
 
         def advance(nbytes: int) -> None:
             bar.update(nbytes)
@@ -64,7 +73,7 @@ def quantize(
             quant,
             policy,
             force=force,
-            on_start=lambda nbytes: bar.reset(nbytes),
+            on_start=start,
             on_bytes=advance,
         )
     tell_checkpoint(dst, counted, json=json, quiet=quiet)

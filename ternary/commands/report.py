@@ -69,7 +69,7 @@ def report(
     from ternary.run_report.folder import read_run
     from ternary.run_report.layers import inspect_student
     from ternary.run_report.page import render, write_page
-    from ternary.run_report.scores import find_student, read_evaluations
+    from ternary.run_report.scores import check_teacher, find_student, read_evaluations
     from ternary.run_report.scores import score as score_run
 
     if limit is not None and not score:
@@ -80,6 +80,7 @@ def report(
         raise UserError(f"{target}: exists already; --force replaces it")
     check_folder_of("--out", target)
     folder = find_student(found, student)
+    check_teacher(teacher)
     named = teacher or found.settings.get("teacher")
     if score:
         if folder is None or not isinstance(named, str):

@@ -36,10 +36,15 @@ def inspection_bar(*, quiet: bool) -> Iterator[Callable[[int], None]]:
     # Late: --help should be quick.
     from tqdm import tqdm
 
-    with tqdm(desc="inspect", unit=" layers", disable=quiet, file=sys.stderr) as bar:
+    with contextlib.ExitStack() as stack:
+        bars = []
 
         def advance(total: int) -> None:
-            bar.total = total
-            bar.update()
+            # Not before there is a layer: what cannot be opened is refused in one line.
+            if not bars:
+                bar = tqdm(desc="inspect", unit=" layers", disable=quiet, file=sys.stderr)
+                bars.append(stack.enter_context(bar))
+            bars[0].total = total
+            bars[0].update()
 
         yield advance

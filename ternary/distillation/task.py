@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from ternary.distillation.run_config import RunConfig, differences, to_yaml
 from ternary.distillation.training_state import complete_steps
 from ternary.layers import TernaryLinear
 from ternary.storage.latents import Latents, load_latents
+
+logger = logging.getLogger(__name__)
 
 # Prompts that carry a composition score come with the package.
 COMPOSITION = "composition"
@@ -90,6 +93,14 @@ def split_prompts(task: Task, config: RunConfig) -> Prompts:
     else:
         # Spread over the file, whose neighbours are often alike.
         count = min(config.held_out, len(prompts) - 1)
+        if count < config.held_out:
+            logger.warning(
+                "held_out is %d, and %s has %d prompts: %d are held out",
+                config.held_out,
+                task.prompts,
+                len(prompts),
+                count,
+            )
         rows = np.linspace(0, len(prompts) - 1, count).round().astype(int) if count else []
         held_out = [prompts[row] for row in rows]
     apart = set(held_out)

@@ -212,3 +212,12 @@ def find_student(run: Run, named: str | None) -> Path | None:
     if not folder.is_dir():
         raise UserError(f"--student {named}: no such folder")
     return folder
+
+
+def check_teacher(named: str | None) -> None:
+    """Raises UserError where `named` is neither on this machine nor may be on the hub."""
+    if named is not None and not Path(named).exists() and not assets.is_name(named):
+        raise UserError(
+            f"--teacher {named}: no such folder, and neither a hub id (owner/name) nor a model "
+            "that ships"
+        )

@@ -214,7 +214,13 @@ def open_checkpoint(folder: Path) -> Iterator[TernaryCheckpoint]:
       UserError: see `TernaryCheckpoint`.
     """
     inner = folder / "transformer"
-    checkpoint = TernaryCheckpoint(inner if inner.is_dir() else folder)
+    if not folder.is_dir():
+        found = "is no folder" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {found}, expected a ternary checkpoint")
+    transformer = inner if inner.is_dir() else folder
+    if not (transformer / "config.json").is_file():
+        raise UserError(f"{folder}: no ternary checkpoint: {transformer} has no config.json")
+    checkpoint = TernaryCheckpoint(transformer)
     try:
         yield checkpoint
     finally:

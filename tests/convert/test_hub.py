@@ -54,6 +54,45 @@ def test_a_failure_is_one_line(monkeypatch, error, message):
         hub.resolve("a/b", revision="v9")
 
 
+def test_names_that_are_none():
+    with pytest.raises(UserError, match="the path of the checkpoint is empty"):
+        hub.resolve("")
+    with pytest.raises(UserError, match="tiny: a model that ships has no revision 'main'"):
+        hub.resolve("tiny", revision="main")
+
+
+def test_the_file_of_a_lora(tmp_path, monkeypatch):
+    asked = []
+
+    def hf_hub_download(repo, name):
+        asked.append((repo, name))
+        if name.startswith("absent"):
+            raise http(errors.RemoteEntryNotFoundError)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    standard = "pytorch_lora_weights.safetensors"
+    assert hub.resolve_lora("a/b") == tmp_path / standard
+    assert hub.resolve_lora("a/b/styles/x.safetensors") == tmp_path / "styles" / "x.safetensors"
+    assert asked == [("a/b", standard), ("a/b", "styles/x.safetensors")]
+    with pytest.raises(UserError, match=r"a/b: has no absent.*; name its file as a/b/FILE"):
+        hub.resolve_lora("a/b/absent.safetensors")
+    for name in ("a", "a/b/x.bin", "a b/c"):
+        with pytest.raises(UserError, match="no such file or folder, and no file of a hub"):
+            hub.resolve_lora(name)
+
+
+def test_the_one_file_of_a_folder(tmp_path):
+    with pytest.raises(UserError, match="expected one .safetensors file, found 0"):
+        hub.resolve_lora(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    assert hub.resolve_lora(tmp_path) == tmp_path / "a.safetensors"
+    assert hub.resolve_lora(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
+    (tmp_path / "b.safetensors").touch()
+    with pytest.raises(UserError, match="found 2; give the file's own path"):
+        hub.resolve_lora(tmp_path)
+
+
 def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
     asked = {}
 

@@ -113,6 +113,15 @@ def test_a_missing_chunk_is_damage_and_not_zeros(written):
         reader.check_chunks()
 
 
+def test_a_chunk_that_was_cut_off_is_found_before_orbax_reads(written):
+    (chunk,) = (written / "scale").glob("[0-9]*")
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-1])
+    message = rf"array `scale`: chunk \S+ has {len(content) - 1} bytes, expected {len(content)}"
+    with pytest.raises(UserError, match=message):
+        OrbaxReader(written).check_chunks()
+
+
 def test_a_missing_array_is_named(written):
     (written / "scale" / ".zarray").unlink()
     with pytest.raises(UserError, match="ckpt: damaged checkpoint: array `scale`: "):

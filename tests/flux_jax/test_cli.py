@@ -51,6 +51,36 @@ def only_line(result) -> str:
 # -- generate ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", 0], "--steps must be a whole number from 1"),
+        (["--guidance", "nan"], "--guidance must be a finite number"),
+        (["--num-images", 0], "--num-images must be a whole number"),
+        (["--num-images", 5_000_000_000], "5000000000 images are too many for one call"),
+        (["--batch-size", -1], "--batch-size must be a whole number"),
+        (["--negative", "\udcff", "--true-cfg", 2], "--negative must be text in UTF-8"),
+        (["\udcff"], "PROMPT must be text in UTF-8, got '\\udcff'"),
+        (["--model", ""], "the path of the checkpoint is empty"),
+    ],
+)
+def test_an_option_is_named_as_it_was_given(folder, tmp_path, options, message):
+    model = [] if "--model" in options else ["--model", folder]
+    result = run("generate", "a cube", *model, *options, "--out", tmp_path / "a.png", code=2)
+    assert message in only_line(result)
+
+
+def test_a_batch_is_no_larger_than_what_is_drawn(folder, tmp_path):
+    """The rest of it would be filled up with the last image, and drawn."""
+    out = tmp_path / "image.png"
+    draw(folder, out, "a red circle", "--num-images", 2, "--seed", 0, "--batch-size", 10**9)
+    assert read_png(tmp_path / "image-1.png").batch_size == 2
+    # Drawn again alone, it is drawn as it was: rounding depends on it.
+    run("generate", "--replay", tmp_path / "image-1.png", "--out", out)
+    assert read_png(out).batch_size == 2
+    np.testing.assert_array_equal(pixels(out), pixels(tmp_path / "image-1.png"))
+
+
 def test_generate_writes_an_image_with_its_record(folder, tmp_path):
     out = tmp_path / "image.png"
     result = draw(folder, out, "a red circle", "--seed", 3, "--width", 48)

@@ -86,6 +86,14 @@ def test_a_picture_of_another_program_is_not_written_over(pipe, jobs, tmp_path):
         draw(pipe, jobs, tmp_path, settings=SETTINGS, progress=False)
 
 
+def test_what_is_no_picture_is_not_written_over(pipe, jobs, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "0.png").write_text("precious")
+    with pytest.raises(UserError, match="0.png cannot be read as an image"):
+        draw(pipe, jobs, tmp_path, settings=SETTINGS, progress=False)
+    assert (tmp_path / "0" / "0.png").read_text() == "precious"
+
+
 def test_processes_share_the_images(pipe, jobs, whole, tmp_path, monkeypatch):
     """Each draws its part of what is missing; together they draw all of it."""
     draw(pipe, jobs[1:2], tmp_path, settings=SETTINGS, progress=False)
