@@ -166,9 +166,8 @@ def _generate(
     enable_compilation_cache()
     devices = common.mesh_of_this_process(mesh)
     settings, expected = _settings(explicit, replay, devices)
-    if "batch_size" in explicit:
-        prompt = settings["prompt"]
-        images = num_images * (1 if isinstance(prompt, str) else len(prompt))
+    if replay is None and "batch_size" in explicit:
+        images = num_images * len(settings["prompt"])
         settings["batch_size"] = common.bounded_batch(explicit["batch_size"], images, devices)
     model, dtype, loras = (settings.pop(name) for name in ("model", "dtype", "loras"))
 

@@ -178,8 +178,8 @@ def test_modulation_weights_that_wait_on_the_host_change_nothing(folder, tmp_pat
     ("arguments", "message"),
     [
         ((), "give a PROMPT to draw, or --replay"),
-        (("a", "--height", 40), "height must be a multiple of 16 pixels, got 40"),
-        (("a", "--steps", 0), "num_inference_steps must be a whole number from 1 to 10000, got 0"),
+        (("a", "--height", 40), "--height must be a multiple of 16 pixels, got 40"),
+        (("a", "--steps", 0), "--steps must be a whole number from 1 to 10000, got 0"),
         (("a", "--out", "image.jpg"), "image.jpg must end in .png"),
         (("a", "--out", "absent/image.png"), "absent does not exist"),
         (("a", "--dtype", "int8"), "--dtype must be bf16 or fp32, got int8"),
@@ -324,5 +324,5 @@ def test_no_traceback_in_a_real_process(folder):
     shown = subprocess.run(command, capture_output=True, text=True)
     assert shown.returncode == 2
     assert shown.stdout == ""
-    assert shown.stderr.startswith("error: width must be a multiple of 16 pixels, got 33")
+    assert shown.stderr.startswith("error: --width must be a multiple of 16 pixels, got 33")
     assert "Traceback" not in shown.stderr

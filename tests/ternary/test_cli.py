@@ -152,4 +152,29 @@ def test_inspect_refuses_a_dense_checkpoint(teacher):
 def test_no_such_folder(tmp_path):
     result = run("inspect", tmp_path / "nothing")
     assert result.exit_code == 2
-    assert "cannot be read" in result.stderr
+    assert (
+        result.stderr == f"error: {tmp_path / 'nothing'}: no such folder, expected a ternary "
+        "checkpoint\n"
+    )
+
+
+def test_no_ternary_checkpoint(tmp_path):
+    """As a Flax checkpoint is none; before any bar is shown."""
+    (tmp_path / "transformer").mkdir()
+    file = tmp_path / "file"
+    file.touch()
+    for given, message in (
+        (tmp_path, f"no ternary checkpoint: {tmp_path / 'transformer'} has no config.json"),
+        (file, "is no folder, expected a ternary checkpoint"),
+    ):
+        result = run("inspect", given)
+        assert result.exit_code == 2
+        assert result.stderr == f"error: {given}: {message}\n"
+
+
+def test_what_cannot_be_quantised_is_one_line(tmp_path):
+    """Without a bar before it."""
+    result = run("quantize", tmp_path / "nothing", tmp_path / "m")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'nothing'}: no such file or folder")

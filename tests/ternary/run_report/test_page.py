@@ -392,6 +392,9 @@ def test_refusals(tmp_path, finished):
     assert "names no student to score: give --student" in refused(folder, "--score")
     assert "--limit is of --score: give both" in refused(folder, "--limit", 10)
     assert "--student nothing: no such folder" in refused(folder, "--student", "nothing")
+    assert "--teacher nothing: no such folder, and neither" in refused(
+        folder, "--teacher", "nothing"
+    )
 
 
 def contrast(one: str, other: str) -> float:
