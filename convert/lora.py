@@ -114,18 +114,18 @@ def _layers(path: Path, reader: SafetensorsReader, config: FluxConfig) -> dict[s
         raise UserError(
             f"{path}: none of its {len(reader.specs)} tensors is of a transformer's LoRA"
         )
+    found: dict[str, list[tuple[_Place, LowRank]]] = defaultdict(list)
     with naming(path):
         settings = _Settings.of(reader.metadata)
-    found: dict[str, list[tuple[_Place, LowRank]]] = defaultdict(list)
-    for change in changes:
-        a, b = (_read(reader, change.parts[part]) for part in ("a", "b"))
-        rank = a.shape[0]
-        alpha = change.parts.get("alpha")
-        if alpha is None:
-            scale = settings.scale(change.stem, rank)
-        else:
-            scale = float(_read(reader, alpha, flat=False).item()) / rank
-        found[change.place.layer].append((change.place, LowRank(a, b * np.float32(scale))))
+        for change in changes:
+            a, b = (_read(reader, change.parts[part]) for part in ("a", "b"))
+            rank = a.shape[0]
+            if "alpha" in change.parts:
+                alpha = float(_read(reader, change.parts["alpha"]).item())
+                scale = arguments.finite(f"`{change.stem}.alpha`", alpha) / rank
+            else:
+                scale = settings.scale(change.stem, rank)
+            found[change.place.layer].append((change.place, LowRank(a, b * np.float32(scale))))
     return {layer: _stacked(parts, shapes[layer][0]) for layer, parts in found.items()}
 
 
@@ -187,6 +187,8 @@ def _problem(parts: Mapping[str, str], specs: Mapping[str, Spec], place: _Place)
     if (outputs, inputs) != place.shape or rank != other or not rank:
         rows, columns = place.shape
         return f"has factors {first} and {second}, for a weight of {rows} x {columns} here"
+    if "alpha" in parts and math.prod(specs[parts["alpha"]].shape) != 1:
+        return f"has an alpha of shape {specs[parts['alpha']].shape}, expected one number"
     return None
 
 
@@ -195,12 +197,13 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if len(shape) in (2, 4) else (0, 0)
 
 
-def _read(reader: SafetensorsReader, name: str, *, flat: bool = True) -> np.ndarray:
+def _read(reader: SafetensorsReader, name: str) -> np.ndarray:
+    """A tensor in float32: a factor as a matrix, or one number."""
     spec = reader.specs[name]
-    out = np.empty(spec.shape if spec.shape else (1,), spec.dtype)
+    out = np.empty(spec.shape or (1,), spec.dtype)
     reader.read_into(name, 0, out)
     out = out.astype(np.float32)
-    return out.reshape(_flat(spec.shape)) if flat else out
+    return out if out.size == 1 and len(spec.shape) < 2 else out.reshape(_flat(spec.shape))
 
 
 def _stacked(parts: list[tuple[_Place, LowRank]], rows: int) -> LowRank:

@@ -95,7 +95,7 @@ class FluxPipeline:
         suit_mesh(transformer)
         self.vae_tiling = vae_tiling
         self.name = name
-        self._loras: tuple[LoRA, ...] = ()
+        self._loras: tuple[str, ...] = ()
         self._waiting: HostWeights | None = None
         if offload_modulation:
             self._offload()
@@ -208,7 +208,8 @@ class FluxPipeline:
         """As `load_lora`, of a LoRA that was read before."""
         with self._weights_on_device():
             attach(self.transformer, lora)
-        self._loras += (lora,)
+        # By name: what was read is on the device now.
+        self._loras += (str(lora),)
 
     def unload_loras(self) -> None:
         """Take all LoRAs off the transformer."""
@@ -219,7 +220,7 @@ class FluxPipeline:
     @property
     def loras(self) -> tuple[str, ...]:
         """The LoRAs in use, each as PATH:SCALE."""
-        return tuple(map(str, self._loras))
+        return self._loras
 
     def _offload(self) -> None:
         self._waiting = HostWeights(modulation_layers(self.transformer))

@@ -160,6 +160,18 @@ PROJ = "double_blocks.0.img_attn.proj"
             "is stored as int8, expected a float",
         ),
         (
+            {f"{PROJ}.lora_A.weight": A, f"{PROJ}.lora_B.weight": B, f"{PROJ}.alpha": A[0]},
+            r"has an alpha of shape \(32,\), expected one number",
+        ),
+        (
+            {
+                f"{PROJ}.lora_A.weight": A,
+                f"{PROJ}.lora_B.weight": B,
+                f"{PROJ}.alpha": np.asarray([np.nan], np.float32),
+            },
+            f"`{PROJ}.alpha` must be a finite number, got nan",
+        ),
+        (
             {"double_blocks.7.img_attn.proj.lora_A.weight": A},
             "`double_blocks.7.img_attn.proj` is no linear of this transformer",
         ),
