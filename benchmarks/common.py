@@ -41,6 +41,7 @@ from benchmarks.machine import (
     package_versions,
 )
 from pallas_kernels.errors import UserError, exit_on_user_error
+from pallas_kernels.files import write_whole
 
 SCHEMA_VERSION = 1
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -119,7 +120,9 @@ class Result:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / self.file_name
         data = {"schema": SCHEMA_VERSION, **_rounded(dataclasses.asdict(self))}
-        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # Whole or not at all: it may hold what earlier runs measured.
+        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        write_whole(path, text)
         return path
 
 

@@ -97,8 +97,9 @@ def measure(
         print(f"{name} ...", flush=True)
         try:
             parts[name](bench)
-        except RuntimeError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+        except Exception as error:  # what the parts before it measured is written all the same
+            told = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+            print(f"{name}: {told}{error}", file=sys.stderr)
             missing.append(name)
         print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
     return missing

@@ -16,6 +16,7 @@ from benchmarks.full_size_worker import KINDS, SIZES
 from benchmarks.machine import GIB
 from benchmarks.processes import card_environment, compilation_cache, run_module, run_process
 from benchmarks.transformer_step import peer_results
+from pallas_kernels.files import write_whole
 
 TERNARY = "ternary A8"
 
@@ -64,12 +65,19 @@ class Bench:
         self.figures[name] = Figure(value=value, unit=unit, note=note)
 
     def model(self) -> Path:
-        """The ternary pipeline on disk, made if it is not there."""
-        if not (self.work / "made.json").exists():
+        """The ternary pipeline on disk, made if it is not there, or of the other size."""
+        if self.made().get("size") != self.size:
             shutil.rmtree(self.work / "model", ignore_errors=True)
             found = self.worker("source", TERNARY, environment={"JAX_PLATFORMS": "cpu"})
-            (self.work / "made.json").write_text(json.dumps(found))
+            write_whole(self.work / "made.json", json.dumps({**found, "size": self.size}))
         return self.work / "model"
+
+    def made(self) -> dict[str, Any]:
+        """What the pipeline on disk is; nothing if none was made."""
+        try:
+            return json.loads((self.work / "made.json").read_text())
+        except FileNotFoundError:
+            return {}
 
     def generate(self, environment: dict[str, str] | None = None) -> dict[str, Any]:
         """One image by the command line: what it tells with `--json`, and its seconds in all.
@@ -105,7 +113,7 @@ class Bench:
 def checkpoint(bench: Bench) -> None:
     """The ternary pipeline on disk."""
     bench.model()
-    made = json.loads((bench.work / "made.json").read_text())
+    made = bench.made()
     bench.add("disk_bf16_gb", made["bf16_bytes"] / 1e9, "GB", "transformer, two bytes a parameter")
     bench.add("disk_ternary_gb", made["ternary_bytes"] / 1e9, "GB", "transformer, its files")
     bench.add("ternary_share", made["ternary_share"], "share", "of the parameters")

@@ -9,6 +9,9 @@ from pathlib import Path
 from benchmarks.common import Figure, Peer, Result, read_result
 from flux_jax.errors import UserError
 
+# In the note of a figure of another commit than its file's.
+AT = "at "
+
 
 def joined(paths: list[Path], *, mixed: bool = False) -> Result:
     """All figures and peers of some result files; of a name that several have, the last one's.
@@ -29,7 +32,7 @@ def joined(paths: list[Path], *, mixed: bool = False) -> Result:
             mine, other = getattr(first, field), getattr(result, field)
             if mine != other:
                 raise UserError(f"{path}: {field} is {other}, not {mine} as before")
-        at = "" if result.commit == first.commit else f"at {result.commit[:12]}"
+        at = "" if result.commit == first.commit else f"{AT}{result.commit[:12]}"
         figures |= _noted(result.figures, at)
         peers |= {
             name: dataclasses.replace(peer, figures=_noted(peer.figures, at))
@@ -41,7 +44,9 @@ def joined(paths: list[Path], *, mixed: bool = False) -> Result:
 
 def _noted(figures: Mapping[str, Figure], note: str) -> dict[str, Figure]:
     """Figures, with more in their notes."""
-    return {
-        name: dataclasses.replace(figure, note=", ".join(filter(None, (figure.note, note))))
-        for name, figure in figures.items()
-    }
+    return {name: noted(figure, note) for name, figure in figures.items()}
+
+
+def noted(figure: Figure, note: str) -> Figure:
+    """A figure with more in its note."""
+    return dataclasses.replace(figure, note=", ".join(filter(None, (figure.note, note))))

@@ -29,6 +29,7 @@ import typer
 
 from benchmarks import paper
 from benchmarks.common import RESULTS, Commit, Figure, Out, Result, Tiny, read_result
+from benchmarks.joining import AT, noted
 from benchmarks.machine import GIB, device_figures, git_commit
 from flux_jax.configs import AutoencoderConfig, FluxConfig, SchedulerConfig
 from flux_jax.errors import exit_on_user_error
@@ -75,8 +76,14 @@ def merged(result: Result, directory: Path, row: str) -> Result:
       ResultError: the earlier file cannot be read.
     """
     path = directory / result.file_name
-    earlier: Mapping[str, Figure] = read_result(path).figures if path.exists() else {}
-    kept = {n: f for n, f in earlier.items() if n.rpartition("/")[0] != row}
+    kept: dict[str, Figure] = {}
+    if path.exists():
+        earlier = read_result(path)
+        others = {n: f for n, f in earlier.figures.items() if n.rpartition("/")[0] != row}
+        # A note that an earlier run left says more.
+        old = {n for n, f in others.items() if AT not in f.note}
+        at = "" if earlier.commit == result.commit else f"{AT}{earlier.commit[:12]}"
+        kept = {n: noted(f, at) if n in old else f for n, f in others.items()}
     rows = {**kept, **result.figures}
     ordered = sorted(rows, key=lambda name: (int(name.split()[0]), name.rpartition("/")[0]))
     return dataclasses.replace(result, figures={name: rows[name] for name in ordered})
@@ -92,6 +99,9 @@ def with_scaling(figures: Mapping[str, Figure], measure: str, base: int) -> dict
     for row in rows:
         for other in rows:
             same = row.partition(",")[2] == other.partition(",")[2]
+            mine, theirs = (found[f"{each}/{measure}"].note for each in (row, other))
+            # Of one commit alone.
+            same = same and mine.partition(AT)[2] == theirs.partition(AT)[2]
             if same and int(other.split()[0]) == base < int(row.split()[0]):
                 times = found[f"{row}/{measure}"].value / found[f"{other}/{measure}"].value
                 note = f"{measure} over that of {base} device{'s' if base > 1 else ''}"

@@ -54,6 +54,7 @@ def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) ->
         lock = os.open(stage / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield stage / target.name
+        _on_disk(stage / target.name)
         _put_in_place(stage / target.name, target, force=force)
     except OSError as error:
         raise explain(error, target) from error
@@ -114,6 +115,16 @@ def _remove_stale(target: Path) -> None:
 def _escape(name: str) -> str:
     """A name as a glob pattern for itself."""
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _on_disk(made: Path) -> None:
+    """Everything that was made, files and folders, before it gets its name."""
+    for path in [made, *made.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _put_in_place(made: Path, target: Path, *, force: bool) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import atomic, hub
+from convert import atomic, hub, single_file, tables
 from convert.files import finish, read_json
 from convert.flax_config import FORMAT
 from convert.safetensors_header import SUFFIX, read_header
+from convert.safetensors_read import SafetensorsReader
 from convert.single_file import CONFIG_KEY
 from convert.source import PIPELINES, Parameters, Source, open_source, parameters
 from convert.targets import OnComponentBlock, write_bfl, write_diffusers, write_flax
@@ -102,7 +103,7 @@ def convert(
     for value, known, option in ((dtype, DTYPES, "dtype"), (to, TARGETS, "to")):
         if value not in known:
             raise UserError(f"{option} must be one of {', '.join(known)}, got {value!r}")
-    dst = Path(dst).expanduser()
+    dst = hub.local_path(dst)
     if dst.suffix == SUFFIX and to != "bfl":
         raise UserError(
             f"{dst}: names a single file, but {to!r} is a folder; choose to='bfl' (--to bfl), or "
@@ -149,12 +150,16 @@ def convert(
 def is_checkpoint(path: Path) -> bool:
     """Whether a path holds what a conversion makes, and so may replace.
 
-    That is a `.safetensors` file, a pipeline of FLUX.1, a Flax checkpoint of ours, or a folder of
-    single files that all carry our note: anybody may keep others in one folder.
+    That is a file of FLUX.1's weights, a pipeline of FLUX.1 or a Flax checkpoint of ours with
+    nothing else in the folder, or a folder of single files that all carry our note: anybody may
+    keep others in one folder.
     """
-    if path.is_file():
-        return path.suffix == SUFFIX
     try:
+        if path.is_file():
+            return path.suffix == SUFFIX and _is_single_file(path)
+        names = {entry.name for entry in path.iterdir()}
+        if names & {"model_index.json", "config.json"} and not names <= _IN_A_PIPELINE:
+            return False
         if (path / "model_index.json").is_file():
             return read_json(path / "model_index.json").get("_class_name") in PIPELINES
         if (path / "config.json").is_file():
@@ -165,6 +170,26 @@ def is_checkpoint(path: Path) -> bool:
         )
     except UserError:
         return False
+
+
+# What a pipeline's folder has in it, of whichever layout.
+_IN_A_PIPELINE = {
+    *("model_index.json", "config.json", "scheduler"),
+    *(*tables.COMPONENTS, *tables.TOKENIZERS),
+}
+
+
+def _is_single_file(path: Path) -> bool:
+    """Whether it is one that is read: ours, or with tensors that are known.
+
+    Raises:
+      UserError: it is none.
+    """
+    reader = SafetensorsReader.open_file(path)
+    try:
+        return bool(single_file.split(reader, what=str(path)))
+    finally:
+        reader.close()
 
 
 def _write(

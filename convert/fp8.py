@@ -40,7 +40,7 @@ _INPUT_SCALES = (".scale_input", ".input_scale")
 _QUANT_NOTE = ".comfy_quant"
 _MARKER = "scaled_fp8"
 _INPUT_REASON = "scale of the activations of an fp8 product, not used here"
-_MARKER_REASON = "marks a scaled fp8 checkpoint"
+MARKER_REASON = "marks a scaled fp8 checkpoint"
 
 
 class _Weight(NamedTuple):
@@ -83,10 +83,10 @@ class Dequantized:
             elif name.endswith(_INPUT_SCALES):
                 self.dropped.append((name, _INPUT_REASON))
             elif name == _MARKER or name.endswith("." + _MARKER):
-                self.dropped.append((name, _MARKER_REASON))
+                self.dropped.append((name, MARKER_REASON))
             elif name.endswith(_QUANT_NOTE):
                 _check_note(source, name, what)
-                self.dropped.append((name, _MARKER_REASON))
+                self.dropped.append((name, MARKER_REASON))
             else:
                 rest[name] = spec
         self._weights = {

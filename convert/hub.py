@@ -12,6 +12,8 @@ from convert.tables import COMPONENTS, TOKENIZERS, check_components
 from flux_jax import assets
 from flux_jax.errors import UserError
 
+# As PEFT saves an adapter, and its settings.
+PEFT_FILES = (f"adapter_model{SUFFIX}", "adapter_config.json")
 # As diffusers saves a LoRA.
 _LORA_FILE = f"pytorch_lora_weights{SUFFIX}"
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
@@ -37,7 +39,7 @@ def resolve(
         src = assets.resolve(src)
     elif src in assets.SHIPPED:
         raise UserError(f"{src}: a model that ships has no revision {revision!r}")
-    path = Path(src).expanduser()
+    path = local_path(src)
     if path.exists():
         if revision is not None:
             raise UserError(f"{src}: a local path has no revision {revision!r}")
@@ -96,13 +98,20 @@ def resolve_lora(src: str | Path) -> Path:
     Raises:
       UserError: none of these is there, or it cannot be reached.
     """
-    path = Path(src).expanduser()
+    if not str(src):
+        raise UserError("the path of the LoRA is empty")
+    path = local_path(src)
     if path.is_dir():
         return only_file(path)
     if path.exists():
         return path
     repo, name = "/".join(Path(src).parts[:2]), "/".join(Path(src).parts[2:])
-    if not assets.REPO_ID.fullmatch(repo) or (name and not name.endswith(SUFFIX)):
+    is_path = (
+        str(src).startswith((".", "~"))
+        or (path.parent != Path() and path.parent.is_dir())
+        or (not name and repo.endswith(SUFFIX))
+    )
+    if is_path or not assets.REPO_ID.fullmatch(repo) or (name and not name.endswith(SUFFIX)):
         raise UserError(
             f"{src}: no such file or folder, and no file of a hub repository "
             f"(owner/name or owner/name/file{SUFFIX})"
@@ -112,11 +121,32 @@ def resolve_lora(src: str | Path) -> Path:
 
     with _told(repo, None):
         try:
-            return Path(huggingface_hub.hf_hub_download(repo, name or _LORA_FILE))
+            file = Path(huggingface_hub.hf_hub_download(repo, name or _LORA_FILE))
+            if file.name == PEFT_FILES[0]:
+                # Its settings lie beside it.
+                huggingface_hub.hf_hub_download(repo, name.replace(*PEFT_FILES))
+            return file
         except errors.RemoteEntryNotFoundError as error:
             raise UserError(
                 f"{repo}: has no {name or _LORA_FILE}; name its file as {repo}/FILE{SUFFIX}"
             ) from error
+
+
+def local_path(src: str | Path) -> Path:
+    """A path as it was given, `~` resolved; it need not exist.
+
+    Raises:
+      UserError: no user of that name, or a name that no file can have.
+    """
+    try:
+        path = Path(src).expanduser()
+        path.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UserError(f"{str(src)[:80]}: is no path: {reason}") from error
+    return path
 
 
 def only_file(folder: Path) -> Path:

@@ -8,6 +8,8 @@ names, with a prefix before, a suffix behind, and in some ecosystems underscores
     lora_transformer_single_transformer_blocks_0_attn_to_q.lora_up.weight       OneTrainer
     diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight        ComfyUI
     double_blocks.0.processor.qkv_lora1.down.weight                   XLabs
+    double_blocks.0.img_attn.qkv.0.lora_down.weight                   OneTrainer's OMI format
+    lycoris_transformer_blocks_0_attn_to_q.lora_down.weight           LyCORIS
 
 So the maps of `convert.maps.transformer` say where each belongs. Where a weight of ours has the
 rows of several of theirs (q, k and v), their products stand one below the other.
@@ -23,11 +25,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert.files import read_json
 from convert.fp8 import FLOAT8
+from convert.hub import PEFT_FILES
 from convert.maps.transformer import bfl_map, diffusers_map
 from convert.problems import naming, refusal
 from convert.safetensors_header import SUFFIX
@@ -35,11 +39,9 @@ from convert.safetensors_read import PICKLES, SafetensorsReader, refuse_pickle
 from convert.tensors import FLOATS, Spec
 from convert.transforms import Run
 from flux_jax import arguments
-from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.lora import LoRA, LowRank
-from flux_jax.tree import to_flat
+from flux_jax.lora import LoRA, LowRank, linear_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -50,24 +52,30 @@ _PREFIXES = (
     "transformer.",
     "lora_transformer_",
     "lora_unet_",
+    "lycoris_",
     "",
 )
-_TEXT_ENCODERS = re.compile(r"(lora_te\d*_|text_encoders?(_\d)?\.|text_model\.)")
+# What is not of the transformer: text encoders, and embeddings of words.
+_LEFT_OUT = re.compile(
+    r"(lora_te\d*_|text_encoders?(_\d)?\.|text_model\.|clip_l\.|t5(xxl)?\.|bundle_emb\.)"
+)
 # Of the two factors and of the number that scales them. PEFT puts an adapter's name in between.
 _PARTS = {
-    "a": re.compile(r"(.+?)(?:\.lora_A(?:\.\w+)?|\.lora_down|(?:\.lora)?\.down)\.weight"),
-    "b": re.compile(r"(.+?)(?:\.lora_B(?:\.\w+)?|\.lora_up|(?:\.lora)?\.up)\.weight"),
+    "a": re.compile(r"(.+?)(?:\.lora_A(?:\.[\w-]+)?|\.lora_down|(?:\.lora)?\.down)\.weight"),
+    "b": re.compile(r"(.+?)(?:\.lora_B(?:\.[\w-]+)?|\.lora_up|(?:\.lora)?\.up)\.weight"),
     "alpha": re.compile(r"(.+?)\.alpha"),
 }
-# What other kinds of adapters have, and LoRAs that change more than a product.
+# What other kinds of adapters have, and LoRAs that change more than a product; of the last two,
+# tools that extract LoRAs leave some that are all zeros.
 _OTHERS = {
     "DoRA": re.compile(r".*(dora_scale|lora_magnitude_vector).*"),
     "LoKr": re.compile(r".*\.lokr_\w+"),
     "LoHa": re.compile(r".*\.hada_\w+"),
     "OFT": re.compile(r".*\.(oft_\w+|boft_\w+)"),
-    "a LoRA with biases": re.compile(r".*\.(lora_B(\.\w+)?\.bias|diff_b)"),
+    "a LoRA with biases": re.compile(r".*\.(lora_B(\.[\w-]+)?\.bias|diff_b)"),
     "a whole difference": re.compile(r".*\.diff"),
 }
+_MAY_BE_ZERO = ("a LoRA with biases", "a whole difference")
 # Under which diffusers keeps the settings of an adapter.
 _SETTINGS = "lora_adapter_metadata"
 
@@ -106,8 +114,8 @@ def read_lora(path: Path, config: FluxConfig) -> LoRA:
 
 
 def _layers(path: Path, reader: SafetensorsReader, config: FluxConfig) -> dict[str, LowRank]:
-    shapes = _shapes(config)
-    changes, problems = _changes(reader.specs, _places(config, shapes))
+    shapes = linear_shapes(config)
+    changes, problems = _changes(reader, _places(config, shapes))
     if problems:
         raise refusal(path, problems)
     if not changes:
@@ -116,7 +124,7 @@ def _layers(path: Path, reader: SafetensorsReader, config: FluxConfig) -> dict[s
         )
     found: dict[str, list[tuple[_Place, LowRank]]] = defaultdict(list)
     with naming(path):
-        settings = _Settings.of(reader.metadata)
+        settings = _Settings.of(_stored_settings(path, reader.metadata))
         for change in changes:
             a, b = (_read(reader, change.parts[part]) for part in ("a", "b"))
             rank = a.shape[0]
@@ -124,52 +132,68 @@ def _layers(path: Path, reader: SafetensorsReader, config: FluxConfig) -> dict[s
                 alpha = float(_read(reader, change.parts["alpha"]).item())
                 scale = arguments.finite(f"`{change.stem}.alpha`", alpha) / rank
             else:
-                scale = settings.scale(change.stem, rank)
+                scale = settings.scale(change.name, rank)
             found[change.place.layer].append((change.place, LowRank(a, b * np.float32(scale))))
     return {layer: _stacked(parts, shapes[layer][0]) for layer, parts in found.items()}
 
 
 class _Change(NamedTuple):
-    """The tensors that change one foreign weight, by part, and what they are called alike."""
+    """The tensors that change one foreign weight, by part.
+
+    Attributes:
+      stem: what they are called alike.
+      name: the weight, without a prefix.
+    """
 
     stem: str
+    name: str
     place: _Place
     parts: dict[str, str]
 
 
 def _changes(
-    specs: Mapping[str, Spec], places: Mapping[str, _Place]
+    reader: SafetensorsReader, places: Mapping[str, _Place]
 ) -> tuple[list[_Change], list[str]]:
     """The file's changes, from its header, and what is wrong with it."""
     parts: dict[str, dict[str, str]] = defaultdict(dict)
-    problems, text = [], 0
+    specs, problems, left_out = reader.specs, [], 0
     for name in specs:
-        if _TEXT_ENCODERS.match(name):
-            text += 1
+        if _LEFT_OUT.match(name):
+            left_out += 1
             continue
         for kind, pattern in _OTHERS.items():
             if pattern.fullmatch(name):
-                problems.append(f"tensor `{name}` is of {kind}, which is not read here")
+                if not (kind in _MAY_BE_ZERO and _is_zero(reader, name)):
+                    problems.append(f"tensor `{name}` is of {kind}, which is not read here")
                 break
         else:
             hits = [(p, m.group(1)) for p, regex in _PARTS.items() if (m := regex.fullmatch(name))]
             if not hits:
                 problems.append(f"tensor `{name}` is no part of a LoRA")
             for part, stem in hits:
+                if part in parts[stem]:
+                    problems.append(
+                        f"tensors `{parts[stem][part]}` and `{name}` are the same part of one "
+                        "change: are there two LoRAs in it?"
+                    )
                 parts[stem][part] = name
-    changes = []
+    changes: list[_Change] = []
     for stem, found in parts.items():
-        place = _place_of(stem, places)
-        if place is None:
+        placed = _place_of(stem, places)
+        if placed is None:
             problems.append(f"`{stem}` is no linear of this transformer")
             continue
+        name, place = placed
+        twice = next((other.stem for other in changes if _overlap(other.place, place)), None)
+        if twice is not None:
+            problems.append(f"`{twice}` and `{stem}` change the same weight")
         problem = _problem(found, specs, place)
         if problem is not None:
             problems.append(f"`{stem}` {problem}")
-        changes.append(_Change(stem, place, found))
-    if text:
+        changes.append(_Change(stem, name, place, found))
+    if left_out:
         logger.warning(
-            "%d tensors for text encoders are left out: only the transformer is changed", text
+            "%d tensors for text encoders are left out: only the transformer is changed", left_out
         )
     return changes, problems
 
@@ -187,9 +211,25 @@ def _problem(parts: Mapping[str, str], specs: Mapping[str, Spec], place: _Place)
     if (outputs, inputs) != place.shape or rank != other or not rank:
         rows, columns = place.shape
         return f"has factors {first} and {second}, for a weight of {rows} x {columns} here"
-    if "alpha" in parts and math.prod(specs[parts["alpha"]].shape) != 1:
+    if "alpha" in parts and specs[parts["alpha"]].shape not in ((), (1,), (1, 1)):
         return f"has an alpha of shape {specs[parts['alpha']].shape}, expected one number"
     return None
+
+
+def _overlap(one: _Place, other: _Place) -> bool:
+    """Whether two weights have rows of ours in common: a file may hold one LoRA in two namings."""
+    return one.layer == other.layer and any(
+        a.target_row < b.target_row + b.rows and b.target_row < a.target_row + a.rows
+        for a in one.runs
+        for b in other.runs
+    )
+
+
+def _is_zero(reader: SafetensorsReader, name: str) -> bool:
+    spec = reader.specs[name]
+    out = np.empty(spec.shape or (1,), spec.dtype)
+    reader.read_into(name, 0, out)
+    return not out.any()
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -219,16 +259,6 @@ def _stacked(parts: list[tuple[_Place, LowRank]], rows: int) -> LowRank:
     return LowRank(np.concatenate([change.a for _, change in parts]), b)
 
 
-def _shapes(config: FluxConfig) -> dict[str, tuple[int, int]]:
-    """Of every linear's weight, by the linear's path."""
-    flat = to_flat(abstract_module("transformer", config))
-    return {
-        name.removesuffix(".weight"): value.shape
-        for name, value in flat.items()
-        if name.endswith(".weight") and len(value.shape) == 2
-    }
-
-
 def _places(config: FluxConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[str, _Place]:
     """Of every linear's weight under every ecosystem's name, its dots as underscores."""
     found = {}
@@ -238,6 +268,14 @@ def _places(config: FluxConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[s
                 rows, columns = piece.source_shape
                 stem = piece.source.removesuffix(".weight")
                 found[_plain(stem)] = _Place(layer, (rows, columns), piece.runs)
+        # OMI's names are Black Forest Labs', with the parts numbered that diffusers has apart.
+        (whole,) = bfl_map(config).sources_of(f"{layer}.weight", shape)
+        pieces = diffusers_map(config).sources_of(f"{layer}.weight", shape)
+        for number, piece in enumerate(pieces if len(pieces) > 1 else ()):
+            stem = f"{whole.source.removesuffix('.weight')}.{number}"
+            rows, columns = piece.source_shape
+            found[_plain(stem)] = _Place(layer, (rows, columns), piece.runs)
+    found["img_in_proj"] = found["img_in"]
     for stem, layer in _xlabs_names(config):
         rows, columns = shapes[layer]
         # In a single block it is the attention's rows alone.
@@ -261,13 +299,37 @@ def _plain(stem: str) -> str:
     return stem.replace(".", "_")
 
 
-def _place_of(stem: str, places: Mapping[str, _Place]) -> _Place | None:
+def _place_of(stem: str, places: Mapping[str, _Place]) -> tuple[str, _Place] | None:
+    """A weight's name without its prefix, and where it lies."""
     for prefix in _PREFIXES:
         if stem.startswith(prefix):
-            place = places.get(_plain(stem.removeprefix(prefix)))
-            if place is not None:
-                return place
+            name = stem.removeprefix(prefix)
+            if _plain(name) in places:
+                return name, places[_plain(name)]
     return None
+
+
+def _stored_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's settings of the transformer's adapter; empty where there are none.
+
+    diffusers keeps them in the file, those of a whole pipeline by component; PEFT beside it.
+
+    Raises:
+      UserError: they are no JSON object.
+    """
+    beside = path.with_name(PEFT_FILES[1])
+    if path.name == PEFT_FILES[0] and beside.is_file():
+        return read_json(beside)
+    try:
+        found = json.loads(metadata.get(_SETTINGS, "{}"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"its metadata `{_SETTINGS}` is no JSON object")
+    if any("." in key for key in found):
+        prefix = "transformer."
+        return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,45 +338,44 @@ class _Settings:
 
     Attributes:
       alpha: for all changes; None for their rank.
-      patterns: for changes whose name ends so, instead.
+      ends: for changes whose name ends so, at a dot, instead; one that begins with ^ is a whole
+        name.
       by_root: whether it is over the root of the rank (rank-stabilised LoRA).
     """
 
     alpha: float | None
-    patterns: tuple[tuple[re.Pattern[str], float], ...]
+    ends: tuple[tuple[str, float], ...]
     by_root: bool
 
     @classmethod
-    def of(cls, metadata: Mapping[str, str]) -> _Settings:
-        """From a file's metadata, where diffusers keeps them.
+    def of(cls, found: Mapping[str, Any]) -> _Settings:
+        """From PEFT's settings.
 
         Raises:
           UserError: they cannot be understood.
         """
-        try:
-            found = json.loads(metadata.get(_SETTINGS, "{}"))
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"its metadata `{_SETTINGS}` is no JSON object")
-        alpha = found.get("transformer.lora_alpha")
-        patterns = found.get("transformer.alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise UserError(f"its alpha_pattern must be an object, got {patterns!r}")
-        try:
-            # As PEFT has it: the end of a module's name, at a dot.
-            compiled = [(re.compile(rf"(.*\.)?({k})$"), v) for k, v in patterns.items()]
-        except re.error as error:
-            raise UserError(f"its alpha_pattern has no pattern: {error}") from error
+        alpha = found.get("lora_alpha")
+        ends = found.get("alpha_pattern") or {}
+        if not isinstance(ends, dict):
+            raise UserError(f"its alpha_pattern must be an object, got {ends!r}")
+        for end in ends:
+            # PEFT would take any regular expression, one that never ends among them. What trainers
+            # and diffusers write are names.
+            if not re.fullmatch(r"\^?[\w.]+", end):
+                raise UserError(f"its alpha_pattern must have names of modules, got {end[:80]!a}")
         return cls(
             alpha=None if alpha is None else arguments.finite("its lora_alpha", alpha),
-            patterns=tuple((k, arguments.finite("its alpha_pattern", v)) for k, v in compiled),
-            by_root=found.get("transformer.use_rslora") is True,
+            ends=tuple((k, arguments.finite("its alpha_pattern", v)) for k, v in ends.items()),
+            by_root=found.get("use_rslora") is True,
         )
 
-    def scale(self, stem: str, rank: int) -> float:
-        """Of one change."""
-        found = [alpha for pattern, alpha in self.patterns if pattern.match(stem)]
+    def scale(self, name: str, rank: int) -> float:
+        """Of the change of a weight, by its name without a prefix."""
+
+        def fits(end: str) -> bool:
+            return name == end[1:] if end[0] == "^" else f".{name}".endswith(f".{end}")
+
+        found = [alpha for end, alpha in self.ends if fits(end)]
         alpha = found[0] if found else self.alpha
         if alpha is None:
             return 1.0

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from convert import atomic, tables
+from convert import atomic, hub, tables
 from convert.engine import full_disk_explained, is_checkpoint
 from convert.flax_config import write_config
 from convert.orbax_write import write_checkpoint
@@ -53,7 +53,7 @@ def save(
         raise UserError(f"{', '.join(without)}: a module without `config` cannot be saved")
     for name, module in modules.items():
         _check_loadable(name, module, configs[name])
-    path = path.expanduser()
+    path = hub.local_path(path)
     with atomic.staged(path, force=force, replaceable=is_checkpoint) as stage:
         stage.mkdir()
         with full_disk_explained(path):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from convert.fp8 import MARKER_REASON
 from convert.problems import refusal
 from convert.safetensors_read import SafetensorsReader
 from convert.tables import config_from_json, config_from_shapes
@@ -51,16 +52,23 @@ _OTHERS = (
     (r".*\.(absmax|quant_map|qweight|qzeros)|.*\.quant_state\..*", "quantised below 8 bits"),
 )
 
+_MARKER = "scaled_fp8"
 # Of CLIP's image-text head, which FLUX.1 has no use for.
 _NOT_USED = r"logit_scale|text_projection(\.weight)?"
+_NOT_USED_REASON = "of CLIP's image-text head, which FLUX.1 does not use"
 
 
 class Part(NamedTuple):
-    """A component found in a single file: a reader of its tensors under plain names."""
+    """A component found in a single file: a reader of its tensors under plain names.
+
+    Attributes:
+      dropped: `(stored name, reason)` of each tensor that is none of the reader's.
+    """
 
     component: str
     config: Config
     reader: StoredReader
+    dropped: tuple[tuple[str, str], ...] = ()
 
 
 class Renamed:
@@ -119,20 +127,25 @@ def split(reader: SafetensorsReader, *, what: str) -> list[Part]:
             rest[name] = name
     if groups:
         # The marker of a scaled fp8 file may stand outside of the prefix.
-        strangers = [name for name in rest if name != "scaled_fp8"]
+        strangers = [name for name in rest if name != _MARKER]
         if strangers:
             raise refusal(what, [f"tensor `{name}` belongs to no component" for name in strangers])
     else:
         groups[_identify(rest, what)] = rest
-    parts = []
+    parts: list[Part] = []
     for component, names in groups.items():
         found = _identify(names, what)
         if found != component:
             raise UserError(f"{what}: the {component} in it is a {found}")
-        names = {new: old for new, old in names.items() if not re.fullmatch(_NOT_USED, new)}
+        unused = [old for new, old in names.items() if re.fullmatch(_NOT_USED, new)]
+        dropped = [(name, _NOT_USED_REASON) for name in unused]
+        if groups and not parts and _MARKER in rest and _MARKER not in names:
+            dropped.append((_MARKER, MARKER_REASON))
+        names = {new: old for new, old in names.items() if old not in unused}
         view = Renamed(reader, names)
         shapes = {name: spec.shape for name, spec in view.specs.items()}
-        parts.append(Part(component, _config(component, shapes, reader.metadata, what), view))
+        config = _config(component, shapes, reader.metadata, what)
+        parts.append(Part(component, config, view, tuple(dropped)))
     return parts
 
 

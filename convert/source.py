@@ -53,12 +53,14 @@ class Component:
       stored: reader of the stored tensors.
       table: from the stored names to ours; None where they are ours already.
       what: component and file, for messages.
+      dropped: `(stored name, reason)` of each tensor that was left out already.
     """
 
     config: Config
     stored: StoredReader
     table: Map | None
     what: str
+    dropped: tuple[tuple[str, str], ...] = ()
 
     @property
     def quantized(self) -> bool:
@@ -239,7 +241,7 @@ def _open_single_files(
                     f"{what}: there is another in {found[part.component].what}; keep one"
                 )
             table = tables.single_file_map(part.component, part.config)
-            found[part.component] = Component(part.config, part.reader, table, what)
+            found[part.component] = Component(part.config, part.reader, table, what, part.dropped)
     # Black Forest Labs' files hold no schedule; theirs is dev's, or schnell's without guidance.
     model = found.get("transformer")
     guided = getattr(model.config, "guidance_embed", True) if model else True
@@ -272,7 +274,7 @@ def parameters(component: str, source: Component, dtype: np.dtype | None) -> Par
       UserError: a leftover, missing or misshapen tensor, all in one report.
     """
     stored: Any = source.stored
-    dropped: list[tuple[str, str]] = []
+    dropped = list(source.dropped)
     if has_float8(stored):
         stored = Dequantized(stored, dtype, what=source.what)
         dropped += stored.dropped

@@ -7,6 +7,7 @@ caller's.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,6 +71,9 @@ def copy_tokenizers(tokenizers: Mapping[str, Path], folder: Path) -> None:
     for name, source in tokenizers.items():
         try:
             shutil.copytree(source, folder / name)
+            # Modes are copied too: what may not be written to could not be removed either.
+            for place, _, _ in os.walk(folder / name):
+                Path(place).chmod(0o755)
         except shutil.Error as error:
             # Its text is a list of all files that failed.
             file, _, reason = error.args[0][0]

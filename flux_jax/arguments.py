@@ -33,9 +33,14 @@ def integer(name: str, value: Any, *, least: int = 1, most: int | None = None) -
 def finite(name: str, value: Any) -> float:
     """`value` as a finite float."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+    try:
+        number = float(value) if is_number else math.nan
+    except OverflowError:
+        # An integer may be beyond any float.
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError(f"{name} must be a finite number, got {repr(value)[:40]}")
+    return number
 
 
 def scale(name: str, value: Any) -> float:

@@ -22,7 +22,7 @@ from flux_jax import arguments
 from flux_jax.components import Config, abstract_module
 from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.layers import DType
-from flux_jax.lora import LoRA
+from flux_jax.lora import LoRA, check_no_lora
 from flux_jax.sharding import Rules
 
 
@@ -255,4 +255,6 @@ def save_checkpoint(
     """
     from convert import save
 
+    for module in modules.values():
+        check_no_lora(module)
     save.save(Path(path), modules, scheduler, tokenizers or {}, force=force)

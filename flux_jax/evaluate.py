@@ -44,6 +44,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values: scores, settings that all images share, and a line for each image."""
         shared = dataclasses.asdict(self.records[0])
+        # As JSON has it.
+        shared["loras"] = list(shared["loras"])
         del shared["prompt"], shared["seed"]
         images = [
             {

@@ -12,17 +12,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from flux_jax import arguments
+from flux_jax.components import abstract_module
+from flux_jax.configs import FluxConfig
+from flux_jax.errors import UserError
 from flux_jax.inputs import Input, dense, surround
 from flux_jax.layers import AnyLinear
 from flux_jax.linears import linears, replace_linears
-from flux_jax.sharding import spread
 from flux_jax.transformer import FluxTransformer
+from flux_jax.tree import to_flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,8 @@ class LoRA:
 
     def __str__(self) -> str:
         """As a command line takes it."""
-        return f"{self.path}:{self.scale:g}"
+        short = f"{self.scale:g}"
+        return f"{self.path}:{short if float(short) == self.scale else repr(self.scale)}"
 
 
 class LoRALinear(AnyLinear):
@@ -94,22 +98,55 @@ class LoRALinear(AnyLinear):
         return dense(x).astype(a.dtype) @ a.T @ b.T
 
 
+def linear_shapes(config: FluxConfig) -> dict[str, tuple[int, int]]:
+    """(N, K) of every linear's weight, by the linear's path."""
+    flat = to_flat(abstract_module("transformer", config))
+    return {
+        name.removesuffix(".weight"): value.shape
+        for name, value in flat.items()
+        if name.endswith(".weight") and len(value.shape) == 2
+    }
+
+
+def check_no_lora(module: nnx.Module) -> None:
+    """Raises UserError where LoRAs stand beside weights: they are no part of a checkpoint."""
+    if linears(module, LoRALinear):
+        raise UserError("the transformer has LoRAs beside its weights: unload them first")
+
+
 def attach(transformer: FluxTransformer, lora: LoRA) -> None:
     """Put a LoRA beside the linears that it changes, and beside the LoRAs that are there.
 
     Args:
       transformer: is changed. Of one in shapes alone, the LoRA has shapes alone too.
-      lora: read for a transformer of this configuration.
+      lora: of a transformer of this configuration.
+
+    Raises:
+      UserError: it changes a linear that is not there, or of another shape; nothing was changed.
     """
     found = linears(transformer, AnyLinear)
+    shapes = linear_shapes(transformer.config)
+    for path, change in lora.layers.items():
+        changed = (change.b.shape[0], change.a.shape[1])
+        if shapes.get(path) != changed or change.a.shape[0] != change.b.shape[1]:
+            raise UserError(
+                f"{lora.path}: changes {path} by {change.b.shape} x {change.a.shape}, here it is "
+                f"{'no linear' if path not in shapes else f'of shape {shapes[path]}'}"
+            )
     example = transformer.img_in.bias
     assert example is not None
     shapes_only = isinstance(example.get_value(), jax.ShapeDtypeStruct)
 
+    # Small, and whole on every device. The base stays where it is.
+    mesh = None if shapes_only else transformer.mesh
+    place = None if shapes_only else transformer.device
+    if mesh is not None:
+        place = NamedSharding(mesh, PartitionSpec())
+
     def made(value: np.ndarray) -> Any:
         if shapes_only:
             return jax.ShapeDtypeStruct(value.shape, example.get_value().dtype)
-        return jax.device_put(jnp.asarray(value, transformer.dtype), transformer.device)
+        return jax.device_put(np.asarray(value, transformer.dtype), place)
 
     def beside(path: str, linear: AnyLinear) -> AnyLinear:
         change = lora.layers[path]
@@ -118,10 +155,7 @@ def attach(transformer: FluxTransformer, lora: LoRA) -> None:
             a = np.concatenate((_host(linear.lora_a), a))
             b = np.concatenate((_host(linear.lora_b), b), axis=1)
             linear = linear.base
-        new = LoRALinear(linear, made(a), made(b))
-        if transformer.mesh is not None:
-            spread(new, transformer.mesh)
-        return new
+        return LoRALinear(linear, made(a), made(b))
 
     replace_linears(transformer, [path for path in found if path in lora.layers], beside)
 

@@ -127,7 +127,8 @@ def save_png(image: Image.Image, path: str | Path, record: GenerationRecord | No
             del content["loras"]
         # JSON in ASCII survives every tool that rewrites text chunks.
         chunks.add_itxt(_CHUNK, json.dumps(content))
-        chunks.add_itxt(_READABLE_CHUNK, readable(record))
+        # A path may be no UTF-8; only the JSON needs to say it exactly.
+        chunks.add_itxt(_READABLE_CHUNK, readable(record).encode(errors="replace").decode())
     # Encoded before the file is touched: Pillow keeps the options of a save that failed and would
     # use them again in the next one.
     encoded = io.BytesIO()

@@ -91,6 +91,10 @@ CASES = (
         for bits in (8, 16)
         for out in ("bfloat16", "float32")
     ),
+    # More tokens than 16, and no more than 64: a kernel of their own.
+    Case(m=40, n=520, k=768, gelu=True, extras=True),
+    Case(m=40, n=520, k=768, activation_bits=16, gelu=True, extras=True),
+    Case(m=64, n=520, k=768, activation_bits=16, extras=True, gates=2),
     Case(m=90, n=520, k=768, granularity="group", gelu=True, extras=True),
     # One gate a tile, and more than one.
     Case(m=768, n=520, k=768, extras=True, gates=3),

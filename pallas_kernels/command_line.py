@@ -79,16 +79,16 @@ class _Command(typer.core.TyperCommand):
 
 
 def _found(parameter: Any, given: list[str]) -> tuple[str, str | None]:
-    """What an option or argument is called, and the last value that it was given, if seen."""
+    """What an option or argument is called, and its value, if one alone is seen."""
     names = [name for name in parameter.opts if name.startswith("-")]
     if not names:
         return str(parameter.metavar or parameter.name).upper(), None
-    value = None
+    values = []
     for number, word in enumerate(given):
         option, equals, behind = word.partition("=")
-        if option in names:
-            value = behind if equals else given[number + 1] if number + 1 < len(given) else None
-    return names[0], value
+        if option in names and (equals or number + 1 < len(given)):
+            values.append(behind if equals else given[number + 1])
+    return names[0], values[0] if len(values) == 1 else None
 
 
 class App(typer.Typer):

@@ -8,19 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
-from flux_jax.tree import to_flat
-
-
-def linear_shapes(config: FluxConfig) -> dict[str, tuple[int, int]]:
-    """Of every linear's weight, by our paths."""
-    flat = to_flat(abstract_module("transformer", config))
-    return {
-        name.removesuffix(".weight"): value.shape
-        for name, value in flat.items()
-        if name.endswith(".weight") and len(value.shape) == 2
-    }
+from flux_jax.lora import linear_shapes
 
 
 def random_factors(

@@ -175,7 +175,7 @@ def test_exit_codes(what, code, error):
 
 @pytest.mark.parametrize(
     ("given", "found"),
-    [(["--size", "0"], "0"), (["--size=-3"], "-3"), (["--size", "2", "--size", "x"], "x")],
+    [(["--size", "0"], "0"), (["--size=-3"], "-3"), (["--size", "x"], "x")],
 )
 def test_a_wrong_value_is_one_line(given, found):
     result = CliRunner().invoke(make_app(), ["nothing", *given])

@@ -41,6 +41,11 @@ def read_fields(
             problems.append(f"{field.name} is missing")
         elif not _fits(value, kind, 0 if field.name in may_be_zero else 1):
             problems.append(f"{field.name} must be {_KIND_NAMES[kind]}, got {repr(value)[:40]}")
+        elif (field.name in _LAYERS and value > _MOST_LAYERS) or (
+            isinstance(value, list | tuple) and len(value) > _MOST_LAYERS
+        ):
+            size = value if isinstance(value, int) else len(value)
+            problems.append(f"{field.name} must be at most {_MOST_LAYERS}, got {size}")
         else:
             values[field.name] = tuple(value) if isinstance(value, list) else value
     if problems:
@@ -68,6 +73,11 @@ def refuse_unless(raw: Mapping[str, Any], expected: Mapping[str, Any], *, what: 
         raise UserError(f"{what}: not supported: {'; '.join(problems)}")
 
 
+# Far above any model's. A config is believed before a tensor is seen, and layers are built one by
+# one: a million of them would take hours.
+_MOST, _MOST_FLOAT, _MOST_LAYERS = 2**31, 1e300, 256
+_LAYERS = ("depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "layers_per_block")
+
 _KIND_NAMES: dict[Any, str] = {
     int: "a positive integer",
     float: "a finite number",
@@ -83,7 +93,8 @@ def _fits(value: Any, kind: Any, least: int) -> bool:
         return isinstance(value, list | tuple) and all(_fits(v, item, least) for v in value)
     if kind is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)  # Python's JSON knows NaN and Infinity
+        # Python's JSON knows NaN and Infinity, and integers beyond any float.
+        return is_number and abs(value) < _MOST_FLOAT and math.isfinite(value)
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value < _MOST
     return isinstance(value, kind)

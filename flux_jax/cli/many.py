@@ -96,8 +96,11 @@ def generate_many(
                 offload_modulation=offload_modulation,
             )
             pipe.name = model
-            for lora in request.loras:
-                pipe.add_lora(lora)
+            # What was read of them goes as they come to the device.
+            loras = list(request.loras)
+            del request
+            while loras:
+                pipe.add_lora(loras.pop(0))
         with watch.stage("draw"):
             drawn = drawing.draw(
                 pipe, jobs, out, settings=settings, progress=not quiet, processes=processes

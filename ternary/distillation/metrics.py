@@ -70,21 +70,20 @@ class Board:
         # Late: protocol buffers take a while to import.
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        # What still waited in memory when the process is killed would never be written. `flush`
+        # would not do: it does not wait for the thread that writes.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Values of a step, by the names of their curves."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        # What only waited in memory when the process is killed would never be written.
-        self._writer.flush()
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture of a step."""
         import numpy as np
 
         self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-        self._writer.flush()
 
     def close(self) -> None:
         """Write what is waiting, and close the file."""

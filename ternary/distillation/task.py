@@ -93,7 +93,8 @@ def split_prompts(task: Task, config: RunConfig) -> Prompts:
     else:
         # Spread over the file, whose neighbours are often alike.
         count = min(config.held_out, len(prompts) - 1)
-        if count < config.held_out:
+        # Of the default, nobody asked for so many.
+        if count < config.held_out != RunConfig().held_out:
             logger.warning(
                 "held_out is %d, and %s has %d prompts: %d are held out",
                 config.held_out,

@@ -12,6 +12,7 @@ import numpy as np
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.linears import linears
+from flux_jax.lora import check_no_lora
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import to_flat
 from pallas_kernels import unpack_codes
@@ -75,6 +76,7 @@ def save_checkpoint(
       UserError: no ternary layer, layers of several kinds, a scale that is not finite, or a target
         that cannot be written.
     """
+    check_no_lora(transformer)
     found = linears(transformer, (TernaryLinear, FakeTernaryLinear))
     kinds = {_quant_of(layer) for layer in found.values()}
     if len(kinds) != 1:

@@ -89,6 +89,25 @@ def test_rows_of_earlier_runs_stay(tmp_path):
     assert found["4 devices, fsdp/scaling"].value == pytest.approx(1.4)
 
 
+def test_rows_of_another_commit_say_so_and_are_not_compared(tmp_path):
+    def add(row, rate, commit):
+        found = {"rate": Figure(value=rate, unit="x", note="a note")}
+        scaling.write("scaling_x", row, found, out=tmp_path, base=2, commit=commit)
+
+    add("2 devices, fsdp", 4.0, "old" * 10)
+    add("4 devices, fsdp", 7.0, "old" * 10)
+    assert "4 devices, fsdp/scaling" in figures(tmp_path, "scaling_x")
+    add("4 devices, fsdp", 9.0, "new" * 10)
+    found = figures(tmp_path, "scaling_x")
+    assert found["2 devices, fsdp/rate"].note == "a note, at oldoldoldold"
+    assert found["4 devices, fsdp/rate"].note == "a note"
+    assert "4 devices, fsdp/scaling" not in found
+    add("8 devices, fsdp", 20.0, "newest" * 5)
+    found = figures(tmp_path, "scaling_x")
+    assert found["2 devices, fsdp/rate"].note == "a note, at oldoldoldold"
+    assert found["4 devices, fsdp/rate"].note == "a note, at newnewnewnew"
+
+
 def test_the_rate_that_utilisation_is_measured_against():
     """The step's products without attention, of the committed measurement."""
     (path,) = RESULTS.glob("transformer_step_nvidia-h200.json")

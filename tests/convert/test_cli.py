@@ -131,6 +131,46 @@ def test_force_does_not_replace_a_folder_of_another_kind(folder, out):
     assert (out / "thesis.tex").exists()
 
 
+def test_force_does_not_replace_what_else_is_in_the_folder(folder, out):
+    assert run(folder, out, "--quiet").exit_code == 0
+    (out / "thesis.tex").write_text("x")
+    result = run(folder, out, "--force")
+    assert result.exit_code == 2
+    assert "no checkpoint that --force would replace" in result.stderr
+    assert (out / "thesis.tex").exists()
+
+
+def test_force_does_not_replace_a_file_of_another_kind(folder, tmp_path):
+    file = tmp_path / "precious.safetensors"
+    file.write_text("not flux at all")
+    arguments = (folder, file, "--to", "bfl", "--components", "vae", "--force")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "no checkpoint that --force would replace" in result.stderr
+    assert file.read_text() == "not flux at all"
+
+
+def test_what_was_read_only_is_replaced_and_removed(copy, out):
+    """A tokenizer's folder, as from a disk that one may only read."""
+    (copy / "tokenizer").chmod(0o555)
+    try:
+        for _ in range(3):
+            assert run(copy, out, "--quiet", "--force").exit_code == 0
+            assert (out / "tokenizer").stat().st_mode & 0o700 == 0o700
+            assert [path.name for path in out.parent.iterdir()] == [out.name]
+    finally:
+        (copy / "tokenizer").chmod(0o755)
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(folder, out, monkeypatch):
+    """Configs and tokenizers too: after a power cut a name stands for the whole."""
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), fsync(fd)))
+    assert run(folder, out, "--quiet").exit_code == 0
+    missing = [path for path in [out, *out.rglob("*")] if path.stat().st_ino not in synced]
+    assert missing == []
+
+
 def test_a_truncated_shard(copy, out):
     shard = safetensors_in(copy / "text_encoder")[0]
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -77,9 +77,24 @@ def test_the_file_of_a_lora(tmp_path, monkeypatch):
     assert asked == [("a/b", standard), ("a/b", "styles/x.safetensors")]
     with pytest.raises(UserError, match=r"a/b: has no absent.*; name its file as a/b/FILE"):
         hub.resolve_lora("a/b/absent.safetensors")
-    for name in ("a", "a/b/x.bin", "a b/c"):
+    (tmp_path / "loras").mkdir()
+    here = f"{tmp_path}/loras/absent.safetensors"
+    for name in ("a", "a/b/x.bin", "a b/c", "./a/b.safetensors", "a/b.safetensors", here):
         with pytest.raises(UserError, match="no such file or folder, and no file of a hub"):
             hub.resolve_lora(name)
+    with pytest.raises(UserError, match="the path of the LoRA is empty"):
+        hub.resolve_lora("")
+    # PEFT's settings lie beside its weights.
+    asked.clear()
+    hub.resolve_lora("a/b/x/adapter_model.safetensors")
+    assert asked == [("a/b", "x/adapter_model.safetensors"), ("a/b", "x/adapter_config.json")]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 300], ids=["user", "long"])
+def test_what_is_no_path(name):
+    for resolve in (hub.resolve, hub.resolve_lora):
+        with pytest.raises(UserError, match="is no path: "):
+            resolve(name)
 
 
 def test_the_one_file_of_a_folder(tmp_path):

@@ -17,6 +17,7 @@ from flux_jax.errors import UserError
 from flux_jax.sharding import make_mesh
 from flux_jax.tree import to_flat
 from tests.convert.models import CONFIGS, diffusers_folder, safetensors_in
+from tests.random_module import random_module
 
 WIDTHS = ("transformer", "vae")
 
@@ -138,3 +139,17 @@ def test_a_path_may_begin_with_the_home(made, tmp_path, monkeypatch):
     save_checkpoint("~/saved", vae)
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert set(load_checkpoint("~/saved").modules) == {"vae"}
+
+
+def test_what_float16_cannot_hold_is_an_error_from_every_layout(tmp_path):
+    """Orbax's own cast would make an infinity of it."""
+    module = nnx.merge(*nnx.split(random_module("vae", CONFIGS["vae"], jnp.float32)))
+    save_checkpoint(tmp_path / "flax", {"vae": module})
+    assert load_checkpoint(tmp_path / "flax", dtype=jnp.float16).modules["vae"] is not None
+    weight = module.decoder.conv_in.weight
+    weight.set_value(weight[...].at[0, 0, 0, 0].set(1e6))
+    save_checkpoint(tmp_path / "wide", {"vae": module})
+    convert(tmp_path / "wide", tmp_path / "diffusers", to="diffusers", dtype="fp32")
+    for layout in ("wide", "diffusers"):
+        with pytest.raises(UserError, match="`decoder.conv_in.weight`.*beyond the range"):
+            load_checkpoint(tmp_path / layout, dtype=jnp.float16)

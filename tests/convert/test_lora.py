@@ -16,8 +16,9 @@ from convert.maps.transformer import diffusers_map
 from convert.safetensors_write import write_file
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
+from flux_jax.lora import linear_shapes
 from tests.convert.models import Arrays
-from tests.lora_files import bfl_name, linear_shapes, random_factors, write_lora
+from tests.lora_files import bfl_name, random_factors, write_lora
 
 CONFIG = FluxConfig(
     in_channels=8,
@@ -59,9 +60,45 @@ def test_kohya_with_alpha(tmp_path):
     check(tmp_path / "a.safetensors", scale=0.5)
 
 
+def test_parts_that_are_numbered(tmp_path):
+    """OMI's names: Black Forest Labs', and diffusers' parts of them."""
+    rng, tensors = np.random.default_rng(2), {}
+    expected = np.zeros((7 * 32, 32), np.float32)
+    for number, rows in enumerate((slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 224))):
+        a = rng.standard_normal((2, 32)).astype(np.float32)
+        b = rng.standard_normal((rows.stop - rows.start, 2)).astype(np.float32)
+        expected[rows] = b @ a
+        stem = f"diffusion_model.single_blocks.1.linear1.{number}"
+        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b}
+    a, b = FACTORS["img_in"]
+    tensors |= {"diffusion_model.img_in.proj.lora_down.weight": a}
+    tensors |= {"diffusion_model.img_in.proj.lora_up.weight": b}
+    # Embeddings of words, and text encoders, are none of the transformer's.
+    tensors |= {"bundle_emb.cat.clip_l": a, "clip_l.text_model.x.lora_down.weight": a}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    found = changes(tmp_path / "lora.safetensors")
+    assert found.keys() == {"single_blocks.1.linear1", "img_in"}
+    np.testing.assert_allclose(found["single_blocks.1.linear1"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["img_in"], b @ a, rtol=1e-5, atol=1e-6)
+
+
+def test_differences_that_are_none_are_left_out(tmp_path):
+    few = {PROJ: FACTORS[PROJ]}
+    path = write_lora(tmp_path / "lora.safetensors", few)
+    stem = f"diffusion_model.{PROJ}"
+    zero = {
+        f"{stem}.diff_b": np.zeros(32, np.float32),
+        "img_in.diff": np.zeros((32, 8), np.float32),
+    }
+    tensors = {f"{stem}.lora_A.my-style.weight": A, f"{stem}.lora_B.my-style.weight": B}
+    save_file({**tensors, **zero}, path)
+    check(path, few)
+
+
 @pytest.mark.parametrize(
     ("prefix", "down", "up", "underscores"),
     [
+        ("lycoris_", ".lora_down.weight", ".lora_up.weight", True),
         ("transformer.", ".lora_A.weight", ".lora_B.weight", False),
         ("base_model.model.", ".lora_A.default.weight", ".lora_B.default.weight", False),
         ("", ".lora.down.weight", ".lora.up.weight", False),
@@ -172,6 +209,32 @@ PROJ = "double_blocks.0.img_attn.proj"
             f"`{PROJ}.alpha` must be a finite number, got nan",
         ),
         (
+            {
+                f"{PROJ}.lora_A.one.weight": A,
+                f"{PROJ}.lora_B.one.weight": B,
+                f"{PROJ}.lora_A.two.weight": A,
+            },
+            "`.*lora_A.one.weight` and `.*lora_A.two.weight` are the same part of one change",
+        ),
+        (
+            {
+                f"{PROJ}.lora_A.weight": A,
+                f"{PROJ}.lora_B.weight": B,
+                f"diffusion_model.{PROJ}.lora_A.weight": A,
+                f"diffusion_model.{PROJ}.lora_B.weight": B,
+            },
+            "` and `.*` change the same weight",
+        ),
+        (
+            {
+                "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": A,
+                "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": B,
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": A,
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": np.tile(B, (3, 1)),
+            },
+            "` and `.*` change the same weight",
+        ),
+        (
             {"double_blocks.7.img_attn.proj.lora_A.weight": A},
             "`double_blocks.7.img_attn.proj` is no linear of this transformer",
         ),
@@ -216,6 +279,11 @@ def test_settings(tmp_path):
     settings |= {"transformer.alpha_pattern": {"img_attn.proj": 9}}
     write_lora(path, few, metadata={"lora_adapter_metadata": json.dumps(settings)})
     check(path, few, scale=3.0)
+    # A whole name, or the end of one.
+    for pattern, scale in (("^" + PROJ, 4.0), ("^img_attn.proj", 2.0), ("mg_attn.proj", 2.0)):
+        other = {**settings, "transformer.alpha_pattern": {pattern: 12}}
+        write_lora(path, few, metadata={"lora_adapter_metadata": json.dumps(other)})
+        check(path, few, scale=scale)
     settings["transformer.use_rslora"] = True
     write_lora(path, few, metadata={"lora_adapter_metadata": json.dumps(settings)})
     check(path, few, scale=9 / 3**0.5)
@@ -228,7 +296,7 @@ def test_settings(tmp_path):
         ("{", "is no JSON object"),
         ('{"transformer.lora_alpha": "x"}', "lora_alpha must be a finite number"),
         ('{"transformer.alpha_pattern": [1]}', "alpha_pattern must be an object"),
-        ('{"transformer.alpha_pattern": {"(": 1}}', "alpha_pattern has no pattern"),
+        ('{"transformer.alpha_pattern": {"(?:.|.)*!": 1}}', "alpha_pattern must have names"),
     ],
 )
 def test_settings_that_cannot_be_used(tmp_path, settings, message):

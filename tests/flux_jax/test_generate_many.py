@@ -93,7 +93,7 @@ def test_several_images_of_each_prompt(inputs, tmp_path):
             ("--out", "image.png"),
             "--prompts draws into a folder: give one with --out, got image.png",
         ),
-        (("--num-images", 0), "num_images must be a whole number of at least 1, got 0"),
+        (("--num-images", 0), "--num-images must be a whole number of at least 1, got 0"),
     ],
 )
 def test_refusals(inputs, tmp_path, arguments, message):

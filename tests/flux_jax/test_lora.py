@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from typer.testing import CliRunner
 
-from flux_jax.checkpoint import load_lora
+import ternary
+from flux_jax.checkpoint import load_lora, save_checkpoint
 from flux_jax.cli import app
 from flux_jax.components import abstract_module
 from flux_jax.errors import UserError
@@ -20,15 +22,23 @@ from flux_jax.images import psnr
 from flux_jax.inputs import Hidden, Joined, Modulated, dense
 from flux_jax.layers import Linear
 from flux_jax.linears import linears
-from flux_jax.lora import LoRALinear, attach, detach, read_name
+from flux_jax.lora import (
+    LoRA,
+    LoRALinear,
+    LowRank,
+    attach,
+    detach,
+    linear_shapes,
+    read_name,
+)
 from flux_jax.metadata import read_png
 from flux_jax.pipeline import FluxPipeline
-from flux_jax.sharding import make_mesh
+from flux_jax.sharding import make_mesh, spread
 from ternary.config import QuantConfig
 from ternary.layers import TernaryLinear
 from ternary.policy import Policy
 from ternary.student import freeze_student, make_student
-from tests.lora_files import linear_shapes, random_factors, small_lora, write_lora
+from tests.lora_files import random_factors, small_lora, write_lora
 from tests.random_module import random_module
 from tests.small_pipeline import TRANSFORMER, small_folder, small_pipeline
 
@@ -120,6 +130,49 @@ def test_attached_and_detached(file):
     assert all(new is old for new, old in zip(after.leaves, apart.leaves, strict=True))
 
 
+def test_what_does_not_fit_changes_nothing():
+    transformer = random_module("transformer", TRANSFORMER, jnp.float32)
+    before = SplitModule.of(transformer)
+    right = LowRank(np.ones((2, 32), np.float32), np.ones((32, 2), np.float32))
+    name = "double_blocks.0.img_attn.proj"
+    for path, change, message in (
+        ("double_blocks.7.img_attn.proj", right, "here it is no linear"),
+        (name, LowRank(right.a[:, :7], right.b), r"here it is of shape \(32, 32\)"),
+        (name, LowRank(right.a, right.b[:9]), r"here it is of shape \(32, 32\)"),
+    ):
+        lora = LoRA(path="other", layers={name: right} | {path: change})
+        with pytest.raises(UserError, match=f"other: changes {path} by .* {message}"):
+            attach(transformer, lora)
+        assert SplitModule.of(transformer).treedef == before.treedef
+
+
+def test_the_base_stays_where_it_was_put(file):
+    """Loaded with rules of one's own."""
+    transformer = random_module("transformer", TRANSFORMER, jnp.float32)
+    mesh = make_mesh(data=2, tensor=2)
+    spread(transformer, mesh)
+    linear = transformer.double_blocks[0].img_attn.qkv
+    own = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+    linear.weight.set_value(jax.device_put(linear.weight[...], own))
+    weight = linear.weight.get_value()
+    attach(transformer, load_lora(file, TRANSFORMER))
+    changed = transformer.double_blocks[0].img_attn.qkv
+    assert changed.base.weight.get_value() is weight
+    assert changed.lora_a.get_value().sharding == NamedSharding(mesh, PartitionSpec())
+    detach(transformer)
+    assert transformer.double_blocks[0].img_attn.qkv.weight.get_value() is weight
+
+
+def test_no_part_of_a_checkpoint(file, tmp_path):
+    transformer = random_module("transformer", TRANSFORMER, jnp.float32)
+    attach(transformer, load_lora(file, TRANSFORMER))
+    with pytest.raises(UserError, match="has LoRAs beside its weights: unload them first"):
+        save_checkpoint(tmp_path / "dense", {"transformer": transformer})
+    with pytest.raises(UserError, match="has LoRAs beside its weights: unload them first"):
+        ternary.save_checkpoint(tmp_path / "ternary", transformer, rest="tiny")
+    assert not list(tmp_path.iterdir())
+
+
 def test_several_add_up(tmp_path):
     """Also where they change different layers."""
     factors = random_factors(linear_shapes(TRANSFORMER))
@@ -196,13 +249,11 @@ def test_with_modulation_weights_on_the_host(file):
     "axes", [{"data": 2}, {"sequence": 2}, {"tensor": 2}, {"sequence": 2, "tensor": 2}], ids=str
 )
 def test_on_a_mesh(file, axes):
-    pipe, spread = small_pipeline(), small_pipeline(mesh=make_mesh(**axes))
-    for one in (pipe, spread):
+    pipe, split = small_pipeline(), small_pipeline(mesh=make_mesh(**axes))
+    for one in (pipe, split):
         one.load_lora(file)
     prompts = ["a red circle", "the blue cube"]
-    np.testing.assert_allclose(
-        drawn(spread, prompts).images, drawn(pipe, prompts).images, atol=2e-5
-    )
+    np.testing.assert_allclose(drawn(split, prompts).images, drawn(pipe, prompts).images, atol=2e-5)
 
 
 def test_a_lora_of_the_teacher_acts_on_its_packed_student(tmp_path):
@@ -263,6 +314,14 @@ def test_names(text, expected):
     assert read_name(text) == expected
 
 
+@pytest.mark.parametrize("scale", [0.8, -1.0, 0.123456789, 1e-9, 3.0])
+def test_a_name_says_the_scale_exactly(scale):
+    assert read_name(str(LoRA(path="a:b.safetensors", layers={}, scale=scale))) == (
+        "a:b.safetensors",
+        scale,
+    )
+
+
 def test_a_scale_must_be_finite(file):
     with pytest.raises(UserError, match="the scale of a LoRA must be a finite number, got nan"):
         read_name("b.safetensors:nan")
@@ -295,6 +354,14 @@ def test_generate_and_replay(model, file, tmp_path):
     run("generate", "--replay", first, "--lora", file, "--lora", f"{file}:-0.5", "--out", other)
     assert read_png(other).loras == (f"{file}:1", f"{file}:-0.5")
     assert plain.read_bytes() != first.read_bytes() != other.read_bytes()
+
+
+def test_a_path_that_is_no_text(model, file, tmp_path):
+    """As Python reads a file's name that is no UTF-8: the picture is kept."""
+    odd, out = tmp_path / "st\udcffyle.safetensors", tmp_path / "image.png"
+    odd.write_bytes(file.read_bytes())
+    run("generate", "a cube", "--model", model, "--steps", 1, "--lora", odd, "--out", out)
+    assert read_png(out).loras == (f"{odd}:1",)
 
 
 def test_many_images_with_a_lora_are_not_mixed_with_those_without(model, file, tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from convert.maps.fields import read_fields, refuse_unless
+from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 
 
@@ -53,10 +54,21 @@ def test_null_and_absent_take_the_default():
     }
 
 
+def test_no_model_is_built_of_a_million_layers():
+    """A config is believed before a tensor is seen."""
+    raw = dataclasses.asdict(FluxConfig.dev())
+    assert read_fields(raw, FluxConfig, what="x")["depth"] == 19
+    with pytest.raises(UserError, match="x: depth must be at most 256, got 1000000"):
+        read_fields({**raw, "depth": 10**6}, FluxConfig, what="x")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("size", None, "size is missing"),
+        ("size", 10**12, "size must be a positive integer, got 1000000000000"),
+        ("scale", 10**400, "scale must be a finite number, got 1000"),
+        ("sizes", [1] * 300, "sizes must be at most 256, got 300"),
         ("zero", None, "zero is missing"),  # the dataclass' own default is not the library's
         ("size", 0, "size must be a positive integer, got 0"),
         ("size", -1, "size must be a positive integer, got -1"),
