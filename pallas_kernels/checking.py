@@ -110,6 +110,8 @@ SMALL_CASES = (
     Case(m=9, n=40, k=256, granularity="group", extras=True),
     Case(m=64, n=40, k=256, extras=True, gates=2),
     Case(m=30, n=40, k=256, extras=True, gates=2),
+    Case(m=32, n=40, k=256, activation_bits=16, gelu=True, extras=True, gates=2),
+    Case(m=20, n=40, k=320, gelu=True, extras=True),
 )
 
 
@@ -276,14 +278,15 @@ def public_op(backend: str) -> Callable[..., Any]:
 
 
 def interpreted_mosaic() -> Callable[..., Any]:
-    """The Mosaic backend in Pallas' GPU interpret mode, with small tiles, as `check` wants it."""
+    """The Mosaic backend in Pallas' GPU interpret mode, as `check` wants it."""
     from pallas_kernels import mosaic
     from pallas_kernels.mosaic_api import interpret_params
 
     many = Tile(rows=64, tokens=32, store=32, stages=3, code_stages=2)
 
     def multiply(case: Case, **arrays: Any) -> Any:
-        few = case.m <= 8 and case.granularity != "group"
+        # The kernels for few and for fewest rows as they are; of the others small tiles.
+        few = case.m <= 32 and case.granularity != "group"
         with warnings.catch_warnings():
             # Rows of inf and NaN, for NumPy, which multiplies in the place of the tensor cores.
             warnings.filterwarnings("ignore", "invalid value", RuntimeWarning)
