@@ -1,4 +1,4 @@
-# Everything lives in $(VENV); nothing outside the checkout is touched (pip's own cache aside).
+# Everything lives in $(VENV); nothing outside the checkout is touched (pip's and npm's caches aside).
 #
 #   make demo                        draw with the shipped model and its 1.58-bit student
 #   make test PYTEST_ARGS="-k vae"   a part of the tests
@@ -36,7 +36,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## install, then draw one prompt with the shipped model and its 1.58-bit student
-	@$(BIN)/python -m flux_jax demo "$(PROMPT)" --out "$(OUT)"
+	@FLUX_JAX_COMPILATION_CACHE="$(abspath $(VENV))/compiled" $(BIN)/python -m flux_jax demo "$(PROMPT)" --out "$(OUT)"
 	@echo "The image is in $(abspath $(OUT)). Next: source $(BIN)/activate, and docs/quickstart.md"
 
 test: $(VENV)/.installed-test $(VENV)/.browser ## install what the tests need, then run them (two at a time)

@@ -19,7 +19,7 @@ from flux_jax.composition.prompts import CATEGORIES, EvalPrompt, load_prompts
 from flux_jax.composition.score import Scores, score_images
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
-from flux_jax.files import write_whole
+from flux_jax.files import write_whole, writing
 from flux_jax.metadata import GenerationRecord, read_png
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import PromptEmbeds
@@ -116,6 +116,10 @@ def evaluate(
         for index, prompt in enumerate(prompts)
     ]
     rows = {prompt: row for row, prompt in enumerate(embeds.prompts)}
+    if (out / "report.json").is_file():
+        # It would tell of pictures that are replaced one by one.
+        with writing(out):
+            (out / "report.json").unlink()
     drawn = draw(
         pipe,
         jobs,

@@ -141,6 +141,7 @@ def calibrate_checkpoint(
     latents: bool = True,
     force: bool = False,
     listener: Listener | None = None,
+    prompts_name: str | None = None,
 ) -> CalibrationResult:
     """Calibrate a checkpoint's transformer; write a ternary pipeline, and its latent weights.
 
@@ -157,6 +158,8 @@ def calibrate_checkpoint(
       latents: also write `DST/latents`, from which `distill` starts.
       force: replace an existing checkpoint, once the new one is whole.
       listener: told how far it is.
+      prompts_name: what tells these prompts from others, by which a stopped call is known again; by
+        default a digest of what they were encoded to, which another machine may round otherwise.
 
     Raises:
       UserError: anything wrong with the source, the target, the prompts or the training.
@@ -174,8 +177,9 @@ def calibrate_checkpoint(
         scheduler = pipeline.scheduler or SchedulerConfig.dev()
         run = {
             "transformer": weights_fingerprint(weights),
-            "prompts": prompts_fingerprint(prompts),
+            "prompts": prompts_name or prompts_fingerprint(prompts),
             "grid": grid,
+            "scheduler": dataclasses.asdict(scheduler),
             **dataclasses.asdict(quant),
             **dataclasses.asdict(policy),
             **dataclasses.asdict(config),
@@ -255,6 +259,11 @@ def weights_fingerprint(weights: HostWeights) -> str:
             row = values if values.ndim == 1 else values[0]
             crc = zlib.crc32(np.ascontiguousarray(row).view(np.uint8).data, crc)
     return f"{crc:08x}"
+
+
+def texts_fingerprint(texts: Sequence[str], max_sequence_length: int | None) -> str:
+    """A short name for prompts that are encoded anew by each call."""
+    return f"{zlib.crc32(repr((list(texts), max_sequence_length)).encode()):08x}"
 
 
 def prompts_fingerprint(prompts: PromptSet) -> str:

@@ -91,6 +91,7 @@ def calibrate(
     """
     # Late: JAX takes a second, and --help should not.
     from flux_jax.assets import resolve
+    from flux_jax.compile_cache import enable_compilation_cache
     from flux_jax.prompt_file import read_prompts
     from ternary.calibration.run import (
         calibrate_checkpoint,
@@ -98,6 +99,7 @@ def calibrate(
         choose_prompts,
         encode_prompts,
         image_grid,
+        texts_fingerprint,
     )
     from ternary.config import CalibrateConfig, QuantConfig
     from ternary.policy import DEFAULT_PATTERNS, Policy
@@ -126,6 +128,7 @@ def calibrate(
         seed=seed,
     )
     files.check_target(out, force=force)
+    enable_compilation_cache()
     texts = read_prompts(prompts)
     src = resolve(teacher)
     check_teacher(src, quant, policy, config)
@@ -149,6 +152,7 @@ def calibrate(
             latents=latents,
             force=force,
             listener=bars.listener(),
+            prompts_name=texts_fingerprint(texts, max_sequence_length),
         )
     tell_checkpoint(out, result.coverage, json=json, quiet=quiet)
 

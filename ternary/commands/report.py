@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flux_jax.assets import resolve
 from flux_jax.errors import UserError
 from pallas_kernels.command_line import Force, Json, Quiet, check_folder_of, print_json
 from ternary.commands.telling import inspection_bar
@@ -69,7 +71,13 @@ def report(
     from ternary.run_report.folder import read_run
     from ternary.run_report.layers import inspect_student
     from ternary.run_report.page import render, write_page
-    from ternary.run_report.scores import check_teacher, find_student, read_evaluations
+    from ternary.run_report.scores import (
+        Evaluations,
+        check_teacher,
+        find_student,
+        of_others,
+        read_evaluations,
+    )
     from ternary.run_report.scores import score as score_run
 
     if limit is not None and not score:
@@ -96,7 +104,16 @@ def report(
         with inspection_bar(quiet=quiet) as advance:
             inspected, distances = inspect_student(folder, teacher_name, on_layer=advance)
     now = datetime.datetime.now(datetime.UTC)
-    page = render(found, read_evaluations(found), inspected, distances, now=now)
+    evaluations = read_evaluations(found)
+    others = of_others(
+        evaluations,
+        student=None if student is None else folder,
+        teacher=None if teacher is None else resolve(teacher),
+    )
+    if others:
+        evaluations = Evaluations(columns=())
+        found = dataclasses.replace(found, missing=(*found.missing, *others))
+    page = render(found, evaluations, inspected, distances, now=now)
     write_page(target, page)
     size = target.stat().st_size
     if json:

@@ -94,7 +94,10 @@ def layers(report: Report | None, distances: Mapping[str, Distance]) -> Element 
     ]
     summary = f"{report.summary}."
     if not errors:
-        summary += " The teacher is not on this machine: the error of the weights is not known."
+        summary += (
+            " The error of the weights is not known: the teacher is not on this machine, or has "
+            "layers of other shapes."
+        )
     return section(
         "Layers",
         element("p", summary),

@@ -106,12 +106,15 @@ class Axis:
 
     def ticks(self, count: int = 5) -> list[float]:
         """Round values on the axis, about `count`."""
+        found: list[float] = []
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             factors = (1.0,) if len(powers) > 4 else (1.0, 2.0, 5.0)
             every = max(1, len(powers) // count)
             found = [f * 10.0**p for p in powers if p % every == 0 for f in factors]
-        else:
+            found = [value for value in found if self.low <= value <= self.high]
+        # Between two powers of ten there may be too few.
+        if not self.log or len(found) < 2:
             rough = (self.high - self.low) / count or 1.0
             power = 10.0 ** math.floor(math.log10(rough))
             step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * 0.999)

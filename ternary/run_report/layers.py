@@ -85,7 +85,7 @@ def inspect_student(
       on_layer: told the number of looks at a layer before each one.
 
     Raises:
-      UserError: either is damaged, or they are two transformers of other shapes.
+      UserError: either is damaged. Layers of another shape have no distance.
     """
     with open_checkpoint(student) as checkpoint:
         local = teacher is not None and (teacher in SHIPPED or Path(teacher).exists())

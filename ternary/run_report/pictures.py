@@ -82,7 +82,7 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def _drawn(samples: Sequence[Sample]) -> Gallery | None:
-    """Pairs cut out of the run's grids; None if the last grid is not what its legend says."""
+    """Pairs cut out of the run's grids; None if no grid is what its legend says."""
     pairs: dict[tuple[str, int], Pair] = {}
     views = []
     for sample in reversed(samples):

@@ -10,6 +10,7 @@ from typing import Any
 
 from flux_jax import arguments, assets, loading
 from flux_jax.errors import UserError
+from flux_jax.files import write_whole
 from ternary.config import QuantConfig
 from ternary.distillation.run_config import RunConfig
 from ternary.policy import Policy
@@ -30,6 +31,7 @@ class Column:
       scores: as `flux_jax.composition.score.Scores.to_dict` has them.
       images: a record of each picture; none if they were not kept.
       folder: of the pictures.
+      model: what was scored, as it was named; nothing if that is not known.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Column:
     scores: Mapping[str, Any]
     images: Sequence[Any] = ()
     folder: Path = Path()
+    model: str = ""
 
     @property
     def overall(self) -> float:
@@ -78,11 +81,32 @@ def read_evaluations(run: Run) -> Evaluations:
                     for entry in report["images"]
                 ],
                 folder=folder,
+                model=str(report.get("settings", {}).get("model") or ""),
             )
         except (OSError, AttributeError, KeyError, TypeError, ValueError):
             continue
         columns.append(column)
     return Evaluations(columns=tuple(columns))
+
+
+def of_others(evaluations: Evaluations, **named: str | Path | None) -> list[str]:
+    """What an evaluation scored that is not what the report is asked to show, a line each.
+
+    Args:
+      evaluations: what `--score` left.
+      **named: by kind of column, what the user named; None where they did not.
+    """
+    lines = []
+    for column in evaluations.columns:
+        asked = named.get(column.kind)
+        if asked is None or not column.model:
+            continue
+        if Path(column.model).resolve() != Path(asked).resolve():
+            lines.append(
+                f"evaluation/ has the scores of another {column.kind}, {column.model}: --score "
+                "draws and judges anew."
+            )
+    return lines
 
 
 def run_scores(run: Run) -> list[Column]:
@@ -192,11 +216,20 @@ def _rounded(teacher: Path, student: Path, folder: Path) -> Path:
     with open_checkpoint(student) as checkpoint:
         quant, layers = checkpoint.description.quant, checkpoint.layers
     plain = QuantConfig(granularity=quant.granularity, activation_bits=quant.activation_bits)
-    if (folder / "model_index.json").is_file():
+    # Of which teacher's files, as they were.
+    note = folder.with_name(f"{folder.name}.json")
+    stamps = sorted(
+        (str(file.relative_to(teacher)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in (teacher / "transformer").rglob("*")
+    )
+    made_of = json.dumps({"teacher": str(teacher.resolve()), "files": stamps})
+    known = note.is_file() and note.read_text("utf-8") == made_of
+    if known and (folder / "model_index.json").is_file():
         with open_checkpoint(folder) as checkpoint:
             if (checkpoint.description.quant, checkpoint.layers) == (plain, layers):
                 return folder
     quantize_checkpoint(teacher, folder, plain, Policy(include=tuple(layers)), force=True)
+    write_whole(note, made_of.encode())
     return folder
 
 

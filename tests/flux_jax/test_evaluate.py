@@ -77,6 +77,20 @@ def test_resuming_draws_only_what_is_missing(pipe, prompts, embeds, tmp_path):
     assert evaluate(num_inference_steps=2, seed=1).drawn == 6
 
 
+def test_a_report_does_not_outlive_its_pictures(pipe, prompts, embeds, tmp_path, monkeypatch):
+    """They are replaced one by one; killed among them, the folder would tell of pictures gone."""
+    evaluation.evaluate(pipe, tmp_path, prompts=prompts, embeds=embeds, **SETTINGS)
+    assert (tmp_path / "report.json").exists()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "draw", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(pipe, tmp_path, prompts=prompts, embeds=embeds, seed=9, **SETTINGS)
+    assert not (tmp_path / "report.json").exists()
+
+
 def _decoded(content: bytes) -> Image.Image:
     import io
 

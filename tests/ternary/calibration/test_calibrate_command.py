@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,10 +25,12 @@ from flux_jax.loading import load_text_encoders
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
 from flux_jax.tree import split_flat, to_flat
+from ternary.calibration import run as run_module
 from ternary.calibration.run import encode_prompts, image_grid
 from ternary.cli import app
 from ternary.commands.calibrate import parse_blocks
 from ternary.config import QuantConfig
+from ternary.distillation.step import PromptSet
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy
 from ternary.storage.checkpoint import open_checkpoint
@@ -218,3 +221,34 @@ def test_blocks_on_the_command_line(text, blocks):
 def test_blocks_on_the_command_line_are_refused():
     with pytest.raises(UserError, match="--blocks must be a number or names of blocks, got ','"):
         parse_blocks(",")
+
+
+def test_a_call_goes_on_where_prompts_are_encoded_to_other_bits(folder, tmp_path, monkeypatch):
+    """As another machine rounds them: they are known again by their texts."""
+    out = tmp_path / "out"
+    calls = []
+
+    def encoded(*given, **named):
+        found = encode_prompts(*given, **named)
+        calls.append(1)
+        off = np.float32(1e-3 * len(calls))
+        return PromptSet(*(np.asarray(part, np.float32) + off for part in found))
+
+    monkeypatch.setattr(run_module, "encode_prompts", encoded)
+    rename = run_module.files.staged
+
+    @contextlib.contextmanager
+    def killed(*given, **named):
+        with rename(*given, **named):
+            raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as first:
+        first.setattr(run_module.files, "staged", killed)
+        assert CliRunner().invoke(app, arguments(folder, out)).exit_code != 0
+    assert (tmp_path / "out.calibration").is_dir()
+    result = CliRunner().invoke(app, arguments(folder, out))
+    assert result.exit_code == 0, result.stderr
+    assert len(calls) == 2
+    # Every block was finished by the first call.
+    assert "blocks.0: loss" not in result.stderr

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from ternary.cli import app
 from ternary.config import QuantConfig
 from ternary.policy import Policy
+from ternary.run_report.charts import Axis
 from ternary.run_report.folder import read_run
 from ternary.run_report.layers import blocks, inspect_student
 from ternary.run_report.page import render
-from ternary.run_report.scores import read_evaluations
+from ternary.run_report.scores import _rounded, read_evaluations
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.inspection import inspect_checkpoint
 from ternary.storage.rounding import quantize_checkpoint
@@ -326,6 +327,55 @@ def test_an_evaluation_is_shown_in_place_of_the_runs_scores(tmp_path):
     assert pixels(page.all("img")[0]["src"]).shape == (171, 256, 3)
     (folder / "evaluation" / "rounded" / "report.json").unlink()
     assert "plain rounding" not in page_of(folder).text
+
+
+def test_scores_of_another_student_are_not_shown(tmp_path, student):
+    folder = make_run(tmp_path / "run")
+    for kind in ("teacher", "student", "rounded"):
+        place = folder / "evaluation" / kind
+        place.mkdir(parents=True)
+        content = {
+            "scores": all_scores(0.5),
+            "settings": {"model": str(student)},
+            "images": [
+                {
+                    "file": "0.png",
+                    "prompt": prompt,
+                    "category": "colors",
+                    "seed": 0,
+                    "passed": True,
+                    "reasons": [],
+                }
+                for prompt in PROMPTS
+            ],
+        }
+        Image.new("RGB", (300, 200), (0, 255, 0)).save(place / "0.png")
+        (place / "report.json").write_text(json.dumps(content))
+    shown = Page(report(folder, "--student", student, "--force")).text
+    assert "plain rounding: 3 pictures" in shown
+    other = Page(report(folder, "--student", "tiny-ternary", "--force")).text
+    assert "plain rounding: 3 pictures" not in other
+    assert f"evaluation/ has the scores of another student, {student}" in other
+
+
+@pytest.mark.parametrize("ends", [(0.6, 0.9), (0.022, 0.027), (2.2, 4.5), (1.0, 1.0), (1e-4, 3.0)])
+def test_a_logarithmic_axis_has_numbers(ends):
+    axis = Axis.around(np.asarray(ends), log=True)
+    assert axis is not None
+    ticks = axis.ticks()
+    assert len(ticks) >= 2
+    assert all(axis.low <= tick <= axis.high for tick in ticks)
+
+
+def test_plain_rounding_is_of_the_teacher_that_is_scored(teacher, student, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    folder, found = tmp_path / "evaluation" / "rounded", []
+    folder.parent.mkdir()
+    for named in (teacher, teacher, other):
+        made = _rounded(named, student, folder) / "transformer" / "ternary.safetensors"
+        found.append(made.stat().st_ino)
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.long
