@@ -56,7 +56,8 @@ POLICY = Policy(include=("*img_attn*", "single_blocks.*"))
 STEPS = 5
 QUANTS = {
     "channel": QuantConfig(),
-    "tensor": QuantConfig(granularity="tensor", activation_bits=8),
+    "tensor": QuantConfig(granularity="tensor"),
+    "int8": QuantConfig(granularity="tensor", activation_bits=8),
     "group128": QuantConfig(granularity="group128", learned_scale=True, rank=2, refit_steps=1),
 }
 
@@ -122,17 +123,18 @@ def from_the_start(axes, kind):
         ((1, 1, 4), "channel"),
         ((2, 2, 2), "channel"),
         pytest.param((2, 2, 2), "tensor", marks=pytest.mark.long),
+        pytest.param((2, 2, 2), "int8", marks=pytest.mark.long),
         pytest.param((2, 2, 2), "group128", marks=pytest.mark.long),
     ],
 )
 def test_every_mesh_gives_the_losses_and_gradients_of_one_device(axes, kind):
     state, losses, norms = from_the_start(axes, kind)
     alone, expected, expected_norms = from_the_start((1, 1, 1), kind)
-    # Sums in another order move an activation over the edge between two int8 codes now and then.
-    exact = 3 if kind == "tensor" else STEPS
-    np.testing.assert_allclose(losses[:exact], expected[:exact], rtol=1e-5)
-    np.testing.assert_allclose(norms[:exact], expected_norms[:exact], rtol=1e-5)
-    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    # Sums in another order move an activation over the edge between two int8 codes now and then; in
+    # which step depends on how wide the processor's vectors are.
+    close = 1e-3 if kind == "int8" else 1e-5
+    np.testing.assert_allclose(losses, expected, rtol=close)
+    np.testing.assert_allclose(norms, expected_norms, rtol=close)
     if kind == "channel":
         for name, value in state.params.items():
             # Adam divides by the gradient's size: where that is rounding alone, so is the update.
