@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from benchmarks.common import Figure, Peer, Result, read_result
 from flux_jax.errors import UserError
 
 # In the note of a figure of another commit than its file's.
-AT = "at "
+_AT = re.compile(r"(?:^|, )at (\S+)$")
 
 
 def joined(paths: list[Path], *, mixed: bool = False) -> Result:
@@ -32,7 +33,7 @@ def joined(paths: list[Path], *, mixed: bool = False) -> Result:
             mine, other = getattr(first, field), getattr(result, field)
             if mine != other:
                 raise UserError(f"{path}: {field} is {other}, not {mine} as before")
-        at = "" if result.commit == first.commit else f"{AT}{result.commit[:12]}"
+        at = "" if result.commit == first.commit else at_commit(result.commit)
         figures |= _noted(result.figures, at)
         peers |= {
             name: dataclasses.replace(peer, figures=_noted(peer.figures, at))
@@ -45,6 +46,17 @@ def joined(paths: list[Path], *, mixed: bool = False) -> Result:
 def _noted(figures: Mapping[str, Figure], note: str) -> dict[str, Figure]:
     """Figures, with more in their notes."""
     return {name: noted(figure, note) for name, figure in figures.items()}
+
+
+def at_commit(commit: str) -> str:
+    """What is noted at a figure of another commit."""
+    return f"at {commit[:12]}"
+
+
+def noted_commit(figure: Figure) -> str | None:
+    """The commit that a figure's note names; None for that of its file."""
+    match = _AT.search(figure.note)
+    return match and match.group(1)
 
 
 def noted(figure: Figure, note: str) -> Figure:

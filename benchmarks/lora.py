@@ -35,22 +35,19 @@ ROWS = ((8, (0, 16, 64)), (None, (0, 16)), (16, (0, 16)))
 
 def random_lora(config: FluxConfig, rank: int) -> LoRA:
     """Of the blocks' attention and MLP linears."""
-    from flux_jax.components import abstract_module
-    from flux_jax.linears import linears
-    from flux_jax.lora import LoRA, LowRank
+    from flux_jax.lora import LoRA, LowRank, linear_shapes
 
     rng = np.random.default_rng(rank)
     layers = {}
-    for path, linear in linears(abstract_module("transformer", config)).items():
+    for path, (rows, columns) in linear_shapes(config).items():
         if "_blocks." in path and "_mod." not in path and "modulation" not in path:
-            rows, columns = linear.weight.shape
             a = rng.standard_normal((rank, columns), np.float32) / columns**0.5
             layers[path] = LowRank(a, 0.1 * rng.standard_normal((rows, rank), np.float32))
     return LoRA(path="random", layers=layers)
 
 
 def measure(pipe: FluxPipeline, embeds: PromptEmbeds, steps: int) -> dict[str, Figure]:
-    """Milliseconds of a step, and what its program needs beside the weights."""
+    """Milliseconds of a step, and GiB of the transformer's weights, LoRAs included."""
     import jax
 
     seconds = []

@@ -29,7 +29,7 @@ import typer
 
 from benchmarks import paper
 from benchmarks.common import RESULTS, Commit, Figure, Out, Result, Tiny, read_result
-from benchmarks.joining import AT, noted
+from benchmarks.joining import at_commit, noted, noted_commit
 from benchmarks.machine import GIB, device_figures, git_commit
 from flux_jax.configs import AutoencoderConfig, FluxConfig, SchedulerConfig
 from flux_jax.errors import exit_on_user_error
@@ -80,10 +80,9 @@ def merged(result: Result, directory: Path, row: str) -> Result:
     if path.exists():
         earlier = read_result(path)
         others = {n: f for n, f in earlier.figures.items() if n.rpartition("/")[0] != row}
-        # A note that an earlier run left says more.
-        old = {n for n, f in others.items() if AT not in f.note}
-        at = "" if earlier.commit == result.commit else f"{AT}{earlier.commit[:12]}"
-        kept = {n: noted(f, at) if n in old else f for n, f in others.items()}
+        at = "" if earlier.commit == result.commit else at_commit(earlier.commit)
+        # What an earlier run noted is of a commit before that.
+        kept = {n: f if noted_commit(f) else noted(f, at) for n, f in others.items()}
     rows = {**kept, **result.figures}
     ordered = sorted(rows, key=lambda name: (int(name.split()[0]), name.rpartition("/")[0]))
     return dataclasses.replace(result, figures={name: rows[name] for name in ordered})
@@ -99,9 +98,9 @@ def with_scaling(figures: Mapping[str, Figure], measure: str, base: int) -> dict
     for row in rows:
         for other in rows:
             same = row.partition(",")[2] == other.partition(",")[2]
-            mine, theirs = (found[f"{each}/{measure}"].note for each in (row, other))
+            mine, theirs = (noted_commit(found[f"{each}/{measure}"]) for each in (row, other))
             # Of one commit alone.
-            same = same and mine.partition(AT)[2] == theirs.partition(AT)[2]
+            same = same and mine == theirs
             if same and int(other.split()[0]) == base < int(row.split()[0]):
                 times = found[f"{row}/{measure}"].value / found[f"{other}/{measure}"].value
                 note = f"{measure} over that of {base} device{'s' if base > 1 else ''}"

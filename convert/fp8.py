@@ -38,7 +38,7 @@ FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _INPUT_SCALES = (".scale_input", ".input_scale")
 _QUANT_NOTE = ".comfy_quant"
-_MARKER = "scaled_fp8"
+MARKER = "scaled_fp8"
 _INPUT_REASON = "scale of the activations of an fp8 product, not used here"
 MARKER_REASON = "marks a scaled fp8 checkpoint"
 
@@ -82,7 +82,7 @@ class Dequantized:
                 scales[weight] = _read_scale(source, name, what)
             elif name.endswith(_INPUT_SCALES):
                 self.dropped.append((name, _INPUT_REASON))
-            elif name == _MARKER or name.endswith("." + _MARKER):
+            elif name == MARKER or name.endswith("." + MARKER):
                 self.dropped.append((name, MARKER_REASON))
             elif name.endswith(_QUANT_NOTE):
                 _check_note(source, name, what)

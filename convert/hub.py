@@ -119,17 +119,20 @@ def resolve_lora(src: str | Path) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    with _told(repo, None):
+    def fetched(file: str) -> Path:
         try:
-            file = Path(huggingface_hub.hf_hub_download(repo, name or _LORA_FILE))
-            if file.name == PEFT_FILES[0]:
-                # Its settings lie beside it.
-                huggingface_hub.hf_hub_download(repo, name.replace(*PEFT_FILES))
-            return file
+            return Path(huggingface_hub.hf_hub_download(repo, file))
         except errors.RemoteEntryNotFoundError as error:
             raise UserError(
-                f"{repo}: has no {name or _LORA_FILE}; name its file as {repo}/FILE{SUFFIX}"
+                f"{repo}: has no {file}; name its file as {repo}/FILE{SUFFIX}"
             ) from error
+
+    with _told(repo, None):
+        found = fetched(name or _LORA_FILE)
+        if found.name == PEFT_FILES[0]:
+            # Its settings lie beside it.
+            fetched(name.replace(*PEFT_FILES))
+        return found
 
 
 def local_path(src: str | Path) -> Path:

@@ -36,7 +36,7 @@ from convert.maps.transformer import bfl_map, diffusers_map
 from convert.problems import naming, refusal
 from convert.safetensors_header import SUFFIX
 from convert.safetensors_read import PICKLES, SafetensorsReader, refuse_pickle
-from convert.tensors import FLOATS, Spec
+from convert.tensors import FLOATS, Spec, read_whole
 from convert.transforms import Run
 from flux_jax import arguments
 from flux_jax.configs import FluxConfig
@@ -226,10 +226,7 @@ def _overlap(one: _Place, other: _Place) -> bool:
 
 
 def _is_zero(reader: SafetensorsReader, name: str) -> bool:
-    spec = reader.specs[name]
-    out = np.empty(spec.shape or (1,), spec.dtype)
-    reader.read_into(name, 0, out)
-    return not out.any()
+    return not read_whole(reader, name).any()
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -239,11 +236,8 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _read(reader: SafetensorsReader, name: str) -> np.ndarray:
     """A tensor in float32: a factor as a matrix, or one number."""
-    spec = reader.specs[name]
-    out = np.empty(spec.shape or (1,), spec.dtype)
-    reader.read_into(name, 0, out)
-    out = out.astype(np.float32)
-    return out if out.size == 1 and len(spec.shape) < 2 else out.reshape(_flat(spec.shape))
+    out = read_whole(reader, name).astype(np.float32)
+    return out if out.ndim < 2 else out.reshape(_flat(out.shape))
 
 
 def _stacked(parts: list[tuple[_Place, LowRank]], rows: int) -> LowRank:

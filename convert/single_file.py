@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert.fp8 import MARKER_REASON
+from convert.fp8 import MARKER, MARKER_REASON
 from convert.problems import refusal
 from convert.safetensors_read import SafetensorsReader
 from convert.tables import config_from_json, config_from_shapes
@@ -52,7 +52,6 @@ _OTHERS = (
     (r".*\.(absmax|quant_map|qweight|qzeros)|.*\.quant_state\..*", "quantised below 8 bits"),
 )
 
-_MARKER = "scaled_fp8"
 # Of CLIP's image-text head, which FLUX.1 has no use for.
 _NOT_USED = r"logit_scale|text_projection(\.weight)?"
 _NOT_USED_REASON = "of CLIP's image-text head, which FLUX.1 does not use"
@@ -127,7 +126,7 @@ def split(reader: SafetensorsReader, *, what: str) -> list[Part]:
             rest[name] = name
     if groups:
         # The marker of a scaled fp8 file may stand outside of the prefix.
-        strangers = [name for name in rest if name != _MARKER]
+        strangers = [name for name in rest if name != MARKER]
         if strangers:
             raise refusal(what, [f"tensor `{name}` belongs to no component" for name in strangers])
     else:
@@ -139,8 +138,8 @@ def split(reader: SafetensorsReader, *, what: str) -> list[Part]:
             raise UserError(f"{what}: the {component} in it is a {found}")
         unused = [old for new, old in names.items() if re.fullmatch(_NOT_USED, new)]
         dropped = [(name, _NOT_USED_REASON) for name in unused]
-        if groups and not parts and _MARKER in rest and _MARKER not in names:
-            dropped.append((_MARKER, MARKER_REASON))
+        if groups and not parts and MARKER in rest and MARKER not in names:
+            dropped.append((MARKER, MARKER_REASON))
         names = {new: old for new, old in names.items() if old not in unused}
         view = Renamed(reader, names)
         shapes = {name: spec.shape for name, spec in view.specs.items()}

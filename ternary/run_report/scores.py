@@ -95,13 +95,16 @@ def of_others(evaluations: Evaluations, **named: str | Path | None) -> list[str]
     Args:
       evaluations: what `--score` left.
       **named: by kind of column, what the user named; None where they did not.
+
+    A name that is no path here, of the hub or of another working folder, tells nothing.
     """
     lines = []
     for column in evaluations.columns:
         asked = named.get(column.kind)
         if asked is None or not column.model:
             continue
-        if Path(column.model).resolve() != Path(asked).resolve():
+        one, other = Path(column.model), Path(asked)
+        if one.exists() and other.exists() and not one.samefile(other):
             lines.append(
                 f"evaluation/ has the scores of another {column.kind}, {column.model}: --score "
                 "draws and judges anew."

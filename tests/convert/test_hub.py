@@ -66,7 +66,7 @@ def test_the_file_of_a_lora(tmp_path, monkeypatch):
 
     def hf_hub_download(repo, name):
         asked.append((repo, name))
-        if name.startswith("absent"):
+        if name.startswith("absent") or (repo, name) == ("a/c", "adapter_config.json"):
             raise http(errors.RemoteEntryNotFoundError)
         return str(tmp_path / name)
 
@@ -88,6 +88,8 @@ def test_the_file_of_a_lora(tmp_path, monkeypatch):
     asked.clear()
     hub.resolve_lora("a/b/x/adapter_model.safetensors")
     assert asked == [("a/b", "x/adapter_model.safetensors"), ("a/b", "x/adapter_config.json")]
+    with pytest.raises(UserError, match=r"a/c: has no adapter_config.json"):
+        hub.resolve_lora("a/c/adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 300], ids=["user", "long"])

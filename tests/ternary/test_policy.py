@@ -5,7 +5,7 @@ import pytest
 from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.linears import linears, replace_linears
+from flux_jax.linears import linears
 from flux_jax.tree import to_flat
 from ternary.policy import Policy, coverage, select
 
@@ -24,11 +24,6 @@ def test_default_covers_flux_dev(dev):
     assert counted.total == 11_901_408_320
     assert counted.ternary == 11_834_228_736
     assert counted.fraction >= 0.994
-
-
-def test_names_are_in_block_order(dev):
-    blocks = [name.split(".")[1] for name in linears(dev) if name.startswith("single_blocks")]
-    assert [int(block) for block in blocks] == sorted(int(block) for block in blocks)
 
 
 def test_exclude(dev):
@@ -50,17 +45,3 @@ def test_exclude(dev):
 def test_patterns_that_match_nothing_are_errors(dev, policy, message):
     with pytest.raises(UserError, match=message):
         select(list(linears(dev)), policy)
-
-
-def test_replace_in_lists_and_attributes():
-    module = abstract_module("transformer", FluxConfig.tiny())
-    seen = []
-
-    def make(name, linear):
-        seen.append((name, linear.weight.shape))
-        linear.marked = True
-        return linear
-
-    replace_linears(module, ["double_blocks.2.img_mlp.out_layer", "img_in"], make)
-    assert seen == [("double_blocks.2.img_mlp.out_layer", (256, 1024)), ("img_in", (256, 64))]
-    assert module.double_blocks[2].img_mlp.out_layer.marked

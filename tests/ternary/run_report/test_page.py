@@ -23,7 +23,7 @@ from ternary.run_report.charts import Axis
 from ternary.run_report.folder import read_run
 from ternary.run_report.layers import blocks, inspect_student
 from ternary.run_report.page import render
-from ternary.run_report.scores import _rounded, read_evaluations
+from ternary.run_report.scores import _rounded, of_others, read_evaluations
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.inspection import inspect_checkpoint
 from ternary.storage.rounding import quantize_checkpoint
@@ -356,6 +356,10 @@ def test_scores_of_another_student_are_not_shown(tmp_path, student):
     other = Page(report(folder, "--student", "tiny-ternary", "--force")).text
     assert "plain rounding: 3 pictures" not in other
     assert f"evaluation/ has the scores of another student, {student}" in other
+    # A name of the hub, and a folder that has moved, tell nothing.
+    kept = read_evaluations(read_run(folder))
+    assert of_others(kept, student=student, teacher="owner/name") == []
+    assert of_others(kept, student=tmp_path / "moved") == []
 
 
 @pytest.mark.parametrize("ends", [(0.6, 0.9), (0.022, 0.027), (2.2, 4.5), (1.0, 1.0), (1e-4, 3.0)])
