@@ -1,7 +1,7 @@
 """What a product reads: activations, or a statement of how they come about.
 
 A block says what surrounds a product (`Modulated`, `Hidden`, `Joined`, and the gate and residual of
-a linear's call), and the linear decides what of it is computed together: a bf16 linear leaves it to
+a linear's call; `Branch` beside its weight), and the linear decides what of it is computed together: a bf16 linear leaves it to
 XLA, a ternary one has kernels. `dense` is what every statement means.
 """
 
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from pallas_kernels.reference import float_product
 
 # Of the modulated norms.
 EPS = 1e-6
@@ -111,6 +113,47 @@ Input = Float[Array, "*B K"] | Modulated | Hidden | Joined
 def dense(x: Input) -> Float[Array, "*B K"]:
     """The activations that `x` is or stands for."""
     return x.dense() if isinstance(x, Modulated | Hidden | Joined) else x
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A low-rank summand of a product, beside its weight: `x @ a.T @ b.T`.
+
+    Attributes:
+      a: (R, K).
+      b: (N, R), of a's dtype.
+    """
+
+    a: Float[Array, "R K"]
+    b: Float[Array, "N R"]
+
+    def of(self, outputs: slice) -> Branch:
+        """The branch of some of the outputs."""
+        return Branch(self.a, self.b[outputs])
+
+    def narrow(self, x: Input) -> Float[Array, "*B R"]:
+        """`x @ a.T`, in a's dtype, accumulating in float32; joined inputs are not joined for it."""
+        if not isinstance(x, Joined):
+            return self._product(dense(x), self.a).astype(self.a.dtype)
+        width = x.first.shape[-1]
+        first = self._product(x.first, self.a[:, :width])
+        return (first + self._product(x.hidden.dense(), self.a[:, width:])).astype(self.a.dtype)
+
+    def wide(self, x: Input) -> Float[Array, "*B N"]:
+        """`x @ a.T @ b.T`, float32."""
+        return self._product(self.narrow(x), self.b)
+
+    def _product(self, x: Float[Array, "*B K"], weight: Float[Array, "R K"]) -> Array:
+        rows = x.astype(weight.dtype).reshape(-1, x.shape[-1])
+        return float_product(rows, weight).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def joined(first: Branch | None, second: Branch | None) -> Branch | None:
+    """The sum of two branches of one linear, as one."""
+    if first is None or second is None:
+        return second if first is None else first
+    return Branch(jnp.concatenate((first.a, second.a)), jnp.concatenate((first.b, second.b), 1))
 
 
 def surround(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flux_jax.inputs import Hidden, Input, dense, layer_norm, surround
+from flux_jax.inputs import Branch, Hidden, Input, dense, layer_norm, surround
 from flux_jax.partition import product_on_mesh
 
 Axes = tuple[str | None, ...]
@@ -64,7 +64,7 @@ class AnyLinear(nnx.Module):
 
     A block states what surrounds a product: how its input comes about (`flux_jax.inputs`), and that
     the result is gated and added to a residual stream. Each kind of linear computes together what
-    pays for it. `ternary` swaps the module; the block does not know.
+    pays for it. `ternary` swaps the module, and `lora` wraps it; the block does not know.
     """
 
     def __call__(
@@ -73,33 +73,39 @@ class AnyLinear(nnx.Module):
         *,
         gate: Float[Array, "B N"] | None = None,
         residual: Float[Array, "*L N"] | None = None,
+        branch: Branch | None = None,
     ) -> Float[Array, "*L N"]:
         """`residual + gate * (x @ weight.T + bias)`, or without the two.
+
+        A branch is part of what is multiplied by the gate.
 
         Args:
           x: (..., in_features), or a statement of it.
           gate: one vector for each of the first axis of x; with `residual`.
           residual: (..., out_features); with `gate`.
+          branch: a summand beside the bias.
 
         Returns:
           (..., out_features).
         """
         raise NotImplementedError
 
-    def hidden(self, x: Input, start: int = 0) -> Hidden:
-        """`gelu(self(x)[..., start:])`, for the next linear; the columns before as they are.
+    def hidden(self, x: Input, start: int = 0, *, branch: Branch | None = None) -> Hidden:
+        """`gelu(self(x, branch=branch)[..., start:])`, for the next linear; the columns before as they are.
 
         The GELU is left to whoever reads the result, or computed with the product.
         """
-        return Hidden(self(x), start)
+        return Hidden(self(x, branch=branch), start)
 
-    def apart(self, x: Input, start: int) -> tuple[Float[Array, "*L _"], Hidden]:
-        """`hidden(x, start)`, with the columns before `start` as an array of their own.
+    def apart(
+        self, x: Input, start: int, *, branch: Branch | None = None
+    ) -> tuple[Float[Array, "*L _"], Hidden]:
+        """`hidden(x, start, branch=branch)`, with the columns before `start` as an array of their own.
 
         Two products where that is possible, so that the first one's result can be sent to other
         devices while the second is computed. Where not, the first array has all columns.
         """
-        hidden = self.hidden(x, start)
+        hidden = self.hidden(x, start, branch=branch)
         return hidden.array, hidden
 
 
@@ -133,22 +139,32 @@ class Linear(AnyLinear):
         *,
         gate: Float[Array, "B N"] | None = None,
         residual: Float[Array, "*L N"] | None = None,
+        branch: Branch | None = None,
     ) -> Float[Array, "*L N"]:
         """See `AnyLinear`; in the weight's dtype, accumulating in float32."""
-        return surround(self._product(dense(x), slice(None)), gate, residual)
+        return surround(self._product(dense(x), slice(None), branch), gate, residual)
 
-    def apart(self, x: Input, start: int) -> tuple[Float[Array, "*L _"], Hidden]:
+    def apart(
+        self, x: Input, start: int, *, branch: Branch | None = None
+    ) -> tuple[Float[Array, "*L _"], Hidden]:
         """See `AnyLinear`."""
         x = dense(x)
-        return self._product(x, slice(start)), Hidden(self._product(x, slice(start, None)))
+        first, rest = (
+            self._product(x, part, branch) for part in (slice(start), slice(start, None))
+        )
+        return first, Hidden(rest)
 
-    def _product(self, x: Float[Array, "*L K"], outputs: slice) -> Float[Array, "*L N"]:
+    def _product(
+        self, x: Float[Array, "*L K"], outputs: slice, branch: Branch | None
+    ) -> Float[Array, "*L N"]:
         def product(x: Array, weight: Array) -> Array:
             return jax.lax.dot_general(x, weight[outputs], (((x.ndim - 1,), (1,)), ((), ())))
 
         weight = self.weight[...]
         y = product_on_mesh(product, x.astype(weight.dtype), weight, weight_axes(self.weight))
-        return y if self.bias is None else y + along_last(self.bias[...][outputs], y.ndim)
+        if self.bias is not None:
+            y = y + along_last(self.bias[...][outputs], y.ndim)
+        return y if branch is None else y + branch.of(outputs).wide(x).astype(y.dtype)
 
 
 # Up to this many rows, the gradient of a look-up is a product with one-hot rows. A scatter adds

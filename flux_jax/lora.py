@@ -21,7 +21,7 @@ from flux_jax import arguments
 from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.inputs import Input, dense, surround
+from flux_jax.inputs import Branch, Hidden, Input, joined
 from flux_jax.layers import AnyLinear
 from flux_jax.linears import linears, replace_linears
 from flux_jax.transformer import FluxTransformer
@@ -87,15 +87,23 @@ class LoRALinear(AnyLinear):
         *,
         gate: Float[Array, "B N"] | None = None,
         residual: Float[Array, "*L N"] | None = None,
+        branch: Branch | None = None,
     ) -> Float[Array, "*L N"]:
-        """See `AnyLinear`; the base computes with its product what it does without a LoRA."""
-        y = self.base(x, gate=gate, residual=residual)
-        change = self._change(x).astype(y.dtype)
-        return y + change if gate is None else surround(change, gate, y)
+        """See `AnyLinear`; it is up to the base what is computed together."""
+        return self.base(x, gate=gate, residual=residual, branch=self._with(branch))
 
-    def _change(self, x: Input) -> Float[Array, "*L N"]:
-        a, b = self.lora_a[...], self.lora_b[...]
-        return dense(x).astype(a.dtype) @ a.T @ b.T
+    def hidden(self, x: Input, start: int = 0, *, branch: Branch | None = None) -> Hidden:
+        """See `AnyLinear`."""
+        return self.base.hidden(x, start, branch=self._with(branch))
+
+    def apart(
+        self, x: Input, start: int, *, branch: Branch | None = None
+    ) -> tuple[Float[Array, "*L _"], Hidden]:
+        """See `AnyLinear`."""
+        return self.base.apart(x, start, branch=self._with(branch))
+
+    def _with(self, branch: Branch | None) -> Branch | None:
+        return joined(Branch(self.lora_a[...], self.lora_b[...]), branch)
 
 
 def linear_shapes(config: FluxConfig) -> dict[str, tuple[int, int]]:

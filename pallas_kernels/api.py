@@ -36,10 +36,11 @@ def ternary_matmul(
     gelu: bool = False,
     gate: Vectors | None = None,
     residual: Float[Array, "*B N"] | None = None,
+    low_rank: tuple[Float[Array, "*B R"], Float[Array, "N R"]] | None = None,
 ) -> Float[Array, "*B N"]:
-    """`residual + gate * gelu(x @ (scale * weight).T + bias)` for a packed ternary weight.
+    """`residual + gate * gelu(x @ (scale * weight).T + bias + u @ v.T)` for packed ternary weights.
 
-    Bias, GELU, gate and residual are there only if asked for. All of it is float32 after the sums,
+    Bias, branch (u and v), GELU, gate and residual are there only if asked for. All of it is float32 after the sums,
     and rounded once, to `out_dtype`; formula and order are in `pallas_kernels.reference`.
 
     Where it runs:
@@ -54,7 +55,7 @@ def ternary_matmul(
 
     Differentiable in everything floating. The gradient is that of the product with 16-bit
     activations: the rounding to int8 counts as the identity. Under `vmap`, a batch of x,
-    `token_scale`, `gate` and `residual` becomes more rows; a batch of weights is a loop. An array
+    `token_scale`, `gate`, `residual` and u becomes more rows; a batch of weights is a loop. An array
     that is spread over several devices is left to plain JAX, which XLA partitions: use
     `jax.shard_map` for kernels on each.
 
@@ -75,6 +76,9 @@ def ternary_matmul(
       gelu: GELU in its tanh form.
       gate: (N,), a factor; or (B, N), one for each of the first axis of x (an image of a batch).
       residual: (..., N), a summand.
+      low_rank: u (..., R) and v (N, R), of one floating type. Of bfloat16, Mosaic's kernel for more
+        than 64 rows multiplies them too, and Triton's kernels of either 16-bit type; XLA does
+        elsewhere, with the float32 result going through memory.
 
     Returns:
       (..., N).
@@ -93,12 +97,14 @@ def ternary_matmul(
         row_sum=row_sum,
         gate=gate,
         residual=residual,
+        low_rank=low_rank,
     )
     if out_dtype is None:
         out_dtype = jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype
     out_dtype = jnp.dtype(out_dtype)
     device = device_of(x)
-    arrays = (x, packed, scale, bias, token_scale, row_sum, gate, residual)
+    u, v = low_rank or (None, None)
+    arrays = (x, packed, scale, bias, token_scale, row_sum, gate, residual, u, v)
     if backend is None and is_spread(*arrays):
         name = "jax"
     else:
@@ -120,6 +126,8 @@ def ternary_matmul(
         flat(token_scale, rows),
         _stacked(gate),
         flat(residual, rows, outputs),
+        None if u is None else u.reshape(rows, u.shape[-1]),
+        v,
         flat(row_sum, rows),
     )
     return y.reshape(*x.shape[:-1], outputs)
@@ -248,9 +256,9 @@ def _product(backend: str, activation_bits: int, out_dtype: Any, gelu: bool, dev
         y = reference.ternary_matmul(x, *others[:-1], activation_bits=through, gelu=gelu)
         return y.astype(out_dtype)
 
-    # x, token_scale, residual and row_sum have rows, and gates runs of them. Plain JAX is batched
+    # x, token_scale, residual, u and row_sum have rows, and gates runs of them. Plain JAX is batched
     # by JAX.
-    fold = functools.partial(foldable, per_row=(0, 4, 6, 7), per_run=(5,))
+    fold = functools.partial(foldable, per_row=(0, 4, 6, 7, 9), per_run=(5,))
     compute = plain if backend == "jax" else _lowered_once(fold(kernel))
     return differentiable(compute, straight_through)
 

@@ -24,6 +24,7 @@ def check_matmul(
     row_sum: Any = None,
     gate: Any = None,
     residual: Any = None,
+    low_rank: Any = None,
 ) -> None:
     """Refuses what no backend could multiply.
 
@@ -70,6 +71,8 @@ def check_matmul(
     ):
         if value is not None:
             check_floating(name, value, shapes)
+    if low_rank is not None:
+        _check_low_rank(*low_rank, leading, rows)
     if row_sum is not None and (
         not quantized or row_sum.shape != leading or row_sum.dtype != jnp.int32
     ):
@@ -77,6 +80,17 @@ def check_matmul(
             f"row_sum must be int32 of shape {leading}, of x of int8, got {row_sum.dtype} of shape "
             f"{row_sum.shape} for x of {x.dtype}"
         )
+
+
+def _check_low_rank(u: Any, v: Any, leading: tuple[int, ...], rows: int) -> None:
+    rank = u.shape[-1] if u.ndim else 0
+    if not rank or u.shape[:-1] != leading or v.shape != (rows, rank):
+        raise ValueError(
+            f"low_rank must be of shapes {(*leading, 'R')} and ({rows}, 'R') with R above 0, got "
+            f"{u.shape} and {v.shape}"
+        )
+    if u.dtype != v.dtype or not jnp.issubdtype(u.dtype, jnp.floating):
+        raise ValueError(f"low_rank must be of one floating type, got {u.dtype} and {v.dtype}")
 
 
 def check_modulation(x: Any, gain: Any, shift: Any) -> None:

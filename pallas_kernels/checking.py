@@ -42,6 +42,7 @@ class Case:
       granularity: of the weight's scale: tensor, channel or group.
       out_dtype: of the result.
       gelu, extras: whether there are GELU; and gate and residual.
+      rank: of a low-rank branch; 0 for none.
       gates: how many runs of tokens have a gate of their own; m is a multiple.
       codes: "all", or the only code that the weight has.
       integers: x is int8, all scales are 1 and nothing follows: the sums themselves must come out.
@@ -56,6 +57,7 @@ class Case:
     out_dtype: str = "bfloat16"
     gelu: bool = False
     extras: bool = False
+    rank: int = 0
     gates: int = 1
     codes: str = "all"
     integers: bool = False
@@ -64,11 +66,12 @@ class Case:
     def __str__(self) -> str:
         bits = "int8 sums" if self.integers else f"A{self.activation_bits}"
         bits += "" if self.row_sum else " of signs"
+        rank = f" rank {self.rank}" if self.rank else ""
         gates = f" {self.gates} gates" if self.gates > 1 else " gate"
         options = " gelu" * self.gelu + f"{gates} residual" * self.extras
         codes = "" if self.codes == "all" else f" codes {self.codes}"
         shape = f"{self.m}x{self.k}->{self.n}"
-        return f"{bits} {shape} {self.granularity} {self.out_dtype}{options}{codes}"
+        return f"{bits} {shape} {self.granularity} {self.out_dtype}{rank}{options}{codes}"
 
 
 CASES = (
@@ -100,6 +103,13 @@ CASES = (
     Case(m=768, n=520, k=768, extras=True, gates=3),
     Case(m=300, n=520, k=768, extras=True, gates=3),
     Case(m=16, n=264, k=768, activation_bits=16, extras=True, gates=2),
+    # A low-rank branch: in the product's kernel, and beside it.
+    Case(m=300, n=520, k=768, rank=16),
+    Case(m=300, n=520, k=768, activation_bits=16, rank=48, gelu=True, extras=True),
+    Case(m=768, n=264, k=1280, rank=200, extras=True, gates=3),
+    Case(m=300, n=520, k=768, granularity="group", rank=64, extras=True, out_dtype="float32"),
+    Case(m=40, n=520, k=768, rank=16, gelu=True, extras=True),
+    Case(m=5, n=520, k=768, activation_bits=16, rank=16, gelu=True, extras=True),
 )
 # What interpret mode does in a minute.
 SMALL_CASES = (
@@ -112,6 +122,9 @@ SMALL_CASES = (
     Case(m=30, n=40, k=256, extras=True, gates=2),
     Case(m=32, n=40, k=256, activation_bits=16, gelu=True, extras=True, gates=2),
     Case(m=20, n=40, k=320, gelu=True, extras=True),
+    Case(m=70, n=40, k=320, rank=16, gelu=True, extras=True),
+    Case(m=34, n=136, k=256, activation_bits=16, rank=72, extras=True),
+    Case(m=9, n=40, k=256, rank=8, gelu=True, extras=True),
 )
 
 
@@ -142,8 +155,8 @@ def make(case: Case, seed: int = 0) -> Arrays:
     """Random arguments. With six rows or more, one is zeros, one saturated, one inf, one NaN.
 
     Returns:
-      Keyword arguments of the op: x, packed, scale; bias, token_scale, row_sum, gate and residual,
-      each or None; and `codes`, (N, K) NumPy.
+      Keyword arguments of the kernels: x, packed, scale; bias, token_scale, row_sum, gate, residual,
+      u and v, each or None; and `codes`, (N, K) NumPy.
     """
     rng = np.random.default_rng(seed)
     if case.codes == "all":
@@ -151,7 +164,7 @@ def make(case: Case, seed: int = 0) -> Arrays:
     else:
         codes = np.full((case.n, case.k), int(case.codes), np.uint8)
     made: Arrays = {"codes": codes, "packed": pack_codes(jnp.asarray(codes))}
-    made |= dict.fromkeys(("bias", "token_scale", "row_sum", "gate", "residual"))
+    made |= dict.fromkeys(("bias", "token_scale", "row_sum", "gate", "residual", "u", "v"))
     if case.integers:
         x = rng.integers(-127, 128, (case.m, case.k)).astype(np.int8)
         x[-1], x[case.m // 2] = 127, -127
@@ -171,6 +184,9 @@ def make(case: Case, seed: int = 0) -> Arrays:
     if case.extras:
         made["gate"] = jnp.asarray(rng.standard_normal((case.gates, case.n)), jnp.bfloat16)
         made["residual"] = jnp.asarray(rng.standard_normal((case.m, case.n)), jnp.bfloat16)
+    if case.rank:
+        made["u"] = jnp.asarray(rng.standard_normal((case.m, case.rank)), jnp.bfloat16)
+        made["v"] = jnp.asarray(rng.standard_normal((case.n, case.rank)), jnp.bfloat16)
     return made
 
 
@@ -203,6 +219,10 @@ def exact(case: Case, made: Arrays) -> tuple[np.ndarray, np.ndarray]:
         partial = magnitude if case.activation_bits == 16 or scale.ndim == 2 else np.abs(y)
         bound = relative * partial + 2 * FLOAT32 * (np.abs(y) + np.abs(bias))
         y = y + bias
+        if case.rank:
+            u, v = (np.asarray(made[name], np.float64) for name in ("u", "v"))
+            y = y + u @ v.T
+            bound = bound + SUMMATION * (np.abs(u) @ np.abs(v).T) + 2 * FLOAT32 * np.abs(y)
         if case.gelu:
             y = y / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
             bound = 1.2 * bound + GELU_ERROR * np.abs(y)
@@ -259,10 +279,12 @@ def public_op(backend: str) -> Callable[..., Any]:
 
     def multiply(case: Case, **arrays: Any) -> Any:
         # The op's gates go with the first axis.
-        for name in ("x", "token_scale", "row_sum", "residual"):
+        for name in ("x", "token_scale", "row_sum", "residual", "u"):
             if arrays[name] is not None:
                 array = arrays[name]
                 arrays[name] = array.reshape(case.gates, -1, *array.shape[1:])
+        branch = arrays.pop("u"), arrays.pop("v")
+        arrays["low_rank"] = branch if case.rank else None
         y = jax.jit(
             lambda arrays: ternary_matmul(
                 **arrays,

@@ -18,7 +18,15 @@ from pallas_kernels import reference
 from pallas_kernels.packing import BLOCK_CODES, GROUP, packed_width
 from pallas_kernels.reference import Activations, Columns, Quantized, Scale
 from pallas_kernels.tile_table import Device, mosaic_tile
-from pallas_kernels.tiles import CODE, SIGN, DirectTile, FewTile, Problem, Tile
+from pallas_kernels.tiles import (
+    CODE,
+    SIGN,
+    DirectTile,
+    FewTile,
+    Problem,
+    Tile,
+    low_rank_stages,
+)
 
 
 def _in_32_bits(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,6 +49,8 @@ def ternary_matmul(
     token_scale: Float[Array, " M"] | None = None,
     gate: Float[Array, "B N"] | None = None,
     residual: Float[Array, "M N"] | None = None,
+    u: Float[Array, "M R"] | None = None,
+    v: Float[Array, "N R"] | None = None,
     row_sum: Int32[Array, " M"] | None = None,
     *,
     activation_bits: int,
@@ -71,20 +81,25 @@ def ternary_matmul(
         whole = [Columns(x, 0, k)]
         x, token_scale, row_sum = quantize(whole, device=device, interpret=interpret)
     chosen = tile or mosaic_tile(Problem(m, n, k, activation_bits, grouped), device)
+    branch = u is not None and not takes_branch(chosen, u, activation_bits)
     # A tile has one gate, and the few rows' kernel reads a residual by pairs of outputs.
     gates = gate is not None and len(gate) > 1 and m // len(gate) % chosen.tokens
     odd = residual is not None and isinstance(chosen, DirectTile) and n % 2
-    if gates or odd:
+    if branch or gates or odd:
         # XLA multiplies and adds.
         y = ternary_matmul(
-            *(x, packed, scale, bias, token_scale, None, None, row_sum),
+            *(x, packed, scale, bias, token_scale, None, None),
+            *((None, None) if branch else (u, v)),
+            row_sum,
             activation_bits=activation_bits,
             out_dtype=jnp.float32,
             device=device,
-            gelu=gelu,
+            gelu=gelu and not branch,
             interpret=interpret,
             tile=tile,
         )
+        if branch:
+            return reference.finished(y, gate, residual, u, v, gelu=gelu).astype(out_dtype)
         return reference.add_gated(y, gate, residual).astype(out_dtype)
     tile = chosen
     operands = Operands(
@@ -93,6 +108,8 @@ def ternary_matmul(
         token_scale=None if token_scale is None else token_scale.astype(jnp.float32),
         gate=gate,
         residual=residual,
+        u=u,
+        v=v,
     )
     settings = {"out_dtype": jnp.dtype(out_dtype), "gelu": gelu, "interpret": interpret}
     if isinstance(tile, DirectTile):
@@ -107,6 +124,14 @@ def ternary_matmul(
     return product(
         x, packed, operands, tile=tile, multiprocessors=device.multiprocessors, **settings
     )
+
+
+def takes_branch(
+    tile: Tile | FewTile | DirectTile, u: Float[Array, "M R"], activation_bits: int
+) -> bool:
+    """Whether the kernel of a tile adds a low-rank branch itself."""
+    room = isinstance(tile, Tile) and low_rank_stages(tile, activation_bits)
+    return bool(room) and u.dtype == jnp.bfloat16
 
 
 @_in_32_bits

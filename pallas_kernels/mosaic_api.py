@@ -140,6 +140,25 @@ def multiply(acc: Any, a: Any, b: Any, spare: Any) -> None:
         plgpu.wgmma(acc, a, transpose_ref(b))
 
 
+def multiply_onto(y: Any, a: Any, b: Any, native: bool) -> Any:
+    """`y + a @ b.T`, of values in the accumulators' layout; waits for it.
+
+    Args:
+      y: (rows, tokens) float32.
+      a, b: (rows, K) and (tokens, K) of 16 bits, in shared memory.
+      native: for a GPU, not for interpret mode.
+    """
+    if not native:
+        return y + a[...].astype(y.dtype) @ b[...].astype(y.dtype).T
+
+    def run(acc: Any) -> None:
+        plgpu.wgmma(acc, a, transpose_ref(b))
+        plgpu.wgmma_wait(0)
+
+    start = plgpu.ACC.init(y)  # pyright: ignore[reportPrivateImportUsage]
+    return pl.run_state(run)(start)
+
+
 def spare_operands(groups: int, rows: int, columns: int, tokens: int, dtype: Any) -> list[Any]:
     """What `multiply` needs in interpret mode, for every warpgroup."""
     return [

@@ -17,7 +17,14 @@ from jaxtyping import Array, Float, Int8, UInt8
 
 from pallas_kernels.mosaic_api import pl, plgpu, product_kernel, read
 from pallas_kernels.mosaic_decode import decode_plane, unscaled
-from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window, add_residual, scaled
+from pallas_kernels.mosaic_epilogue import (
+    LAYOUT,
+    Operands,
+    Window,
+    activated,
+    add_residual,
+    scaled,
+)
 from pallas_kernels.mosaic_mma import PLANES, WIDTH, Shape
 from pallas_kernels.mosaic_warp import (
     PART,
@@ -106,7 +113,8 @@ def product_direct(
                 total = total + read(scratch.sums.at[share, mine], LAYOUT, native)
             if not exact:
                 total = unscaled(total, TOP, native)
-            total = scaled(total, given, window, gelu=gelu, scale_done=False, ready=ready)
+            total = scaled(total, given, window, scale_done=False, ready=ready)
+            total = activated(total, given, window, gelu=gelu)
             total = add_residual(total, given.residual, window).astype(out_dtype)
             if native:
                 write_result(y_gmem, total, shape)

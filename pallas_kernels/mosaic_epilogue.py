@@ -23,6 +23,7 @@ class Operands(NamedTuple):
       row_sum: (M,) int32, the sums of int8 activations; if the weight is decoded to codes.
       gate: (B, N), a factor for each of B equal runs of tokens.
       residual: (M, N), a summand.
+      u, v: (M, R) and (N, R) bfloat16; `u @ v.T` is a summand beside the bias.
     """
 
     scale: Any = None
@@ -31,6 +32,8 @@ class Operands(NamedTuple):
     row_sum: Any = None
     gate: Any = None
     residual: Any = None
+    u: Any = None
+    v: Any = None
 
     def given(self) -> list[Any]:
         """What there is, in order."""
@@ -45,7 +48,10 @@ class Operands(NamedTuple):
         return tokens if self.gate is None else tokens // len(self.gate)
 
     def padded(self, tokens: int, outputs: int) -> Operands:
-        """With zeros up to `tokens` and `outputs`: kernels read whole tiles of these."""
+        """With zeros up to `tokens` and `outputs`: kernels read whole tiles of these.
+
+        But of u and v, which the copy engine reads.
+        """
 
         def pad(value: Any, *sizes: int) -> Any:
             if value is None:
@@ -57,7 +63,7 @@ class Operands(NamedTuple):
             ]
             return jnp.pad(value, more) if any(after for _, after in more) else value
 
-        return Operands(
+        return self._replace(
             scale=pad(self.scale, outputs),
             bias=pad(self.bias, outputs),
             token_scale=pad(self.token_scale, tokens),
@@ -119,15 +125,14 @@ def scaled(
     ops: Operands,
     window: Window,
     *,
-    gelu: bool,
     scale_done: bool,
     ready: Operands | None = None,
 ) -> Any:
-    """Scales, bias, GELU and gate.
+    """Scales and bias.
 
     Args:
       sums: (outputs, tokens) int32 or float32.
-      ops: references; the residual is left to `add_residual`.
+      ops: references.
       scale_done: the weight's scale is in already.
       ready: what `Window.ahead` has read already.
 
@@ -152,10 +157,16 @@ def scaled(
         y = y * tokens(ready.token_scale, ops.token_scale)
     if ops.bias is not None:
         y = y + outputs(ready.bias, ops.bias)
+    return y
+
+
+def activated(y: Any, ops: Operands, window: Window, *, gelu: bool) -> Any:
+    """GELU and gate, of what `scaled` returns; the residual is left to `add_residual`."""
     if gelu:
         y = tanh_gelu(y)
     if ops.gate is not None:
-        y = y * outputs(None, ops.gate.at[lax.div(window.token, window.run)])
+        gate = window.of_outputs(ops.gate.at[lax.div(window.token, window.run)])
+        y = y * window.per_output(gate)
     return y
 
 

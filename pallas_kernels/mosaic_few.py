@@ -27,7 +27,14 @@ from pallas_kernels.mosaic_api import (
     whole_tiles,
 )
 from pallas_kernels.mosaic_decode import decode_plane, packed_layout, unscaled
-from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window, add_residual, scaled
+from pallas_kernels.mosaic_epilogue import (
+    LAYOUT,
+    Operands,
+    Window,
+    activated,
+    add_residual,
+    scaled,
+)
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 from pallas_kernels.tiles import TOP, FewTile
 
@@ -107,7 +114,8 @@ def product_few(
                 plgpu.barrier_wait(done)
             for other in range(groups - 1):
                 total = total + read(part_smem.at[other], LAYOUT, native)
-            total = scaled(total, given, window, gelu=gelu, scale_done=False)
+            total = scaled(total, given, window, scale_done=False)
+            total = activated(total, given, window, gelu=gelu)
             total = add_residual(total, given.residual, window)
             store_transposed(y_smem, total.astype(out_dtype), native)
             plgpu.commit_smem()

@@ -19,18 +19,19 @@ from pallas_kernels.mosaic_api import (
     whole,
     whole_tiles,
 )
-from pallas_kernels.mosaic_epilogue import Operands, Window, add_residual, scaled
+from pallas_kernels.mosaic_epilogue import Operands, Window, activated, add_residual, scaled
 from pallas_kernels.mosaic_pipeline import (
     COMPUTE,
     COMPUTE_REGISTERS,
     Plan,
     Refs,
+    add_branch,
     copy_ahead,
     grouped_sums,
     sums,
 )
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
-from pallas_kernels.tiles import CODE, SIGN, Tile, fit_store
+from pallas_kernels.tiles import CODE, LOW_RANK, SIGN, Tile, fit_store
 
 
 def product(
@@ -44,12 +45,15 @@ def product(
     gelu: bool = False,
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
-    """`residual + gate * gelu(x @ (scale * weight).T * token_scale + bias)`, with what is given.
+    """`residual + gate * gelu(x @ (scale * weight).T * token_scale + bias + u @ v.T)`.
+
+    Of that, what is given.
 
     Args:
       x: (M, K) int8 or bfloat16.
       packed: (N, Kp).
-      operands: `scale` is needed; `row_sum` where the weight is decoded to codes (`decodes_to`).
+      operands: `scale` is needed; `row_sum` where the weight is decoded to codes (`decodes_to`); u
+        and v only with a tile that has room for them (`tiles.low_rank_stages`).
       out_dtype: of the result.
       tile: how the product is cut up.
       multiprocessors: how many blocks of threads share the tiles out.
@@ -64,6 +68,11 @@ def product(
     outputs = COMPUTE * tile.rows
     x = whole_tiles(x, BLOCK_BYTES, None if native else (tile.tokens, BLOCK_CODES))
     packed = whole_tiles(packed, BLOCK_BYTES, None if native else (outputs, BLOCK_BYTES))
+    if operands.u is not None:
+        operands = operands._replace(
+            u=whole_tiles(operands.u, LOW_RANK, None if native else (tile.tokens, LOW_RANK)),
+            v=whole_tiles(operands.v, LOW_RANK, None if native else (outputs, LOW_RANK)),
+        )
     plan = Plan(
         tile=tile,
         decode=decodes_to(tile, x.dtype, grouped),
@@ -76,6 +85,7 @@ def product(
         out_dtype=out_dtype,
         grouped=grouped,
         gelu=gelu,
+        branch=0 if operands.u is None else operands.u.shape[1] // LOW_RANK,
         run=operands.run(asked_m),
         native=native,
     )
@@ -104,8 +114,12 @@ def _scratch(plan: Plan) -> list[Any]:
     """Shared memory and barriers, in the order of `Refs` from `x_smem` on."""
     tile = plan.tile
     swizzle = BLOCK_BYTES * jnp.dtype(plan.x_dtype).itemsize
+    views = [tiled(tile.tokens, plan.columns, plan.x_dtype, swizzle, (tile.stages,))]
+    if plan.branch:
+        views.append(tiled(plan.branch_rows, LOW_RANK, jnp.bfloat16, 128, (tile.stages,)))
+    # The stages lie where they lay, whichever way they are seen.
     scratch = [
-        tiled(tile.tokens, plan.columns, plan.x_dtype, swizzle, (tile.stages,)),
+        *([plgpu.RefUnion(*views)] if plan.branch and plan.native else views),
         tiled(plan.outputs, BLOCK_BYTES, jnp.uint8, BLOCK_BYTES, (tile.code_stages,)),
         tiled(plan.store, tile.rows, plan.out_dtype, 128, (COMPUTE, 2)),
         plgpu.Barrier(num_barriers=tile.stages),
@@ -122,7 +136,15 @@ def _body(plan: Plan, operands: Operands, references: tuple[Any, ...]) -> None:
     """The kernel: what one warpgroup of one block does."""
     x, packed, *rest = references
     given = operands.take(rest)
-    refs = Refs(x, packed, given, *rest[:8], spare=tuple(rest[8:]))
+    y = rest.pop(0)
+    views = [rest.pop(0)]
+    if not plan.branch:
+        views.append(None)
+    elif plan.native:
+        views = list(views[0])
+    else:
+        views.append(rest.pop(0))
+    refs = Refs(x, packed, given, y, *views, *rest[:6], spare=tuple(rest[6:]))
     block, group = lax.axis_index("block"), lax.axis_index("group")
     total = plan.m_tiles * plan.n_tiles
     mine = lax.div(total - block + plan.multiprocessors - 1, plan.multiprocessors)
@@ -144,7 +166,10 @@ def _body(plan: Plan, operands: Operands, references: tuple[Any, ...]) -> None:
                 y = grouped_sums(plan, refs, group, index, window)
             else:
                 y = sums(plan, refs, group, index)
-            y = scaled(y, given, window, gelu=plan.gelu, scale_done=plan.grouped)
+            y = scaled(y, given, window, scale_done=plan.grouped)
+            if plan.branch:
+                y = add_branch(plan, refs, group, index, y)
+            y = activated(y, given, window, gelu=plan.gelu)
             _store(plan, refs, group, y, window)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -5,6 +5,8 @@
                 tile's activations from shared memory (operand B)
     2           copies packed codes and activations to shared memory, ahead of the others
 
+A low-rank branch comes after a tile's activations, through the same stages.
+
 A block works through its tiles one after the other, and the copying does not stop between them:
 stages are counted through.
 """
@@ -18,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_api import accumulator, multiply, pl, plgpu, read
+from pallas_kernels.mosaic_api import accumulator, multiply, multiply_onto, pl, plgpu, read
 from pallas_kernels.mosaic_decode import decode_plane, packed_layout, unscaled
 from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
-from pallas_kernels.tiles import Tile
+from pallas_kernels.tiles import LOW_RANK, Tile, low_rank_rows, low_rank_stages
 
 # Warpgroups that multiply; one more copies.
 COMPUTE = 2
@@ -45,6 +47,7 @@ class Plan:
       x_dtype, out_dtype: of activations and result.
       grouped: whether the weight has a scale per group.
       gelu: whether the result goes through GELU.
+      branch: of a low-rank branch, how many times 64 columns.
       run: tokens that share a gate.
       native: for a GPU, not for interpret mode.
     """
@@ -60,6 +63,7 @@ class Plan:
     out_dtype: Any
     grouped: bool
     gelu: bool
+    branch: int
     run: int
     native: bool
 
@@ -84,6 +88,26 @@ class Plan:
         return self.tile.planes * BLOCK_BYTES
 
     @property
+    def branch_rows(self) -> int:
+        """Of a low-rank branch, rows of 64 columns that fill a stage of activations."""
+        return low_rank_rows(self.tile, 8 * jnp.dtype(self.x_dtype).itemsize)
+
+    @property
+    def branch_stages(self) -> int:
+        """Stages of a low-rank branch's 64 columns: of the tokens, then of the outputs."""
+        return low_rank_stages(self.tile, 8 * jnp.dtype(self.x_dtype).itemsize)
+
+    @property
+    def inputs(self) -> int:
+        """Stages of activations in a tile."""
+        return self.blocks * self.parts
+
+    @property
+    def ring(self) -> int:
+        """Stages in a tile, those of a low-rank branch included."""
+        return self.inputs + self.branch * self.branch_stages
+
+    @property
     def sum_dtype(self) -> Any:
         """Of the accumulators."""
         return jnp.int32 if self.x_dtype == jnp.int8 else jnp.float32
@@ -96,13 +120,17 @@ class Plan:
 
 
 class Refs(NamedTuple):
-    """What a kernel reads and writes; `_full` and `_empty` are the barriers of a ring of stages."""
+    """What a kernel reads and writes; `_full` and `_empty` are the barriers of a ring of stages.
+
+    `branch_smem` is `x_smem`, seen as rows of a low-rank branch; None without one.
+    """
 
     x: Any
     packed: Any
     operands: Operands
     y: Any
     x_smem: Any
+    branch_smem: Any
     code_smem: Any
     y_smem: Any
     x_full: Any
@@ -117,14 +145,28 @@ def copy_ahead(plan: Plan, refs: Refs, block: Any, mine: Any) -> None:
     plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
     tile = plan.tile
 
-    def fill(ref: Any, smem: Any, full: Any, empty: Any, count: Any, stages: int, at: Any) -> None:
+    def claim(empty: Any, count: Any, stages: int) -> Any:
+        """The slot of a stage, once nobody reads what was in it."""
         slot = lax.rem(count, stages)
 
         @pl.when(count >= stages)
         def _():
             plgpu.barrier_wait(empty.at[slot])
 
-        plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], full.at[slot])
+        return slot
+
+    def copy_branch(start: Any, tokens: Any, first_output: Any) -> None:
+        halves = plan.branch_stages - 1
+        size = plan.outputs // halves
+        rows = [(refs.operands.u, tokens, tile.tokens)]
+        for half in range(halves):
+            rows.append((refs.operands.v, pl.ds(first_output + half * size, size), size))
+        for index in range(plan.branch * len(rows)):
+            ref, some, many = rows[index % len(rows)]
+            slot = claim(refs.x_empty, start + index, tile.stages)
+            source = ref.at[some, pl.ds(index // len(rows) * LOW_RANK, LOW_RANK)]
+            target = refs.branch_smem.at[slot, pl.ds(0, many)]
+            plgpu.copy_gmem_to_smem(source, target, refs.x_full.at[slot])
 
     def drain(empty: Any, count: Any, stages: int) -> None:
         # A barrier must not be left with an arrival that nobody waited for.
@@ -140,17 +182,21 @@ def copy_ahead(plan: Plan, refs: Refs, block: Any, mine: Any) -> None:
 
         @pl.loop(0, plan.blocks)
         def _(step):
-            count = index * plan.blocks + step
-            at = (outputs, pl.ds(step * BLOCK_BYTES, BLOCK_BYTES))
-            codes = (refs.packed, refs.code_smem, refs.code_full, refs.code_empty)
-            fill(*codes, count, tile.code_stages, at)
+            slot = claim(refs.code_empty, index * plan.blocks + step, tile.code_stages)
+            source = refs.packed.at[outputs, pl.ds(step * BLOCK_BYTES, BLOCK_BYTES)]
+            plgpu.copy_gmem_to_smem(source, refs.code_smem.at[slot], refs.code_full.at[slot])
             for part in range(plan.parts):
-                at = (tokens, pl.ds(step * BLOCK_CODES + part * plan.columns, plan.columns))
-                activations = (refs.x, refs.x_smem, refs.x_full, refs.x_empty)
-                fill(*activations, count * plan.parts + part, tile.stages, at)
+                stage = index * plan.ring + step * plan.parts + part
+                slot = claim(refs.x_empty, stage, tile.stages)
+                columns = pl.ds(step * BLOCK_CODES + part * plan.columns, plan.columns)
+                source = refs.x.at[tokens, columns]
+                plgpu.copy_gmem_to_smem(source, refs.x_smem.at[slot], refs.x_full.at[slot])
+
+        if plan.branch:
+            copy_branch(index * plan.ring + plan.inputs, tokens, ni * plan.outputs)
 
     drain(refs.code_empty, mine * plan.blocks, tile.code_stages)
-    drain(refs.x_empty, mine * plan.blocks * plan.parts, tile.stages)
+    drain(refs.x_empty, mine * plan.ring, tile.stages)
 
 
 def load_codes(plan: Plan, refs: Refs, group: Any, count: Any) -> Any:
@@ -166,7 +212,8 @@ def load_codes(plan: Plan, refs: Refs, group: Any, count: Any) -> Any:
 def sums(plan: Plan, refs: Refs, group: Any, index: Any) -> Any:
     """(outputs, tokens): all of K without a break."""
     tile, spare = plan.tile, [buffer.at[group] for buffer in refs.spare]
-    first, last = index * plan.blocks * plan.parts, (index + 1) * plan.blocks * plan.parts - 1
+    first = index * plan.ring
+    last = first + plan.inputs - 1
 
     def release(stage: Any) -> None:
         plgpu.barrier_arrive(refs.x_empty.at[lax.rem(stage, tile.stages)])
@@ -174,10 +221,9 @@ def sums(plan: Plan, refs: Refs, group: Any, index: Any) -> Any:
     def run(acc: Any) -> Any:
         @pl.loop(0, plan.blocks)
         def _(step):
-            count = index * plan.blocks + step
-            codes = load_codes(plan, refs, group, count)
+            codes = load_codes(plan, refs, group, index * plan.blocks + step)
             for part in range(plan.parts):
-                stage = count * plan.parts + part
+                stage = first + step * plan.parts + part
                 slot = lax.rem(stage, tile.stages)
                 plgpu.barrier_wait(refs.x_full.at[slot])
                 for p in range(tile.planes):
@@ -220,10 +266,9 @@ def grouped_sums(plan: Plan, refs: Refs, group: Any, index: Any, window: Window)
         return pl.run_scoped(run, accumulator(plan.shape, plan.sum_dtype)).astype(jnp.float32)
 
     def block(step: Any, y: Any) -> Any:
-        count = index * plan.blocks + step
-        codes = load_codes(plan, refs, group, count)
+        codes = load_codes(plan, refs, group, index * plan.blocks + step)
         for part in range(plan.parts):
-            slot = lax.rem(count * plan.parts + part, tile.stages)
+            slot = lax.rem(index * plan.ring + step * plan.parts + part, tile.stages)
             plgpu.barrier_wait(refs.x_full.at[slot])
             for half in range(tile.planes // 2):
                 g = step * 2 + part * (tile.planes // 2) + half
@@ -236,3 +281,23 @@ def grouped_sums(plan: Plan, refs: Refs, group: Any, index: Any, window: Window)
 
     start = window.cast(jnp.zeros(plan.shape, jnp.float32))
     return jax.lax.fori_loop(0, plan.blocks, block, start)
+
+
+def add_branch(plan: Plan, refs: Refs, group: Any, index: Any, y: Any) -> Any:
+    """`y` (outputs, tokens) float32, and what the low-rank branch adds to it."""
+    tile, halves = plan.tile, plan.branch_stages - 1
+    first = index * plan.ring + plan.inputs
+    for start in range(0, plan.branch * plan.branch_stages, plan.branch_stages):
+        slots = [lax.rem(first + start + i, tile.stages) for i in range(plan.branch_stages)]
+        for slot in slots:
+            plgpu.barrier_wait(refs.x_full.at[slot])
+        if halves == 1:
+            mine, row = slots[1], pl.multiple_of(group * tile.rows, tile.rows)
+        else:
+            mine, row = lax.rem(first + start + 1 + group, tile.stages), 0
+        v = refs.branch_smem.at[mine, pl.ds(row, tile.rows)]
+        u = refs.branch_smem.at[slots[0], pl.ds(0, tile.tokens)]
+        y = multiply_onto(y, v, u, plan.native)
+        for slot in slots:
+            plgpu.barrier_arrive(refs.x_empty.at[slot])
+    return y

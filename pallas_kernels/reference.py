@@ -1,11 +1,12 @@
 """The ternary product in plain JAX: what every kernel is compared with, and the way without one.
 
     p[m, n] = a[m] * sum over groups g of  s[n, g] * (sum over k in g of  x[m, k] * t[n, k])  + b[n]
-    y[m, n] = r[m, n] + f[m, n] * gelu(p[m, n])
+    q[m, n] = p[m, n] + sum over r of  u[m, r] * v[n, r]
+    y[m, n] = d[m, n] + f[m, n] * gelu(q[m, n])
 
 t is -1, 0 or +1, s the weight's scale, a the activation's scale (1 for 16-bit activations), b the
-bias, f the gate (one for all rows, or one for each run of them), r the residual; GELU, gate and
-residual where they are asked for. With int8 activations the inner sums are exact integers, the same
+bias, u and v a low-rank branch, f the gate (one for all rows, or one for each run of them), d the
+residual; branch, GELU, gate and residual where they are asked for. With int8 activations the inner sums are exact integers, the same
 on every backend and in any order. What follows is float32 in the order above, groups from first to
 last; a compiler may round a product and the sum that it goes into once instead of twice.
 """
@@ -220,6 +221,8 @@ def ternary_matmul(
     token_scale: Float[Array, " M"] | None = None,
     gate: Float[Array, "B N"] | None = None,
     residual: Float[Array, "M N"] | None = None,
+    u: Float[Array, "M R"] | None = None,
+    v: Float[Array, "N R"] | None = None,
     *,
     activation_bits: int,
     gelu: bool = False,
@@ -229,6 +232,21 @@ def ternary_matmul(
     if activation_bits == 8 and token_scale is None:
         x, token_scale, _ = quantize_activations(x)
     y = signed_product(x, codes.astype(x.dtype) - 1, scale, bias, token_scale)
+    return finished(y, gate, residual, u, v, gelu=gelu)
+
+
+def finished(
+    y: Float[Array, "M N"],
+    gate: Float[Array, "B N"] | None,
+    residual: Float[Array, "M N"] | None,
+    u: Float[Array, "M R"] | None = None,
+    v: Float[Array, "N R"] | None = None,
+    *,
+    gelu: bool = False,
+) -> Float[Array, "M N"]:
+    """`residual + gate * gelu(y + u @ v.T)` in float32, with what is given."""
+    if u is not None and v is not None:
+        y = y + float_product(u, v)
     return add_gated(tanh_gelu(y) if gelu else y, gate, residual)
 
 

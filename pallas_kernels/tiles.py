@@ -19,6 +19,9 @@ CODE, SIGN, TOP = "code", "sign", "top"
 # When a lane of the kernel for the fewest rows reads its activations, see `DirectTile`.
 AHEAD, LATE, SHARED = "ahead", "late", "shared"
 
+# Columns of a low-rank branch that are multiplied at once.
+LOW_RANK = 64
+
 # What a block can have on Hopper, less a kilobyte for barriers and alignment.
 SHARED_BYTES = 226 * 1024
 
@@ -253,6 +256,24 @@ def shared_row(inputs: int, size: int) -> int:
       size: bytes of an activation.
     """
     return size * BLOCK_CODES * -(-inputs // BLOCK_CODES) + (64 if size == 1 else 16)
+
+
+def low_rank_rows(tile: Tile, activation_bits: int) -> int:
+    """Rows of `LOW_RANK` columns in 16 bits that fill a stage of activations."""
+    activations = tile.tokens * tile.planes * BLOCK_BYTES * activation_bits
+    return activations // (LOW_RANK * 16)
+
+
+def low_rank_stages(tile: Tile, activation_bits: int) -> int:
+    """Stages that `LOW_RANK` columns of a low-rank branch pass through; 0 if they find no room.
+
+    One is of the tile's tokens. Its outputs' are another, or one for each of the two warpgroups.
+    """
+    rows = low_rank_rows(tile, activation_bits)
+    if rows < max(tile.tokens, tile.rows):
+        return 0
+    stages = 2 if rows >= 2 * tile.rows else 3
+    return stages if stages <= tile.stages else 0
 
 
 def fit_store(tile: Tile, out_dtype: Any) -> int:

@@ -14,7 +14,8 @@ Names in capitals are constants of a compilation:
     EXACT: x is int8; else 16-bit.
     CODES: int8 x is multiplied by the codes 0, 1, 2, and the sum of its row is taken off.
     GROUPED: a scale for each 128 inputs.
-    BIAS, GELU, GATES, RESIDUAL: what the epilogue does; GATES is how many gates there are.
+    BIAS, RANK, GELU, GATES, RESIDUAL: what the epilogue does; RANK is how many columns the low-rank
+    branch has, GATES how many gates there are.
 """
 
 # Triton's language is not Python's: what a type checker would say of it is of no use.
@@ -157,6 +158,23 @@ def decode_planes(
 
 
 @jit
+def add_branch(y, u_ptr, v_ptr, row, column, RANK: tl.constexpr):
+    """`y + v @ u.T` of the tile's tokens and outputs, 32 columns at a time."""
+    for first in range(0, RANK, 32):
+        at = first + tl.arange(0, 32)
+        if RANK % 32 == 0:
+            v = tl.load(v_ptr + column[:, None] * RANK + at[None, :])
+            u = tl.load(u_ptr + row[None, :].to(tl.int64) * RANK + at[:, None])
+        else:
+            inside = at < RANK
+            v = tl.load(v_ptr + column[:, None] * RANK + at[None, :], mask=inside[None, :], other=0)
+            u_at = row[None, :].to(tl.int64) * RANK + at[:, None]
+            u = tl.load(u_ptr + u_at, mask=inside[:, None], other=0)
+        y = tl.dot(v, u, y, out_dtype=tl.float32)
+    return y
+
+
+@jit
 def write(
     total,
     token,
@@ -167,6 +185,8 @@ def write(
     sum_ptr,
     gate_ptr,
     residual_ptr,
+    u_ptr,
+    v_ptr,
     y_ptr,
     m,
     N: tl.constexpr,
@@ -176,11 +196,12 @@ def write(
     CODES: tl.constexpr,
     GROUPED: tl.constexpr,
     BIAS: tl.constexpr,
+    RANK: tl.constexpr,
     GELU: tl.constexpr,
     GATES: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """The epilogue: scales, bias, GELU, gate and residual in float32, rounded once.
+    """The epilogue: scales, bias, branch, GELU, gate and residual in float32, rounded once.
 
     `total` is (OUTPUTS, TOKENS), of the tokens and outputs from `token` and `output` on.
     """
@@ -200,6 +221,8 @@ def write(
         y = y * tl.load(token_ptr + row_in)[None, :]
     if BIAS:
         y = y + tl.load(bias_ptr + column_in).to(tl.float32)[:, None]
+    if RANK:
+        y = add_branch(y, u_ptr, v_ptr, row_in, column_in, RANK)
     if GELU:
         # tanh(u) = 2 sigmoid(2 u) - 1, so half of one plus it is the sigmoid.
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
@@ -228,6 +251,8 @@ def multiply_many(
     sum_ptr,
     gate_ptr,
     residual_ptr,
+    u_ptr,
+    v_ptr,
     m,
     blocks,
     y_ptr,
@@ -242,6 +267,7 @@ def multiply_many(
     CODES: tl.constexpr,
     GROUPED: tl.constexpr,
     BIAS: tl.constexpr,
+    RANK: tl.constexpr,
     GELU: tl.constexpr,
     GATES: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -249,8 +275,8 @@ def multiply_many(
     """One tile a program; its warps share the tile out among them.
 
     Args: x (m, 4 * WIDTH) int8 or 16-bit; packed (N, WIDTH); scale (N,), or (N, WIDTH / 32) if
-    GROUPED; bias (N,), token scale (m,), row sum (m,), gate (GATES, N), residual (m, N), each read
-    only if there is one; y (m, N). Arrays are in C order. `blocks` is WIDTH / 64, but no constant:
+    GROUPED; bias (N,), token scale (m,), row sum (m,), gate (GATES, N), residual (m, N), u (m, RANK)
+    and v (N, RANK), each read only if there is one; y (m, N). Arrays are in C order. `blocks` is WIDTH / 64, but no constant:
     the loop is not to be unrolled.
 
     BAND: tiles of tokens that are worked through together. PLANES: of one product, 64 inputs each.
@@ -305,6 +331,8 @@ def multiply_many(
         sum_ptr,
         gate_ptr,
         residual_ptr,
+        u_ptr,
+        v_ptr,
         y_ptr,
         m,
         N,
@@ -314,6 +342,7 @@ def multiply_many(
         CODES,
         GROUPED,
         BIAS,
+        RANK,
         GELU,
         GATES,
         RESIDUAL,
@@ -330,6 +359,8 @@ def multiply_few(
     sum_ptr,
     gate_ptr,
     residual_ptr,
+    u_ptr,
+    v_ptr,
     m,
     blocks,
     y_ptr,
@@ -342,6 +373,7 @@ def multiply_few(
     CODES: tl.constexpr,
     GROUPED: tl.constexpr,
     BIAS: tl.constexpr,
+    RANK: tl.constexpr,
     GELU: tl.constexpr,
     GATES: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -404,6 +436,8 @@ def multiply_few(
         sum_ptr,
         gate_ptr,
         residual_ptr,
+        u_ptr,
+        v_ptr,
         y_ptr,
         m,
         N,
@@ -413,6 +447,7 @@ def multiply_few(
         CODES,
         GROUPED,
         BIAS,
+        RANK,
         GELU,
         GATES,
         RESIDUAL,

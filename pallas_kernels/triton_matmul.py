@@ -28,6 +28,7 @@ def settings(
     codes: bool,
     grouped: bool,
     bias: bool,
+    rank: int,
     gelu: bool,
     gates: int,
     residual: bool,
@@ -42,6 +43,7 @@ def settings(
         "CODES": codes,
         "GROUPED": grouped,
         "BIAS": bias,
+        "RANK": rank,
         "GELU": gelu,
         "GATES": gates,
         "RESIDUAL": residual,
@@ -63,6 +65,8 @@ def product(
     row_sum: Int32[Array, " M"] | None = None,
     gate: Float[Array, "B N"] | None = None,
     residual: Float[Array, "M N"] | None = None,
+    u: Float[Array, "M R"] | None = None,
+    v: Float[Array, "N R"] | None = None,
     *,
     out_dtype: Any,
     tile: TritonTile,
@@ -74,6 +78,7 @@ def product(
       x: int8 with `token_scale`, or 16-bit; K is four times Kp.
       scale: float32; per group with two columns for each block of 256 inputs.
       row_sum: of int8 x; with it codes are decoded, without it signs.
+      u, v: of one 16-bit type.
       out_dtype: of the result.
       tile: how the product is cut up.
       gelu: GELU in its tanh form, before the gate.
@@ -88,7 +93,7 @@ def product(
 
     m, (n, width) = x.shape[0], packed.shape
     # Triton wants a pointer where there is nothing to read.
-    given = (bias, token_scale, row_sum, gate, residual)
+    given = (bias, token_scale, row_sum, gate, residual, u, v)
     others = [scale if array is None else array for array in given]
     return jax_triton.triton_call(
         x,
@@ -110,6 +115,7 @@ def product(
             codes=row_sum is not None,
             grouped=scale.ndim == 2,
             bias=bias is not None,
+            rank=0 if u is None else u.shape[1],
             gelu=gelu,
             gates=0 if gate is None else len(gate),
             residual=residual is not None,
@@ -125,6 +131,8 @@ def ternary_matmul(
     token_scale: Float[Array, " M"] | None = None,
     gate: Float[Array, "B N"] | None = None,
     residual: Float[Array, "M N"] | None = None,
+    u: Float[Array, "M R"] | None = None,
+    v: Float[Array, "N R"] | None = None,
     row_sum: Int32[Array, " M"] | None = None,
     *,
     activation_bits: int,
@@ -156,5 +164,10 @@ def ternary_matmul(
     if scale.ndim == 2:
         # The sums of its groups are not known.
         row_sum = None
-    options: dict[str, Any] = {"out_dtype": out_dtype, "tile": tile, "gelu": gelu}
-    return product(x, packed, scale, bias, token_scale, row_sum, gate, residual, **options)
+    first = (x, packed, scale, bias, token_scale, row_sum)
+    if u is None or v is None or u.dtype.itemsize == 2:
+        options: dict[str, Any] = {"out_dtype": out_dtype, "tile": tile, "gelu": gelu}
+        return product(*first, gate, residual, u, v, **options)
+    # XLA multiplies and adds: on tensor cores, Triton would round float32 to fewer bits.
+    y = product(*first, out_dtype=jnp.float32, tile=tile)
+    return reference.finished(y, gate, residual, u, v, gelu=gelu).astype(out_dtype)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, UInt8
 
-from flux_jax.inputs import EPS, Hidden, Input, Joined, Modulated, dense
+from flux_jax.inputs import EPS, Branch, Hidden, Input, Joined, Modulated, dense
 from pallas_kernels import (
     Columns,
     Quantized,
@@ -41,13 +41,14 @@ def product(
     weights: Weights,
     gate: Float[Array, "B N"] | None,
     residual: Float[Array, "*L N"] | None,
+    branch: Branch | None = None,
     *,
     activation_bits: int,
     dtype: Any,
     backend: str | None,
     gelu: bool = False,
 ) -> Float[Array, "*L N"]:
-    """`residual + gate * gelu(x @ weight.T + bias)`, with what is asked for; rounded to `dtype`.
+    """`residual + gate * gelu(x @ weight.T + bias + branch)`, of that what is asked for, in `dtype`.
 
     Differentiable in everything floating. The gradient is that of 16-bit activations: the rounding
     to int8 counts as the identity.
@@ -57,6 +58,7 @@ def product(
       weights: of the linear.
       gate: one vector for each of the first axis of x; with `residual`.
       residual: the stream that the result is added to.
+      branch: low-rank, of `dtype`; with int8 activations too its products are in 16 bits.
       activation_bits: 8 or 16.
       dtype: of 16-bit activations and of the result.
       backend: of `pallas_kernels`.
@@ -64,15 +66,19 @@ def product(
     """
     settings: dict[str, Any] = {"out_dtype": dtype, "backend": backend, "gelu": gelu}
     # What is None is part of the structure: an operand of the gradient's rule must be an array.
-    arrays, structure = jax.tree.flatten((x, weights, gate, residual))
+    arrays, structure = jax.tree.flatten((x, weights, gate, residual, branch))
+
+    def low_rank(x: Input, branch: Branch | None) -> Any:
+        return None if branch is None else (branch.narrow(x), branch.b)
 
     def sixteen(*arrays: Any) -> Any:
-        x, weights, gate, residual = jax.tree.unflatten(structure, arrays)
+        x, weights, gate, residual, branch = jax.tree.unflatten(structure, arrays)
         x = dense(x).astype(dtype)
-        return ternary_matmul(x, *weights, gate=gate, residual=residual, **settings)
+        others = {"gate": gate, "residual": residual, "low_rank": low_rank(x, branch)}
+        return ternary_matmul(x, *weights, **others, **settings)
 
     def eight(*arrays: Any) -> Any:
-        x, weights, gate, residual = jax.tree.unflatten(structure, arrays)
+        x, weights, gate, residual, branch = jax.tree.unflatten(structure, arrays)
         rows = quantized(x, backend)
         return ternary_matmul(
             rows.values,
@@ -82,6 +88,7 @@ def product(
             row_sum=rows.row_sum,
             gate=gate,
             residual=residual,
+            low_rank=low_rank(x, branch),
             **settings,
         )
 

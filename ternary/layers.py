@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from flux_jax.inputs import Hidden, Input, dense, surround
+from flux_jax.inputs import Branch, Hidden, Input, dense, joined, surround
 from flux_jax.layers import AnyLinear, Axes, DType, Linear, weight_axes
 from flux_jax.partition import is_gathered, product_on_mesh
-from pallas_kernels import pack_codes, packed_width, ternary_matmul, unpack_codes
-from pallas_kernels.reference import float_product, signed_product
+from pallas_kernels import pack_codes, packed_width, unpack_codes
+from pallas_kernels.reference import signed_product
 from ternary.config import QuantConfig, scale_shape
 from ternary.fused import Weights, product
 from ternary.quantize import (
@@ -98,34 +98,28 @@ class TernaryLinear(AnyLinear):
         *,
         gate: Float[Array, "B N"] | None = None,
         residual: Float[Array, "*L N"] | None = None,
+        branch: Branch | None = None,
     ) -> Float[Array, "*L N"]:
         """See `AnyLinear`; in `dtype`, accumulating in float32 (int32 for int8 activations).
 
-        What `ternary.fused` can compute with the product is rounded once, at the end. With a
-        low-rank branch nothing is: its 16-bit product needs the activations too.
+        Rounded once, at the end (`ternary.fused`).
         """
-        if self.low_rank_a is None or self.low_rank_b is None:
-            return self._product(x, gate, residual)
-        x = dense(x).astype(self.dtype)
-        settings: Any = {"activation_bits": self.activation_bits, "backend": self.backend}
-        y = ternary_matmul(x, *self._weights(), out_dtype=jnp.float32, **settings)
-        y = (y + _through(x, self.low_rank_a[...], self.low_rank_b[...])).astype(self.dtype)
-        return surround(y, gate, residual)
+        return self._product(x, gate, residual, branch)
 
-    def hidden(self, x: Input, start: int = 0) -> Hidden:
+    def hidden(self, x: Input, start: int = 0, *, branch: Branch | None = None) -> Hidden:
         """See `AnyLinear`; 16-bit results go through GELU before they are rounded."""
-        if self.activation_bits == 8 or start or self.low_rank_a is not None:
-            return super().hidden(x, start)
-        return Hidden(self._product(x, gelu=True), activated=True)
+        if self.activation_bits == 8 or start:
+            return super().hidden(x, start, branch=branch)
+        return Hidden(self._product(x, branch=branch, gelu=True), activated=True)
 
-    def apart(self, x: Input, start: int) -> tuple[Float[Array, "*L _"], Hidden]:
-        """See `AnyLinear`; with a low-rank branch it is one product."""
-        if self.low_rank_a is not None:
-            return super().apart(x, start)
+    def apart(
+        self, x: Input, start: int, *, branch: Branch | None = None
+    ) -> tuple[Float[Array, "*L _"], Hidden]:
+        """See `AnyLinear`."""
         first, rest = slice(start), slice(start, None)
         gelu = self.activation_bits == 16
-        hidden = self._product(x, gelu=gelu, outputs=rest)
-        return self._product(x, outputs=first), Hidden(hidden, activated=gelu)
+        hidden = self._product(x, branch=branch, gelu=gelu, outputs=rest)
+        return self._product(x, branch=branch, outputs=first), Hidden(hidden, activated=gelu)
 
     def _weights(self, outputs: slice = slice(None)) -> Weights:
         scale = self.scale[...]
@@ -140,14 +134,17 @@ class TernaryLinear(AnyLinear):
         x: Input,
         gate: Any = None,
         residual: Any = None,
+        branch: Branch | None = None,
         gelu: bool = False,
         outputs: slice = slice(None),
     ) -> Array:
+        branch = joined(_own_branch(self), branch)
         return product(
             x,
             self._weights(outputs),
             gate,
             residual,
+            None if branch is None else branch.of(outputs),
             activation_bits=self.activation_bits,
             dtype=self.dtype,
             backend=self.backend,
@@ -251,9 +248,11 @@ class FakeTernaryLinear(AnyLinear):
         *,
         gate: Float[Array, "B N"] | None = None,
         residual: Float[Array, "*L N"] | None = None,
+        branch: Branch | None = None,
     ) -> Float[Array, "*L N"]:
         """As `TernaryLinear`, differentiable in all its floating parameters and in x."""
-        if self.config.activation_bits == 8 and self.low_rank_a is None:
+        branch = joined(_own_branch(self), branch)
+        if self.config.activation_bits == 8:
             # As the packed layer does it: rounded to int8 alone, not to 16 bits before.
             x = dense(jax.tree.map(lambda array: array.astype(jnp.float32), x))
         else:
@@ -272,9 +271,8 @@ class FakeTernaryLinear(AnyLinear):
             return signed_product(q.astype(self.dtype), signs, scale, bias, token_scale)
 
         y = product_on_mesh(product, x, signs.astype(self.dtype), axes)
-        if self.low_rank_a is not None and self.low_rank_b is not None:
-            a, b = (part[...].astype(self.dtype) for part in (self.low_rank_a, self.low_rank_b))
-            y = y + _through(x, a, b)
+        if branch is not None:
+            y = y + branch.wide(x)
         return surround(y.astype(self.dtype), gate, residual)
 
     def freeze(self) -> TernaryLinear:
@@ -320,10 +318,9 @@ def _branch(
     return nnx.Param(a, axes=(None, axes[1])), nnx.Param(b, axes=(axes[0], None))
 
 
-def _through(
-    x: Float[Array, "*B K"], a: Float[Array, "R K"], b: Float[Array, "N R"]
-) -> Float[Array, "*B N"]:
-    """`(x @ a.T) @ b.T`, the middle rounded to x's dtype, the result float32."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = float_product(float_product(rows, a).astype(x.dtype), b)
-    return y.reshape(*x.shape[:-1], b.shape[0])
+def _own_branch(layer: TernaryLinear | FakeTernaryLinear) -> Branch | None:
+    """In the type that the layer computes in."""
+    a, b = layer.low_rank_a, layer.low_rank_b
+    if a is None or b is None:
+        return None
+    return Branch(a[...].astype(layer.dtype), b[...].astype(layer.dtype))

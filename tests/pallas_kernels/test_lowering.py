@@ -27,13 +27,13 @@ def lower(function, *shapes):
 
 
 def lower_product(
-    m, n, k, bits, *, out="bfloat16", scale="channel", extras=False, gates=1, tile=None
+    m, n, k, bits, *, out="bfloat16", scale="channel", extras=False, gates=1, rank=0, tile=None
 ):
     columns = {"tensor": (), "channel": (n,), "group": (n, group_count(k))}[scale]
 
-    def product(x, packed, scale, bias, gate, residual):
+    def product(x, packed, scale, bias, gate, residual, u, v):
         return mosaic.ternary_matmul(
-            *(x, packed, scale, bias, None, gate, residual),
+            *(x, packed, scale, bias, None, gate, residual, u, v),
             activation_bits=bits,
             out_dtype=out,
             device=H200,
@@ -49,6 +49,8 @@ def lower_product(
         ((n,), out) if extras else None,
         ((gates, n), out) if extras else None,
         ((m, n), out) if extras else None,
+        ((m, rank), "bfloat16") if rank else None,
+        ((n, rank), "bfloat16") if rank else None,
     )
 
 
@@ -73,6 +75,20 @@ def test_products_of_odd_sizes(m, n, k, bits):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_odd_sizes_with_a_scale_per_group(bits):
     lower_product(5, 63, 200, bits, scale="group")
+
+
+@pytest.mark.parametrize("rank", [16, 200])
+@pytest.mark.parametrize("n", [3072, 9216, 12288, 200])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_low_rank_branches(bits, n, rank):
+    """In each of the tiles that FLUX.1's products have, and others'."""
+    lower_product(4608, n, 3072, bits, rank=rank, extras=True)
+    lower_product(300, n, 640, bits, rank=rank, scale="group")
+
+
+@pytest.mark.parametrize("m", [5, 40])
+def test_a_low_rank_branch_of_a_few_rows(m):
+    lower_product(m, 200, 640, 8, rank=16, extras=True)
 
 
 def test_two_gates_in_a_tile():

@@ -29,6 +29,17 @@ def test_nothing_is_spilled_and_shared_memory_suffices(
     assert took.shared <= SHARED_BYTES[capability]
 
 
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("m", [1, 64, 4608])
+@pytest.mark.parametrize("capability", [80, 89, pytest.param(90, marks=pytest.mark.long)])
+def test_a_low_rank_branch_finds_room(capability, m, bits, rank):
+    problem = Problem(m, 3072, 3072, bits)
+    took = compile_for(capability, triton_rule(problem), problem, rank=rank)
+    assert took.stack == 0
+    assert took.shared <= SHARED_BYTES[capability]
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("m", [1, 4608])
 def test_operands_are_copied_in_wide_pieces_while_others_are_multiplied(m, bits):

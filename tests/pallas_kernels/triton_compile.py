@@ -40,7 +40,7 @@ class Resources:
 
 
 def compile_for(
-    capability: int, tile: TritonTile, problem: Problem, *, gates: int = 1
+    capability: int, tile: TritonTile, problem: Problem, *, gates: int = 1, rank: int = 0
 ) -> Resources:
     """Compiles a kernel for bfloat16 results, with bias, GELU, gate and residual.
 
@@ -49,6 +49,7 @@ def compile_for(
       tile: how the product is cut up.
       problem: whose activations are bfloat16 if they have 16 bits.
       gates: how many runs of tokens have a gate of their own.
+      rank: of a low-rank branch.
 
     Raises:
       ImportError: Triton is not installed.
@@ -64,6 +65,7 @@ def compile_for(
         codes=exact and not problem.grouped,
         grouped=problem.grouped,
         bias=True,
+        rank=rank,
         gelu=True,
         gates=gates,
         residual=True,
@@ -72,7 +74,9 @@ def compile_for(
     integers = {"m": problem.m, "blocks": packed_width(problem.k) // BLOCK_BYTES}
     constants |= {name: value for name, value in integers.items() if value == 1}
     float32 = dict.fromkeys(("scale_ptr", "token_ptr"), "*fp32")
-    bfloat16 = dict.fromkeys(("bias_ptr", "gate_ptr", "residual_ptr", "y_ptr"), "*bf16")
+    bfloat16 = dict.fromkeys(
+        ("bias_ptr", "gate_ptr", "residual_ptr", "u_ptr", "v_ptr", "y_ptr"), "*bf16"
+    )
     types = {"x_ptr": "*i8" if exact else "*bf16", "packed_ptr": "*u8", "sum_ptr": "*i32"}
     types |= {**float32, **bfloat16, **{n: "i32" for n in integers if n not in constants}}
     function = triton_kernels.multiply_few if tile.split else triton_kernels.multiply_many

@@ -48,6 +48,8 @@ CASES = (
         m=18, n=40, k=900, activation_bits=16, granularity="group", gelu=True, out_dtype="float16"
     ),
     Case(m=6, n=17, k=256, activation_bits=16, granularity="tensor", out_dtype="float32"),
+    Case(m=20, n=40, k=256, rank=64, gelu=True, extras=True, out_dtype="float16"),
+    Case(m=9, n=33, k=256, activation_bits=16, rank=40, out_dtype="float32"),
 )
 
 
@@ -117,6 +119,8 @@ def with_tile(tile: TritonTile) -> Callable[..., Any]:
         if case.activation_bits == 16:
             # What it multiplies of bfloat16 are the integers that the bits spell.
             arrays["x"] = arrays["x"].astype(jnp.float16)
+        if case.rank:
+            arrays |= {name: arrays[name].astype(jnp.float16) for name in ("u", "v")}
         return triton_matmul.ternary_matmul(
             **arrays,
             activation_bits=case.activation_bits,
