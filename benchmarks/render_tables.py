@@ -71,7 +71,10 @@ def _targets(result: Result, layout: Layout) -> list[str]:
     """What was found beside what was to be reached; what was not measured says so."""
     if not layout.targets:
         return []
-    lines = [f"| {layout.title} | paper | reach | found |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        f"| {layout.title} | 1.58-bit FLUX | target | measured |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     for name, label, paper, reach in layout.targets:
         figure = result.figures.get(name)
         found = _cell(figure.value, figure.unit) if figure else "not measured yet"
@@ -81,7 +84,7 @@ def _targets(result: Result, layout: Layout) -> list[str]:
 
 def _comparison(result: Result, layout: Layout) -> list[str]:
     """Each variant's figure beside its limit and what was to be reached."""
-    headings = ["limit", "reach", *layout.variants]
+    headings = ["limit", "target", *layout.variants]
     lines = [f"| {layout.title} | " + " | ".join(headings) + " |"]
     lines.append("| --- |" + " ---: |" * len(headings))
     for label, limit, reach, names in layout.compared:

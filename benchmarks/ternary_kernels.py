@@ -11,10 +11,12 @@ more than the cache holds; see `pallas_kernels.bench` for what is in each time.
   CUDA graph, which is the same; few rows are compared by these.
 - a16, a8: the op from bfloat16 to bfloat16, with scale and bias; a8 quantises its activations.
 - a8_product: from activations that are quantised already.
-- *_speedup: geometric mean over the shapes, of XLA's dense time over ours: the bf16 dot, or for
-  a8_product the int8 dot, whose int32 result XLA leaves unscaled.
-- over_gemlite_*: the same of gemlite's time over ours, for the op of as many bits; *_worst: of the
-  shape where it is least. See `benchmarks.peers.gemlite_linear`.
+- *_rank64: the same with a low-rank branch of 64 columns.
+- *_speedup: geometric mean over the shapes, of a dense time over ours: of bf16 the faster of XLA's
+  dot and torch's linear, of a8_product XLA's int8 dot, whose int32 result is left unscaled.
+- over_gemlite_*: the same of gemlite's time over ours: of A16 for A16, and for A8 the faster of its
+  two; *_worst: of the shape where it is least. See `benchmarks.peers.gemlite_linear`.
+- *_branch: a product's time with a low-rank branch, over that without.
 
 Writes `benchmarks/results/ternary_kernels_<gpu>.json`.
 """
@@ -41,14 +43,20 @@ NAMES = {
     bench.A16: "a16",
     bench.A8: "a8",
     bench.A8_PRODUCT: "a8_product",
+    bench.A16_RANK: "a16_rank64",
+    bench.A8_RANK: "a8_product_rank64",
     bench.QUANTIZE: "quantize",
     bench.NORMALIZE: "normalize_quantize",
 }
 # The rate of int8 over bf16 on the tensor cores; and a quarter of the bytes of int8's weights.
 LIMITS = {bench.A16: 1.05, bench.A8: 2.0, bench.A8_PRODUCT: 1.05}
 FEW_ROWS, FEW_LIMIT = 16, 8.0
-# The op's names in the peer's figures, and gemlite's.
-GEMLITE = {bench.A16: ("a16", "A16W158"), bench.A8: ("a8", "A8W158")}
+# The peer's figures of which the fastest is compared with, and what it is called.
+GEMLITE = {
+    bench.A16: (("a16",), "gemlite's A16W158"),
+    bench.A8: (("a16", "a8"), "the faster of gemlite's A16W158 and A8W158"),
+}
+BRANCHES = {bench.A16_RANK: bench.A16, bench.A8_RANK: bench.A8_PRODUCT}
 
 
 def shape_name(row: Row) -> str:
@@ -70,22 +78,52 @@ def times(rows: Iterable[Row]) -> dict[str, Figure]:
     return figures
 
 
-def speedups(rows: list[Row]) -> dict[str, Figure]:
+Shape = tuple[int, int, int]
+
+
+def torch_bf16(measured: Mapping[str, Any] | None) -> dict[Shape, float]:
+    """Milliseconds of torch's bf16 linear by shape, from what `time_gemlite` gives."""
+    timings = [] if measured is None else measured["timings"]
+    return {tuple(one["shape"]): one["ms"] for one in timings if one["what"] == "bf16_linear"}
+
+
+def speedups(rows: list[Row], torch: Mapping[Shape, float]) -> dict[str, Figure]:
     """Geometric means over the shapes of many rows, and over those of few."""
+    bf16 = "the faster of XLA's bf16 dot and torch's bf16 linear" if torch else "XLA's bf16 dot"
     figures = {}
     for backend in dict.fromkeys(row.backend for row in rows if row.backend != "xla"):
         prefix = "" if backend == "mosaic" else f"{backend}_"
         for what, limit in LIMITS.items():
-            ratios = bench.ratio_to_dense(rows, what, backend)
+            ratios = bench.ratio_to_dense(rows, what, backend, torch)
             for few in (False, True):
                 chosen = [v for (m, _, _), v in ratios.items() if (m <= FEW_ROWS) == few]
                 # An int8 dot of a few rows is bound by its weights, as everything there is.
                 if chosen and not (few and what == bench.A8_PRODUCT):
                     name = f"{prefix}{'few_' * few}{NAMES[what]}_speedup"
                     mean = statistics.geometric_mean(chosen)
-                    over = "XLA's int8 dot" if what == bench.A8_PRODUCT else "XLA's bf16 dot"
+                    over = "XLA's int8 dot" if what == bench.A8_PRODUCT else bf16
                     note = f"over {over}; the limit is {FEW_LIMIT if few else limit}"
                     figures[name] = Figure(value=mean, unit="x", note=note)
+    return figures
+
+
+def branches(rows: list[Row]) -> dict[str, Figure]:
+    """What a low-rank branch costs: geometric means over the shapes."""
+    times = {(row.backend, row.what, row.m, row.k, row.n): row.ms for row in rows}
+    figures = {}
+    for backend in dict.fromkeys(row.backend for row in rows if row.backend != "xla"):
+        prefix = "" if backend == "mosaic" else f"{backend}_"
+        for what, alone in BRANCHES.items():
+            ratios = [
+                row.ms / times[backend, alone, row.m, row.k, row.n]
+                for row in rows
+                if (row.backend, row.what) == (backend, what)
+            ]
+            if ratios:
+                mean = statistics.geometric_mean(ratios)
+                figures[f"{prefix}{NAMES[alone]}_branch"] = Figure(
+                    value=mean, unit="x", note=f"of the time without; rank {bench.RANK}"
+                )
     return figures
 
 
@@ -122,15 +160,14 @@ def over_gemlite(rows: list[Row], measured: Mapping[str, Any]) -> dict[str, Figu
     figures = {}
     for backend in dict.fromkeys(row.backend for row in rows if row.backend != "xla"):
         prefix = "" if backend == "mosaic" else f"{backend}_"
-        for what, (key, name) in GEMLITE.items():
-            ratios = {
-                row: theirs[key, row.m, row.k, row.n] / row.compared_ms
-                for row in rows
-                if row.backend == backend
-                and row.what == what
-                and (key, row.m, row.k, row.n) in theirs
-            }
-            over = f"over gemlite's {name}, autotuned: {measured['autotune']}"
+        for what, (keys, name) in GEMLITE.items():
+            ratios = {}
+            for row in rows:
+                shape = (row.m, row.k, row.n)
+                known = [theirs[key, *shape] for key in keys if (key, *shape) in theirs]
+                if (row.backend, row.what) == (backend, what) and known:
+                    ratios[row] = min(known) / row.compared_ms
+            over = f"over {name}, autotuned: {measured['autotune']}"
             for few in (False, True):
                 chosen = [v for row, v in ratios.items() if (row.m <= FEW_ROWS) == few]
                 if chosen:
@@ -156,7 +193,7 @@ def to_result(
     dense = [row for row in rows if row.backend == "xla"]
     ours = [row for row in rows if row.backend != "xla"]
     peers = {"XLA, dense": Peer(versions=package_versions("jax"), figures=times(dense))}
-    figures = speedups(rows)
+    figures = speedups(rows, torch_bf16(gemlite)) | branches(rows)
     if gemlite is not None:
         peers["gemlite"] = Peer(versions=gemlite["versions"], figures=gemlite_times(gemlite))
         figures |= over_gemlite(rows, gemlite)

@@ -1,8 +1,8 @@
 """What a product reads: activations, or a statement of how they come about.
 
 A block says what surrounds a product (`Modulated`, `Hidden`, `Joined`, and the gate and residual of
-a linear's call; `Branch` beside its weight), and the linear decides what of it is computed together: a bf16 linear leaves it to
-XLA, a ternary one has kernels. `dense` is what every statement means.
+a linear's call), and the linear decides what of it is computed together: a bf16 linear leaves it to
+XLA, a ternary one has kernels. `dense` is what every statement means. A LoRA adds a `Branch`.
 """
 
 from __future__ import annotations

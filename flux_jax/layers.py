@@ -91,7 +91,7 @@ class AnyLinear(nnx.Module):
         raise NotImplementedError
 
     def hidden(self, x: Input, start: int = 0, *, branch: Branch | None = None) -> Hidden:
-        """`gelu(self(x, branch=branch)[..., start:])`, for the next linear; the columns before as they are.
+        """`gelu(self(x)[..., start:])`, for the next linear; the columns before as they are.
 
         The GELU is left to whoever reads the result, or computed with the product.
         """
@@ -100,7 +100,7 @@ class AnyLinear(nnx.Module):
     def apart(
         self, x: Input, start: int, *, branch: Branch | None = None
     ) -> tuple[Float[Array, "*L _"], Hidden]:
-        """`hidden(x, start, branch=branch)`, with the columns before `start` as an array of their own.
+        """`hidden(x, start)`, with the columns before `start` as an array of their own.
 
         Two products where that is possible, so that the first one's result can be sent to other
         devices while the second is computed. Where not, the first array has all columns.

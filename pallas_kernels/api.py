@@ -40,8 +40,9 @@ def ternary_matmul(
 ) -> Float[Array, "*B N"]:
     """`residual + gate * gelu(x @ (scale * weight).T + bias + u @ v.T)` for packed ternary weights.
 
-    Bias, branch (u and v), GELU, gate and residual are there only if asked for. All of it is float32 after the sums,
-    and rounded once, to `out_dtype`; formula and order are in `pallas_kernels.reference`.
+    Bias, branch (u and v), GELU, gate and residual are there only if asked for. All of it is
+    float32 after the sums, and rounded once, to `out_dtype`; formula and order are in
+    `pallas_kernels.reference`.
 
     Where it runs:
 
@@ -55,8 +56,8 @@ def ternary_matmul(
 
     Differentiable in everything floating. The gradient is that of the product with 16-bit
     activations: the rounding to int8 counts as the identity. Under `vmap`, a batch of x,
-    `token_scale`, `gate`, `residual` and u becomes more rows; a batch of weights is a loop. An array
-    that is spread over several devices is left to plain JAX, which XLA partitions: use
+    `token_scale`, `gate`, `residual` and u becomes more rows; a batch of weights is a loop. An
+    array that is spread over several devices is left to plain JAX, which XLA partitions: use
     `jax.shard_map` for kernels on each.
 
     Args:
@@ -256,8 +257,8 @@ def _product(backend: str, activation_bits: int, out_dtype: Any, gelu: bool, dev
         y = reference.ternary_matmul(x, *others[:-1], activation_bits=through, gelu=gelu)
         return y.astype(out_dtype)
 
-    # x, token_scale, residual, u and row_sum have rows, and gates runs of them. Plain JAX is batched
-    # by JAX.
+    # x, token_scale, residual, u and row_sum have rows, and gates runs of them. Plain JAX is
+    # batched by JAX.
     fold = functools.partial(foldable, per_row=(0, 4, 6, 7, 9), per_run=(5,))
     compute = plain if backend == "jax" else _lowered_once(fold(kernel))
     return differentiable(compute, straight_through)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from pallas_kernels.timing import compile_calls, device_ms, median_ms
 # What is timed.
 BF16_DOT, INT8_DOT = "bf16 dot", "int8 dot"
 A16, A8, A8_PRODUCT, QUANTIZE = "A16", "A8", "A8 product", "quantize"
+RANK = 64
+A16_RANK, A8_RANK = f"A16 rank {RANK}", f"A8 product rank {RANK}"
 NORMALIZE = "normalize, quantize"
 
 
@@ -35,7 +37,8 @@ class Row:
       m, k, n: tokens, inputs, outputs.
       what: "bf16 dot" and "int8 dot" (to int32) are XLA's, of dense random weights; "A16" and
         "A8" are the op from bfloat16 to bfloat16 with scale and bias; "A8 product" is that of
-        activations quantised before; "quantize" and "normalize, quantize" are those of the m x k
+        activations quantised before; "... rank 64" has a low-rank branch too, made before;
+        "quantize" and "normalize, quantize" are those of the m x k
         activations.
       backend: "xla" or one of `BACKENDS`.
       ms: median, of one call in a queue.
@@ -140,10 +143,20 @@ def _dense_calls(sets: list[Any], k: int) -> Iterator[_Call]:
 def _calls(sets: list[Any], backends: Sequence[str]) -> Iterator[_Call]:
     quantized = [(*_quantize(s[0]), *s[1:]) for s in sets]
     rows = [s[:1] for s in sets]
+    (m, _), n = sets[0][0].shape, sets[0][1].shape[0]
+    keys = jax.random.split(jax.random.key(2), len(sets))
+    branches = [(activations(key, m, RANK), activations(key, n, RANK)) for key in keys]
     for name in backends:
         yield _Call(A16, name, _op(name, 16), sets)
         yield _Call(A8, name, _op(name, 8), sets)
         yield _Call(A8_PRODUCT, name, _quantized_op(name), quantized)
+        if m > FEW_ROWS:
+            for what, op, some in (
+                (A16_RANK, _op(name, 16), sets),
+                (A8_RANK, _quantized_op(name), quantized),
+            ):
+                beside = [(*s, branch) for s, branch in zip(some, branches, strict=True)]
+                yield _Call(what, name, op, beside)
         if name != "triton":
             yield _Call(QUANTIZE, name, _quantizer(name), rows)
             yield _Call(NORMALIZE, name, _normalizer(name), [(x, x[0], x[0]) for (x,) in rows])
@@ -153,17 +166,26 @@ _quantize = jax.jit(reference.quantize_activations)
 
 
 def _op(backend: str, bits: int) -> Callable[..., Any]:
-    def run(x: Any, packed: Any, scale: Any, bias: Any) -> Any:
-        return api.ternary_matmul(x, packed, scale, bias, activation_bits=bits, backend=backend)
+    def run(x: Any, packed: Any, scale: Any, bias: Any, low_rank: Any = None) -> Any:
+        options: dict[str, Any] = {"activation_bits": bits, "backend": backend}
+        return api.ternary_matmul(x, packed, scale, bias, low_rank=low_rank, **options)
 
     return run
 
 
 def _quantized_op(backend: str) -> Callable[..., Any]:
-    def run(q: Any, token_scale: Any, row_sum: Any, packed: Any, scale: Any, bias: Any) -> Any:
+    def run(
+        q: Any,
+        token_scale: Any,
+        row_sum: Any,
+        packed: Any,
+        scale: Any,
+        bias: Any,
+        low_rank: Any = None,
+    ) -> Any:
         rows: dict[str, Any] = {"token_scale": token_scale, "row_sum": row_sum}
         bits: dict[str, Any] = {"activation_bits": 8, "backend": backend}
-        return api.ternary_matmul(q, packed, scale, bias, **rows, **bits)
+        return api.ternary_matmul(q, packed, scale, bias, low_rank=low_rank, **rows, **bits)
 
     return run
 
@@ -176,13 +198,28 @@ def _normalizer(backend: str) -> Callable[..., Any]:
     return lambda x, gain, shift: api.normalize_and_quantize(x, gain, shift, backend=backend)
 
 
-def ratio_to_dense(rows: list[Row], what: str, backend: str) -> dict[tuple[int, int, int], float]:
+def ratio_to_dense(
+    rows: list[Row],
+    what: str,
+    backend: str,
+    bf16_elsewhere: Mapping[tuple[int, int, int], float] | None = None,
+) -> dict[tuple[int, int, int], float]:
     """How many times as fast as XLA's dense product, by `Row.compared_ms`, where there are both.
 
     "A8 product" is compared with the int8 dot, everything else with the bf16 dot.
+
+    Args:
+      rows: what was measured.
+      what, backend: of a row.
+      bf16_elsewhere: milliseconds of a shape's bf16 product by another library: the faster of both
+        is what is compared with.
     """
-    dense = INT8_DOT if what == A8_PRODUCT else BF16_DOT
+    exact = what in (A8_PRODUCT, A8_RANK)
+    dense = INT8_DOT if exact else BF16_DOT
     base = {(r.m, r.k, r.n): r.compared_ms for r in rows if r.what == dense}
+    if not exact:
+        others = bf16_elsewhere or {}
+        base = {shape: min(ms, others.get(shape, ms)) for shape, ms in base.items()}
     ours = {(r.m, r.k, r.n): r.compared_ms for r in rows if r.what == what and r.backend == backend}
     return {shape: base[shape] / ours[shape] for shape in ours if shape in base}
 

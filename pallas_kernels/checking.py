@@ -155,8 +155,8 @@ def make(case: Case, seed: int = 0) -> Arrays:
     """Random arguments. With six rows or more, one is zeros, one saturated, one inf, one NaN.
 
     Returns:
-      Keyword arguments of the kernels: x, packed, scale; bias, token_scale, row_sum, gate, residual,
-      u and v, each or None; and `codes`, (N, K) NumPy.
+      Keyword arguments of the kernels: x, packed, scale; bias, token_scale, row_sum, gate,
+      residual, u and v, each or None; and `codes`, (N, K) NumPy.
     """
     rng = np.random.default_rng(seed)
     if case.codes == "all":

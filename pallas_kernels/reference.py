@@ -6,9 +6,10 @@
 
 t is -1, 0 or +1, s the weight's scale, a the activation's scale (1 for 16-bit activations), b the
 bias, u and v a low-rank branch, f the gate (one for all rows, or one for each run of them), d the
-residual; branch, GELU, gate and residual where they are asked for. With int8 activations the inner sums are exact integers, the same
-on every backend and in any order. What follows is float32 in the order above, groups from first to
-last; a compiler may round a product and the sum that it goes into once instead of twice.
+residual; branch, GELU, gate and residual where they are asked for. With int8 activations the inner
+sums are exact integers, the same on every backend and in any order. What follows is float32 in the
+order above, groups from first to last, but for the branch's sum, whose order is the backend's; a
+compiler may round a product and the sum that it goes into once instead of twice.
 """
 
 from __future__ import annotations

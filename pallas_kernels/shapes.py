@@ -1,4 +1,4 @@
-"""Sizes that are timed, for programs without JAX too."""
+"""Sizes that are timed, and how, for programs without JAX too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ ROTATED_BYTES = 160e6
 # Calls of a program, where their inputs are small: starting it takes the host some 0.1 ms, which
 # calls of a few microseconds must outlast together.
 ENOUGH_SETS, ENOUGH_BYTES = 24, 500e6
+
+# A card at its limit of power slows down over the first tenths of a second, and products differ in
+# what power they take. Each is timed in the state that it brings the card to, as in a model whose
+# products are all alike.
+WARM_SECONDS = 0.3
 
 # (tokens, inputs, outputs): the products of one step of a 12-billion image transformer at
 # 1024 x 1024, its modulation, and a size for a CPU.

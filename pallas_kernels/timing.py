@@ -12,13 +12,11 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.shapes import WARM_SECONDS
+
 # Work that is queued in each timing, so that the device does not wait for the host.
 QUEUED_SECONDS = 0.01
 MOST_QUEUED = 64
-# A card at its limit of power slows down over the first tenths of a second, and products differ in
-# what power they take. Each is timed in the state that it brings the card to, as in a model whose
-# products are all alike.
-WARM_SECONDS = 0.3
 
 Program = Callable[[Sequence[tuple[Any, ...]]], Any]
 

@@ -275,9 +275,9 @@ def multiply_many(
     """One tile a program; its warps share the tile out among them.
 
     Args: x (m, 4 * WIDTH) int8 or 16-bit; packed (N, WIDTH); scale (N,), or (N, WIDTH / 32) if
-    GROUPED; bias (N,), token scale (m,), row sum (m,), gate (GATES, N), residual (m, N), u (m, RANK)
-    and v (N, RANK), each read only if there is one; y (m, N). Arrays are in C order. `blocks` is WIDTH / 64, but no constant:
-    the loop is not to be unrolled.
+    GROUPED; bias (N,), token scale (m,), row sum (m,), gate (GATES, N), residual (m, N),
+    u (m, RANK) and v (N, RANK), each read only if there is one; y (m, N). Arrays are in C order.
+    `blocks` is WIDTH / 64, but no constant: the loop is not to be unrolled.
 
     BAND: tiles of tokens that are worked through together. PLANES: of one product, 64 inputs each.
     PASSES: how often the inputs are gone through, each time with the next planes of every block;

@@ -48,7 +48,7 @@ def product(
     backend: str | None,
     gelu: bool = False,
 ) -> Float[Array, "*L N"]:
-    """`residual + gate * gelu(x @ weight.T + bias + branch)`, of that what is asked for, in `dtype`.
+    """`residual + gate * gelu(x @ weight.T + bias + branch)`, with what is asked for, in `dtype`.
 
     Differentiable in everything floating. The gradient is that of 16-bit activations: the rounding
     to int8 counts as the identity.

@@ -94,7 +94,7 @@ def test_variants_stand_beside_their_limit():
     }
     result = dataclasses.replace(RESULT, benchmark="ternary_kernels", figures=figures)
     lines = render_tables.render_result(result).splitlines()
-    assert lines[0].endswith("| limit | reach | Mosaic | Triton |")
+    assert lines[0].endswith("| limit | target | Mosaic | Triton |")
     ends = [line.partition("tokens")[2] for line in lines[2:4]]
     # What was not measured has no row, or an empty cell.
     assert ends == [" | 2.0 x | 1.75 x | 1.80 x | 1.10 x |", " | 8 x | 4 x | 2.50 x |  |"]

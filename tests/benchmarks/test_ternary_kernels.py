@@ -25,13 +25,35 @@ def rows(m=4608, k=3072, faster=2.0):
 
 
 def test_speedups_are_geometric_means_over_the_shapes():
-    figures = ternary_kernels.speedups([*rows(), *rows(k=12288, faster=0.5), *rows(m=1)])
+    found = [*rows(), *rows(k=12288, faster=0.5), *rows(m=1)]
+    figures = ternary_kernels.speedups(found, {})
     assert figures["a8_speedup"].value == pytest.approx(1.0)
     assert figures["few_a8_speedup"].value == pytest.approx(2.0)
     assert figures["a8_product_speedup"].value == pytest.approx(1.0)
     assert figures["triton_a8_speedup"].value == pytest.approx(1.0)
     assert "the limit is 2.0" in figures["a8_speedup"].note
     assert "a16_speedup" not in figures
+
+
+def test_bf16_is_the_faster_of_two_libraries():
+    figures = ternary_kernels.speedups(rows(), {(4608, 3072, 8): 0.8})
+    assert figures["a8_speedup"].value == pytest.approx(1.6)
+    assert figures["a8_product_speedup"].value == pytest.approx(1.0)
+    assert "torch's bf16 linear" in figures["a8_speedup"].note
+    assert ternary_kernels.speedups(rows(), {(4608, 3072, 8): 2.0})["a8_speedup"].value == 2.0
+    assert ternary_kernels.torch_bf16(MEASURED) == {(1, 3072, 8): 1.0}
+    assert ternary_kernels.torch_bf16(None) == {}
+
+
+def test_a_branch_costs_its_time_over_the_one_without():
+    def row(what, k, ms):
+        return Row(m=4608, k=k, n=8, what=what, backend="triton", ms=ms, tops=1.0)
+
+    found = [row(bench.A8_PRODUCT, k, 1.0) for k in (1, 2)]
+    found += [row(bench.A8_RANK, 1, 1.1), row(bench.A8_RANK, 2, 1.2)]
+    figures = ternary_kernels.branches(found)
+    assert set(figures) == {"triton_a8_product_branch"}
+    assert figures["triton_a8_product_branch"].value == pytest.approx((1.1 * 1.2) ** 0.5)
 
 
 def test_the_result_can_be_read_back(tmp_path):
@@ -47,7 +69,7 @@ def test_the_table_has_the_speedups():
     result = ternary_kernels.to_result("ternary_kernels", rows(), "NVIDIA H200", "unknown")
     text = render_tables.render_result(result)
     with_quantising, alone = text.splitlines()[2:4]
-    assert with_quantising.startswith("| W1.58A8 with quantising, over XLA's bf16, 4608 tokens |")
+    assert with_quantising.startswith("| W1.58A8 with quantising, over bf16, 4608 tokens |")
     assert with_quantising.endswith("| 2.0 x | 1.75 x | 2.00 x | 1.00 x |")
     assert alone.startswith("| W1.58A8 alone, over XLA's int8, 4608 tokens |")
     assert alone.endswith("| 1.05 x | 1.0 x | 1.00 x |  |")
@@ -61,8 +83,9 @@ MEASURED = {
         for shape, what, ms in (
             ([4608, 3072, 8], "a8", 1.5),
             ([4608, 3072, 8], "a16", 9.0),
+            ([1, 3072, 8], "a16", 0.25),
             ([4608, 12288, 8], "a8", 12.0),
-            ([1, 3072, 8], "a8", 0.25),
+            ([1, 3072, 8], "a8", 2.0),
             ([1, 3072, 8], "bf16_linear", 1.0),
         )
     ],
@@ -83,7 +106,8 @@ def test_gemlite_over_ours_is_a_geometric_mean_and_the_worst():
             "triton_over_gemlite_a8_worst": 0.25,
         }
     )
-    assert figures["over_gemlite_a8"].note == "over gemlite's A8W158, autotuned: fast; 2 shapes"
+    over = "over the faster of gemlite's A16W158 and A8W158, autotuned: fast"
+    assert figures["over_gemlite_a8"].note == f"{over}; 2 shapes"
     assert figures["over_gemlite_a8_worst"].note.endswith("fast; 1x3072x8")
 
 
@@ -96,8 +120,10 @@ def test_gemlite_is_a_peer_with_its_own_times(tmp_path):
     assert peer.figures["a8_ms/4608x3072x8"].note == "CUDA graph, off by 1.2%, autotuned: fast"
     assert peer.figures["bf16_linear_ms/1x3072x8"].note == "CUDA graph, off by 1.2%"
     text = render_tables.render_result(read)
-    assert "| W1.58A8, over gemlite's A8W158, 4608 tokens |  | ahead | 3.00 x | 1.50 x |" in text
-    worst = "| W1.58A8, over gemlite's A8W158, the worst shape |  | ahead | 3.00 x | 1.50 x |"
+    assert (
+        "| W1.58A8, over gemlite's faster mode, 4608 tokens |  | ahead | 3.00 x | 1.50 x |" in text
+    )
+    worst = "| W1.58A8, over gemlite's faster mode, the worst shape |  | ahead | 3.00 x | 1.50 x |"
     assert worst in text
     assert "gemlite 0.6.0.post2" in text
 
