@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 FAILED, BAD_INPUT = 1, 2
 
@@ -23,7 +25,7 @@ def exit_on_user_error(*, verbose: bool = False) -> Iterator[None]:
 
     A `UserError` ends with code 2, and so does a file that may not be opened; a device whose memory
     is full with 1. SIGTERM ends the block as an exception does, so that what was half-written is
-    removed.
+    removed; neither it nor an interrupt is lost where Python drops exceptions.
 
     Args:
       verbose: the traceback stands above the line.
@@ -69,18 +71,36 @@ def _memory_is_full(error: RuntimeError) -> bool:
     return of_jax and (message.startswith("RESOURCE_EXHAUSTED") or "Out of memory" in message)
 
 
+class _Terminated(SystemExit):
+    """What SIGTERM raises."""
+
+
 @contextlib.contextmanager
 def _clean_termination() -> Iterator[None]:
     def terminate(number: int, frame: FrameType | None) -> None:
         del frame
-        raise SystemExit(128 + number)
+        raise _Terminated(128 + number)
+
+    def send_again(dropped: Any) -> None:
+        # A signal is handled wherever the main thread is: in a destructor or in a callback of the
+        # garbage collector (JAX has one), what the handler raises goes no further.
+        kinds = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+        number = kinds.get(dropped.exc_type)
+        if number is None:
+            hook_before(dropped)
+            return
+        timer = threading.Timer(0.01, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
 
     # Only the main thread may handle signals; a command that runs in another leaves them alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    before, hook_before = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook_before
         signal.signal(signal.SIGTERM, before)

@@ -173,6 +173,29 @@ def test_exit_codes(what, code, error):
     assert result.stdout == ("the result\n" if code == 0 else "")
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", -signal.SIGINT)])
+def test_a_signal_is_not_lost_where_python_drops_exceptions(name, code):
+    """In a callback of the garbage collector, as JAX has one."""
+    program = f"""
+import gc, os, signal, time
+from pallas_kernels.errors import exit_on_user_error
+
+def send(phase, info):
+    gc.callbacks.remove(send)
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(0.1)
+
+with exit_on_user_error():
+    gc.callbacks.append(send)
+    gc.collect()
+    time.sleep(30)
+    print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+
+
 @pytest.mark.parametrize(
     ("given", "found"),
     [(["--size", "0"], "0"), (["--size=-3"], "-3"), (["--size", "x"], "x")],
