@@ -138,7 +138,8 @@ def quantize_activations(x: Float[Array, "*B K"], *, backend: str | None = "jax"
     """Each token to int8 with its own scale: `q * scale` is about `x`.
 
     The largest magnitude of a token becomes 127; halves go to even. A token of zeros has scale 0, a
-    token that is not finite a scale that is not finite. Every backend gives the same bits.
+    token that is not finite a scale that is not finite, a sum of 0, and any values. Of all others
+    every backend gives the same bits.
 
     Args:
       x: (..., K).
@@ -266,7 +267,7 @@ def _product(backend: str, activation_bits: int, out_dtype: Any, gelu: bool, dev
 
 @functools.cache
 def _quantizer(parts: tuple[tuple[int, int, bool], ...], device: Device) -> Any:
-    """Of arrays (M, W), the columns that each entry of `parts` names; on Mosaic."""
+    """Quantises the columns of arrays (M, W) that each entry of `parts` names; on Mosaic."""
 
     def quantize(*arrays: Any) -> Any:
         from pallas_kernels import mosaic

@@ -72,7 +72,8 @@ def check_matmul(
         if value is not None:
             check_floating(name, value, shapes)
     if low_rank is not None:
-        _check_low_rank(*low_rank, leading, rows)
+        u, v = low_rank
+        _check_low_rank(u, v, leading, rows)
     if row_sum is not None and (
         not quantized or row_sum.shape != leading or row_sum.dtype != jnp.int32
     ):
@@ -86,7 +87,7 @@ def _check_low_rank(u: Any, v: Any, leading: tuple[int, ...], rows: int) -> None
     rank = u.shape[-1] if u.ndim else 0
     if not rank or u.shape[:-1] != leading or v.shape != (rows, rank):
         raise ValueError(
-            f"low_rank must be of shapes {(*leading, 'R')} and ({rows}, 'R') with R above 0, got "
+            f"low_rank must have shapes {(*leading, 'R')} and {(rows, 'R')} with R above 0, got "
             f"{u.shape} and {v.shape}"
         )
     if u.dtype != v.dtype or not jnp.issubdtype(u.dtype, jnp.floating):

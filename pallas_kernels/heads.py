@@ -127,7 +127,7 @@ def plain(
 
 @functools.cache
 def _compute(backend: str, count: int, heads: int, eps: float) -> Any:
-    """Of the flat list of arrays: those of each of `count` projections, cosines, sines."""
+    """Takes a flat list of arrays: those of each of `count` projections, cosines, sines."""
 
     def projections_of(arrays: tuple[Any, ...]) -> list[Projection]:
         return [Projection(*arrays[3 * i : 3 * i + 3]) for i in range(count)]

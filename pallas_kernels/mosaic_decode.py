@@ -11,8 +11,8 @@ factor, a power of two, which `unscaled` takes off at the end: nothing is rounde
 
 Pallas offers no arithmetic on 8-bit registers, so this is written for the level below it
 (`inline_mgpu`), which Pallas' interpret mode does not run. There, `decode_plane` is the same
-function in plain JAX: what interpret mode checks is everything around the decoding, and the
-decoding itself is checked on a GPU.
+function in plain JAX: what interpret mode checks is everything around the decoding. The decoding
+itself is checked on a GPU, and by a test that runs what is emitted in NumPy.
 """
 
 from __future__ import annotations

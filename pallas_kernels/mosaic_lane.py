@@ -17,7 +17,7 @@ from pallas_kernels.tiles import shared_row
 
 
 def first_output(shape: Shape) -> Any:
-    """Of this thread block. The last has a whole tile too, so that some are another's as well."""
+    """The first output of this thread block; the last block's tile overlaps the one before."""
     from jax.experimental.mosaic.gpu import utils
 
     ir, arith, gpu = mlir("ir", "arith", "gpu")
@@ -44,7 +44,7 @@ class Lane(Multiplier):
         self.quarter = self.arith.andi(lane, self.word(3))
 
     def address(self, ref: Any, row: Any, stride: int, lane_bytes: int) -> Any:
-        """Of this lane's first bytes of a row, in global memory: 64 bits."""
+        """The address of this lane's first bytes of a row, in global memory: 64 bits."""
         arith = self.arith
         at = arith.addi(
             arith.muli(arith.extui(self.i64, row), self.utils.c(stride, self.i64)),
@@ -53,7 +53,7 @@ class Lane(Multiplier):
         return arith.addi(self.llvm.ptrtoint(self.i64, self.utils.memref_ptr(ref)), at)
 
     def shared_address(self, ref: Any) -> Any:
-        """Of the first byte, in shared memory: 32 bits."""
+        """The address of the first byte, in shared memory: 32 bits."""
         return self.llvm.ptrtoint(self.i32, self.utils.memref_ptr(ref))
 
     def within(self, block: Any) -> Any:
@@ -117,7 +117,7 @@ class Lane(Multiplier):
         return self.arith.minui(token, self.word(self.shape.tokens - 1))
 
     def offsets(self, plane: int) -> list[int]:
-        """Of a plane's activations in a block's, for what a lane loads at once."""
+        """Where a plane's activations lie in a block's, one offset for each load of a lane."""
         size = self.shape.size
         return [size * BLOCK_BYTES * plane + 16 * half for half in range(size)]
 

@@ -117,7 +117,8 @@ def _scratch(plan: Plan) -> list[Any]:
     views = [tiled(tile.tokens, plan.columns, plan.x_dtype, swizzle, (tile.stages,))]
     if plan.branch:
         views.append(tiled(plan.branch_rows, LOW_RANK, jnp.bfloat16, 128, (tile.stages,)))
-    # The stages lie where they lay, whichever way they are seen.
+    # Stages are of one size in either view, each of which begins where the other does: a slot is a
+    # slot, whatever is in it.
     scratch = [
         *([plgpu.RefUnion(*views)] if plan.branch and plan.native else views),
         tiled(plan.outputs, BLOCK_BYTES, jnp.uint8, BLOCK_BYTES, (tile.code_stages,)),

@@ -89,12 +89,12 @@ class Shape(NamedTuple):
 
     @property
     def words(self) -> int:
-        """Of activations that a lane has for a block of inputs."""
+        """How many words of activations a lane has for a block of inputs."""
         return self.columns * PLANES * WORDS * self.size
 
     @property
     def plane_words(self) -> int:
-        """Of them, those of a plane."""
+        """How many of these words are of one plane."""
         return self.words // PLANES
 
 

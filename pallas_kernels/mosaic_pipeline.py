@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def outputs(self) -> int:
-        """Of a tile, both warpgroups."""
+        """A tile's outputs, those of both warpgroups."""
         return COMPUTE * self.tile.rows
 
     @property
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def branch_rows(self) -> int:
-        """Of a low-rank branch, rows of 64 columns that fill a stage of activations."""
+        """Rows of 64 columns of a low-rank branch that fill a stage of activations."""
         return low_rank_rows(self.tile, 8 * jnp.dtype(self.x_dtype).itemsize)
 
     @property
@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def sum_dtype(self) -> Any:
-        """Of the accumulators."""
+        """The accumulators' type."""
         return jnp.int32 if self.x_dtype == jnp.int8 else jnp.float32
 
     def place(self, block: Any, index: Any) -> tuple[Any, Any]:

@@ -107,7 +107,8 @@ def quantize_rows(
                 total = total + jnp.sum(q, dtype=jnp.int32)
                 q_gmem[here, pl.ds(start, part.size)] = q.astype(jnp.int8)
                 start += part.size
-            # Of a row that is not finite, what is stored is 0; these are integers beyond int8.
+            # Of a row that is not finite, these are integers beyond int8. What is stored is their
+            # low byte: 0, or -1 of a NaN that a GPU made.
             sum_gmem[here] = jnp.where(inverse > 0, total, 0)
             scale_gmem[here] = scale
             return following

@@ -49,7 +49,9 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """Of the Mosaic kernel for many rows: two warpgroups share the tokens, each has own outputs.
+    """The tile of the Mosaic kernel for many rows.
+
+    Two warpgroups share the tokens, and each has outputs of its own.
 
     Attributes:
       rows: outputs of one compute warpgroup; 64 or 128.
@@ -81,7 +83,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewTile:
-    """Of the Mosaic kernel for a few rows.
+    """The tile of the Mosaic kernel for a few rows.
 
     Attributes:
       tokens: of a tile; a power of two from 8 on.
@@ -96,7 +98,7 @@ class FewTile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DirectTile:
-    """Of the Mosaic kernel for up to 16 rows, which are all in one tile.
+    """The tile of the Mosaic kernel for up to 16 rows, which are all in it.
 
     Attributes:
       groups: warpgroups of a block, whose warps share out the outputs and the inputs; at least one
@@ -107,7 +109,7 @@ class DirectTile:
       stages: of a warp, 256 inputs.
       activations: `AHEAD`: those of the next 256 inputs are read into registers while these are
         multiplied, in 8 bits, or of up to 8 tokens; this takes the room of other blocks. `LATE`:
-        when they are multiplied. `SHARED`: all into shared memory, before the codes.
+        when they are multiplied. `SHARED`: all are copied to shared memory first.
     """
 
     groups: int = 1
@@ -125,18 +127,18 @@ class DirectTile:
 
     @property
     def shares(self) -> int:
-        """Of the inputs."""
+        """How many warps share the inputs out."""
         return 4 * self.groups * self.rows // self.outputs
 
     @property
     def tokens(self) -> int:
-        """Of a tile."""
+        """A tile's tokens."""
         return DIRECT_ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TritonTile:
-    """Of the Triton kernels.
+    """The tile of the Triton kernels.
 
     Attributes:
       outputs, tokens: of a tile; powers of two from 16 and 8 on.
@@ -196,7 +198,7 @@ def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile | Dire
 
 
 def few_tile(problem: Problem) -> FewTile:
-    """Of the kernel for up to 64 rows."""
+    """The tile of the kernel for up to 64 rows."""
     tokens = max(8, _power(problem.m))
     # Within shared memory.
     return FewTile(tokens=tokens, groups=4 if tokens * problem.activation_bits <= 512 else 2)
@@ -241,7 +243,7 @@ def shared_bytes(tile: Tile | FewTile | DirectTile, problem: Problem) -> int:
 
 
 def whole_tokens(tokens: int) -> int:
-    """Of the instruction that the kernel for the fewest rows is made of, which takes 8."""
+    """`tokens`, rounded up to the 8 that an instruction of the fewest rows' kernel takes."""
     return 8 * -(-tokens // 8)
 
 

@@ -63,6 +63,30 @@ def test_int8_activations(granularity):
     np.testing.assert_allclose(np.asarray(y), exact_int8(x, codes, scale, bias), atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_low_rank_branch_is_added_before_gelu_and_gate(bits):
+    x, codes, scale, bias = case()
+    rng = np.random.default_rng(1)
+    u, v = rng.standard_normal((2, 5, 6)), rng.standard_normal((24, 6))
+    gate, residual = rng.standard_normal(24), rng.standard_normal((2, 5, 24))
+    branch, gate32, residual32 = jax.tree.map(jnp.float32, ((u, v), gate, residual))
+    y = ternary_matmul(
+        *(x, pack_codes(jnp.asarray(codes)), scale, bias),
+        activation_bits=bits,
+        low_rank=branch,
+        gelu=True,
+        gate=gate32,
+        residual=residual32,
+    )
+    if bits == 8:
+        p = exact_int8(x, codes, scale, bias)
+    else:
+        p = np.asarray(x, np.float64) @ dense(codes, scale).T + np.asarray(bias, np.float64)
+    p = p + u @ v.T
+    gelu = p / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (p + 0.044715 * p**3)))
+    np.testing.assert_allclose(np.asarray(y), residual + gate * gelu, atol=1e-5)
+
+
 def test_int8_sums_are_exact_integers():
     """With scale 1 and no bias the result is the int32 sum times the token's scale, to the bit."""
     x, codes, _, _ = case(columns=2048, leading=(7,))
@@ -196,6 +220,14 @@ def test_quantization_error_is_half_a_step():
         ({"gate": jnp.zeros(24, jnp.int32)}, "gate must be floating, got int32"),
         ({"residual": jnp.zeros((10, 24))}, r"residual must have shape \(2, 5, 24\), got \(10, 24"),
         ({"bias": jnp.zeros((7,))}, r"bias must have shape \(24,\), got \(7,\)"),
+        (
+            {"low_rank": (jnp.zeros((2, 5, 4)), jnp.zeros((24, 3)))},
+            r"low_rank must have shapes .* got \(2, 5, 4\) and \(24, 3\)",
+        ),
+        (
+            {"low_rank": (jnp.zeros((2, 5, 4)), jnp.zeros((24, 4), jnp.bfloat16))},
+            "low_rank must be of one floating type, got float32 and bfloat16",
+        ),
     ],
 )
 def test_refusals(change, message):

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 from pallas_kernels import api, mosaic, pack_codes, reference, ternary_matmul
 from pallas_kernels.tile_table import Device
 
-N, K = 24, 300
+N, K, R = 24, 300, 6
 
 
 @pytest.fixture
@@ -26,10 +26,12 @@ def op(monkeypatch):
     # A device kind of its own: the op keeps what it made for another test.
     device = Device(kind=f"fake {id(shapes)}", multiprocessors=4)
 
-    def product(x, packed, scale, bias=None, gate=None, residual=None, *, bits=8, gelu=False):
+    def product(
+        x, packed, scale, bias=None, gate=None, residual=None, u=None, v=None, *, bits=8, gelu=False
+    ):
         compute = api._product("mosaic", bits, jnp.dtype(jnp.float32), gelu, device)
         gate = None if gate is None else gate[None]
-        return compute(x, packed, scale, bias, None, gate, residual, None)
+        return compute(x, packed, scale, bias, None, gate, residual, u, v, None)
 
     product.shapes = shapes
     return product
@@ -44,6 +46,8 @@ def arrays():
         "scale": jnp.asarray(rng.uniform(0.1, 0.2, N), jnp.float32),
         "gate": jnp.asarray(rng.standard_normal((3, N)), jnp.float32),
         "residual": jnp.asarray(rng.standard_normal((3, 5, N)), jnp.float32),
+        "u": jnp.asarray(rng.standard_normal((3, 5, R)), jnp.float32),
+        "v": jnp.asarray(rng.standard_normal((N, R)), jnp.float32),
     }
 
 
@@ -63,6 +67,37 @@ def test_a_batch_of_residuals_alone(op, arrays):
     y = jax.vmap(lambda r: op(x, packed, scale, residual=r))(arrays["residual"])
     alone = jnp.stack([op(x, packed, scale, residual=r) for r in arrays["residual"]])
     np.testing.assert_allclose(np.asarray(y), np.asarray(alone), rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_of_low_rank_branches(op, arrays):
+    packed, scale, v = arrays["packed"], arrays["scale"], arrays["v"]
+    y = jax.vmap(lambda x, u: op(x, packed, scale, u=u, v=v))(arrays["x"], arrays["u"])
+    assert op.shapes[-1] == (15, K)
+    want = ternary_matmul(
+        arrays["x"], packed, scale, low_rank=(arrays["u"], v), activation_bits=8, backend="jax"
+    )
+    np.testing.assert_allclose(np.asarray(y), np.asarray(want), rtol=1e-6, atol=1e-5)
+    vs = jnp.stack([v, 2 * v, -v])
+    y = jax.vmap(lambda u, v: op(arrays["x"][0], packed, scale, u=u, v=v))(arrays["u"], vs)
+    alone = [
+        op(arrays["x"][0], packed, scale, u=u, v=v) for u, v in zip(arrays["u"], vs, strict=True)
+    ]
+    np.testing.assert_allclose(np.asarray(y), np.asarray(jnp.stack(alone)), rtol=1e-6, atol=1e-5)
+
+
+def test_gradients_of_a_low_rank_branch(op, arrays):
+    x, packed, scale, u = arrays["x"][0], arrays["packed"], arrays["scale"], arrays["u"][0]
+
+    def loss(u, v):
+        return jnp.sum(op(x, packed, scale, u=u, v=v) ** 2)
+
+    def dense(u, v):
+        # As with 16-bit activations, around the result of int8 ones.
+        return jnp.sum(2 * jax.lax.stop_gradient(op(x, packed, scale, u=u, v=v)) * (u @ v.T))
+
+    ours = jax.grad(loss, (0, 1))(u, arrays["v"])
+    for got, expected in zip(ours, jax.grad(dense, (0, 1))(u, arrays["v"]), strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(expected), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -15,27 +15,15 @@ from pallas_kernels.mosaic_direct import scratch_types
 from pallas_kernels.mosaic_mma import PLANES, WIDTH, WORDS, Shape
 from pallas_kernels.mosaic_warp import Scratch
 from pallas_kernels.tiles import AHEAD, LATE, SHARED, DirectTile
+from tests.pallas_kernels.emitted import on_words
 from tests.pallas_kernels.lanes import LANES, QUARTER, ROW, Lanes, Memory, run_block, words_of
 
 
 @pytest.fixture
 def numbers(monkeypatch):
-    """The decoding of words, in NumPy."""
-
-    def sign_word(word):
-        fields = [(word >> np.uint32(2 * i)) & np.uint32(3) for i in range(16)]
-        signs = [(f - np.uint32(1)) & np.uint32(3) for f in fields]
-        return sum((s << np.uint32(2 * i) for i, s in enumerate(signs)), np.zeros(32, np.uint32))
-
-    monkeypatch.setattr(mosaic_mma, "sign_word", sign_word)
-    monkeypatch.setattr(
-        mosaic_mma,
-        "top_bits",
-        lambda word, shift, mask: word << np.uint32(shift) & np.uint32(mask),
-    )
-    monkeypatch.setattr(
-        mosaic_mma, "masked", lambda word, shift, mask: word >> np.uint32(shift) & np.uint32(mask)
-    )
+    """The decoding of words as it is emitted, run in NumPy."""
+    for name in ("sign_word", "top_bits", "masked"):
+        monkeypatch.setattr(mosaic_mma, name, on_words(getattr(mosaic_mma, name)))
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64])
