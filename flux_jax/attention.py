@@ -84,7 +84,7 @@ def attention(
         return _plain(q, k, v, scale, float8=implementation == "xla_fp8")
 
     # Plain JAX the compiler splits by itself, by rows of a picture too. A bias has heads of its
-    # own, and comes with encoders, which no training splits.
+    # own, and comes with encoders, which training does not split over devices.
     if bias is not None or implementation in ("xla", "xla_fp8"):
         return compute(q, k, v)
     return on_each_device(compute, ("batch", None, "heads", None), q, k, v)

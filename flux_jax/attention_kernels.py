@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.backends import compute_capability, device_of
+
 FLOAT8 = jnp.float8_e4m3fn
 _LARGEST = float(jnp.finfo(FLOAT8).max)
 _CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
@@ -27,20 +29,24 @@ _BLOCK_Q, _BLOCK_KV = 64, 128
 
 def why_not(implementation: str, q: Any, k: Any) -> str | None:
     """As `flux_jax.attention.why_not`, for what needs a GPU."""
-    if jax.default_backend() != "gpu":
-        return f"it needs an NVIDIA GPU, the devices here are {jax.devices()[0].platform}"
+    device = device_of(q)
+    capability = compute_capability(device)
+    if capability is None:
+        return f"it needs an NVIDIA GPU, got the {device.platform} device {device.device_kind!r}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, got {q.dtype}"
     width, least = q.shape[-1], {"cudnn": 8, "cudnn_fp8": 16}.get(implementation, 64)
     if width % least or width > 128:
         return f"it needs a head width that is a multiple of {least}, at most 128; got {width}"
+    version = f"{capability[0]}.{capability[1]}"
     if implementation == "cudnn":
-        return None
+        # What JAX asks of a GPU for it.
+        old = capability < (8, 0)
+        return f"it needs compute capability 8.0 or more, got {version}" if old else None
     if implementation == "tokamax" and (missing := missing_tokamax()):
         return missing
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    if not capability.startswith("9."):
-        return f"it needs compute capability 9.x (Hopper), got {capability}"
+    if capability[0] != 9:
+        return f"it needs compute capability 9.x (Hopper), got {version}"
     rows, columns = q.shape[1], k.shape[1]
     if implementation == "mosaic" and (rows % (2 * _BLOCK_Q) or columns % _BLOCK_KV):
         return (

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flux_jax import attention_kernels
-from flux_jax.attention import IMPLEMENTATIONS, attention, is_fused, why_not
+from flux_jax.attention import (
+    IMPLEMENTATIONS,
+    attention,
+    default_implementation,
+    is_fused,
+    why_not,
+)
 from flux_jax.partition import mesh_in_scope
 from flux_jax.sharding import make_mesh, partition_spec
 
@@ -95,6 +102,35 @@ def test_masks_are_refused():
         attention(q, k, v, causal=True, implementation="xla_fp8")
 
 
+class Card(NamedTuple):
+    platform: str
+    compute_capability: str
+    device_kind: str = "a card"
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        (Card("gpu", "8.6"), "cudnn"),
+        (Card("gpu", "9.0"), "cudnn"),
+        # Turing, and AMD's.
+        (Card("gpu", "7.5"), "xla"),
+        (Card("gpu", "gfx942"), "xla"),
+        (Card("cpu", ""), "xla"),
+    ],
+)
+def test_the_default_is_one_that_the_device_has(card, expected, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "device_of", lambda _: card)
+    assert default_implementation(draw(length=8)[0]) == expected
+
+
+def test_the_default_is_of_the_device_that_the_queries_lie_on(monkeypatch):
+    q = draw(length=8)[0]
+    cards = {id(q): Card("cpu", "")}
+    monkeypatch.setattr(attention_kernels, "device_of", lambda x: cards[id(x)])
+    assert default_implementation(q) == "xla"
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "message"),
     [
@@ -107,11 +143,7 @@ def test_masks_are_refused():
     ],
 )
 def test_what_a_kernel_needs(name, shape, dtype, message, monkeypatch):
-    class Hopper:
-        platform, compute_capability = "gpu", "9.0"
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [Hopper()])
+    monkeypatch.setattr(attention_kernels, "device_of", lambda _: Card("gpu", "9.0"))
     # Not to be found, whether or not it is installed.
     monkeypatch.setitem(sys.modules, "tokamax", None)
     q = jax.ShapeDtypeStruct(shape, dtype)
