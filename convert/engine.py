@@ -151,13 +151,15 @@ def is_checkpoint(path: Path) -> bool:
     """Whether a path holds what a conversion makes, and so may replace.
 
     That is a file of FLUX.1's weights, a pipeline of FLUX.1 or a Flax checkpoint of ours with
-    nothing else in the folder, or a folder of single files that all carry our note: anybody may
-    keep others in one folder.
+    nothing else in the folder but latent weights of ours, or a folder of single files that all
+    carry our note: anybody may keep others in one folder.
     """
     try:
         if path.is_file():
             return path.suffix == SUFFIX and _is_single_file(path)
         names = {entry.name for entry in path.iterdir()}
+        if (path / _LATENTS).is_dir() and _are_latents(path / _LATENTS):
+            names.remove(_LATENTS)
         if names & {"model_index.json", "config.json"} and not names <= _IN_A_PIPELINE:
             return False
         if (path / "model_index.json").is_file():
@@ -172,11 +174,29 @@ def is_checkpoint(path: Path) -> bool:
         return False
 
 
+# What `ternary calibrate` leaves beside the pipeline.
+_LATENTS = "latents"
 # What a pipeline's folder has in it, of whichever layout.
 _IN_A_PIPELINE = {
     *("model_index.json", "config.json", "scheduler"),
     *(*tables.COMPONENTS, *tables.TOKENIZERS),
 }
+
+
+def _are_latents(folder: Path) -> bool:
+    """Whether a folder holds latent weights of ours, and nothing else.
+
+    Raises:
+      UserError: its index cannot be read.
+    """
+    # Late: without such a folder nothing of `ternary` is needed.
+    from ternary.storage.latents import FORMAT as LATENTS_FORMAT
+    from ternary.storage.latents import INDEX
+
+    index = folder / INDEX
+    if not index.is_file() or read_json(index).get("format") != LATENTS_FORMAT:
+        return False
+    return all(entry.name == INDEX or entry.suffix == SUFFIX for entry in folder.iterdir())
 
 
 def _is_single_file(path: Path) -> bool:

@@ -230,7 +230,7 @@ def _is_zero(reader: SafetensorsReader, name: str) -> bool:
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Of a matrix, or a 1x1 convolution's that stands for one; another shape fits nothing."""
+    """A matrix's shape, or that of a 1x1 convolution that stands for one; others fit nothing."""
     return (shape[0], math.prod(shape[1:])) if len(shape) in (2, 4) else (0, 0)
 
 
@@ -254,7 +254,7 @@ def _stacked(parts: list[tuple[_Place, LowRank]], rows: int) -> LowRank:
 
 
 def _places(config: FluxConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[str, _Place]:
-    """Of every linear's weight under every ecosystem's name, its dots as underscores."""
+    """The places of every linear's weight, by every ecosystem's name with dots as underscores."""
     found = {}
     for layer, shape in shapes.items():
         for table in (bfl_map(config), diffusers_map(config)):
@@ -364,7 +364,7 @@ class _Settings:
         )
 
     def scale(self, name: str, rank: int) -> float:
-        """Of the change of a weight, by its name without a prefix."""
+        """The factor of a weight's change, by its name without a prefix."""
 
         def fits(end: str) -> bool:
             return name == end[1:] if end[0] == "^" else f".{name}".endswith(f".{end}")

@@ -42,7 +42,7 @@ class OrbaxReader:
         Raises:
           UserError: the folder holds no Orbax checkpoint of arrays, or lacks one of them.
         """
-        self.folder = folder.absolute()
+        self.folder = folder.resolve()
         self.read_once = False  # without effect
         self._ocdbt = (folder / "manifest.ocdbt").exists()
         metadata = folder / "_METADATA"
@@ -156,6 +156,6 @@ def restore_onto(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> di
     try:
         with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
             args = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
-            return flatten(checkpointer.restore(folder.absolute(), args=args))
+            return flatten(checkpointer.restore(folder.resolve(), args=args))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: damaged checkpoint: {first_line(error)}") from error

@@ -68,7 +68,7 @@ def write_checkpoint(
     with quiet_orbax():
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
         checkpointer = ocp.Checkpointer(handler)
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nest(leaves)))
+        checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(nest(leaves)))
     # Orbax notes in it where the folder stood at the time, which is not where it will stand.
     note = folder / "commit_success.txt"
     if note.exists():

@@ -7,8 +7,9 @@ shows is the memory that it uses.
 from __future__ import annotations
 
 import os
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from flux_jax.errors import UserError
 
 # Suffixes of files that are never opened.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+_VARIANT_INDEX = re.compile(rf".+{re.escape(SUFFIX)}\.index\.[^.]+\.json")
 
 
 class SafetensorsReader:
@@ -149,16 +153,21 @@ def open_component(folder: Path) -> SafetensorsReader:
     """Open the weights of a component folder (`transformer/`, `vae/`, ...).
 
     An index goes before a single file, and a file without variant (`.fp16`) before one with.
+    diffusers and transformers name a variant's index `.safetensors.index.fp16.json`.
 
     Raises:
       UserError: no safetensors weights, or several with equal right.
     """
-    for suffix, opened in (
-        (INDEX_SUFFIX, SafetensorsReader.open_index),
-        (SUFFIX, SafetensorsReader.open_file),
+    paths = sorted(folder.iterdir())
+    indices = [path for path in paths if path.name.endswith(INDEX_SUFFIX)]
+    files = [path for path in paths if path.name.endswith(SUFFIX)]
+    for candidates, opened in (
+        (_plain(indices, INDEX_SUFFIX), SafetensorsReader.open_index),
+        (indices, SafetensorsReader.open_index),
+        (_plain(files, SUFFIX), SafetensorsReader.open_file),
+        ([p for p in paths if _VARIANT_INDEX.fullmatch(p.name)], SafetensorsReader.open_index),
+        (files, SafetensorsReader.open_file),
     ):
-        found = sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
-        candidates = [p for p in found if "." not in p.name.removesuffix(suffix)] or found
         if len(candidates) == 1:
             return opened(candidates[0])
         if candidates:
@@ -171,6 +180,11 @@ def open_component(folder: Path) -> SafetensorsReader:
     if pickles:
         raise refuse_pickle(folder / pickles[0])
     raise UserError(f"{folder}: no .safetensors weights found")
+
+
+def _plain(paths: Sequence[Path], suffix: str) -> list[Path]:
+    """Those without a variant."""
+    return [path for path in paths if "." not in path.name.removesuffix(suffix)]
 
 
 def refuse_pickle(path: Path) -> UserError:

@@ -78,6 +78,7 @@ class Source:
       components: by diffusers' names.
       scheduler: the noise schedule; None where there is none.
       tokenizers: folders by name, "tokenizer" and "tokenizer_2".
+      there: names of all components that it has, opened or not.
     """
 
     path: Path
@@ -85,6 +86,7 @@ class Source:
     components: dict[str, Component]
     scheduler: SchedulerConfig | None
     tokenizers: dict[str, Path]
+    there: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +126,8 @@ def open_source(
         if components is not None:
             missing = [name for name in components if name not in source.components]
             if missing:
-                raise UserError(
-                    f"{path}: has no {', '.join(missing)}; it has {', '.join(source.components)}"
-                )
+                found = ", ".join(source.there) or "no component of FLUX.1"
+                raise UserError(f"{path}: has no {', '.join(missing)}; it has {found}")
         for component in source.components.values():
             component.stored.read_once = read_once
         # A folder of one component is opened to see which it is.
@@ -171,11 +172,10 @@ def _open_diffusers(path: Path, components: Sequence[str] | None) -> Source:
             f"{path}: this is {known or 'another model'} ({ascii(pipeline)[:80]}), expected "
             "FLUX.1 (FluxPipeline)"
         )
+    listed = {name: index.get(name) for name in tables.COMPONENTS}
+    there = tuple(n for n, entry in listed.items() if isinstance(entry, list) and None not in entry)
     found = {}
-    for name in tables.COMPONENTS if components is None else components:
-        entry = index.get(name)
-        if not isinstance(entry, list) or None in entry:
-            continue
+    for name in there if components is None else [n for n in components if n in there]:
         if not (path / name).is_dir():
             raise UserError(
                 f"{path / name}: missing, though model_index.json lists it; download it, or ask "
@@ -189,7 +189,7 @@ def _open_diffusers(path: Path, components: Sequence[str] | None) -> Source:
     if scheduler_file.is_file():
         with naming(scheduler_file):
             schedule = scheduler.config_from_hf(read_json(scheduler_file))
-    return Source(path, "diffusers", found, schedule, _tokenizers(path))
+    return Source(path, "diffusers", found, schedule, _tokenizers(path), there)
 
 
 def _tokenizers(path: Path) -> dict[str, Path]:
@@ -219,13 +219,15 @@ def _open_component_folder(path: Path, raw: dict[str, Any]) -> Source:
         raise UserError(
             f"{path}: config.json is of {ascii(model)[:80]}, expected one of {', '.join(classes)}"
         )
-    return Source(path, "diffusers", {name: _diffusers_component(name, path)}, None, {})
+    component = _diffusers_component(name, path)
+    return Source(path, "diffusers", {name: component}, None, {}, (name,))
 
 
 def _open_single_files(
     path: Path, files: Sequence[Path], components: Sequence[str] | None
 ) -> Source:
     found: dict[str, Component] = {}
+    there: set[str] = set()
     for file in files:
         if file.suffix in PICKLES:
             raise refuse_pickle(file)
@@ -233,6 +235,7 @@ def _open_single_files(
             raise UserError(f"{file}: not a .safetensors file; no other kind is read")
         reader = SafetensorsReader.open_file(file)
         for part in single_file.split(reader, what=str(file)):
+            there.add(part.component)
             if components is not None and part.component not in components:
                 continue
             what = f"{part.component} of {file}"
@@ -247,7 +250,8 @@ def _open_single_files(
     guided = getattr(model.config, "guidance_embed", True) if model else True
     schedule = SchedulerConfig.dev() if guided else SchedulerConfig.schnell()
     ordered = {name: found[name] for name in tables.COMPONENTS if name in found}
-    return Source(path, "bfl", ordered, schedule if model else None, {})
+    names = tuple(name for name in tables.COMPONENTS if name in there)
+    return Source(path, "bfl", ordered, schedule if model else None, {}, names)
 
 
 def _open_flax(path: Path, raw: dict[str, Any], components: Sequence[str] | None) -> Source:
@@ -259,7 +263,7 @@ def _open_flax(path: Path, raw: dict[str, Any], components: Sequence[str] | None
         if components is None or name in components:
             reader = OrbaxReader(path / name)
             found[name] = Component(config, reader, None, f"{name} of {path}")
-    return Source(path, "flax", found, schedule, _tokenizers(path))
+    return Source(path, "flax", found, schedule, _tokenizers(path), tuple(configs))
 
 
 def parameters(component: str, source: Component, dtype: np.dtype | None) -> Parameters:

@@ -32,12 +32,7 @@ def integer(name: str, value: Any, *, least: int = 1, most: int | None = None) -
 
 def finite(name: str, value: Any) -> float:
     """`value` as a finite float."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    try:
-        number = float(value) if is_number else math.nan
-    except OverflowError:
-        # An integer may be beyond any float.
-        number = math.inf
+    number = _as_float(value)
     if not math.isfinite(number):
         raise UserError(f"{name} must be a finite number, got {repr(value)[:40]}")
     return number
@@ -45,10 +40,21 @@ def finite(name: str, value: Any) -> float:
 
 def scale(name: str, value: Any) -> float:
     """`value` as a finite float that is not negative."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
-        raise UserError(f"{name} must be a finite number of at least 0, got {value!r}")
-    return float(value)
+    number = _as_float(value)
+    if not 0 <= number < math.inf:
+        raise UserError(f"{name} must be a finite number of at least 0, got {repr(value)[:40]}")
+    return number
+
+
+def _as_float(value: Any) -> float:
+    """NaN for what is no number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        # An integer may be beyond any float.
+        return math.inf
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:

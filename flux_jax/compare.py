@@ -26,6 +26,7 @@ from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
 from flux_jax.images import decode, to_uint8, to_unit_range
 from flux_jax.latents import PATCH, check_size, noise, unpack
+from flux_jax.loading import check_whole
 from flux_jax.prompts import PromptEmbeds
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.scheduler import Schedule, make_schedule
@@ -137,36 +138,35 @@ def compare(
     """
     check_installed()
     _, keys = arguments.seeds_and_keys(seed, None, 1)
-    # Late: torch is there only now.
-    from flux_jax.reference import Reference
-
     # All of a repository is fetched here: the reference reads files, and comes first.
     contents = inspect_checkpoint(path)
-    is_diffusers = (contents.path / "model_index.json").exists()
-    if not is_diffusers or contents.scheduler is None:
-        raise UserError(
-            f"{path} is no pipeline in diffusers' layout, with model_index.json and scheduler"
-        )
+    if not (contents.path / "model_index.json").exists():
+        raise UserError(f"{path} is no pipeline in diffusers' layout, with model_index.json")
+    scheduler = check_whole(str(path), contents)
     packed = [name for name, part in contents.components.items() if part.quantized]
     if packed:
         raise UserError(
             f"{path}: diffusers cannot load a quantised {', '.join(packed)}; compare the "
             "checkpoint that it was made from"
         )
-    path = contents.path
-    checkpoint = load_checkpoint(path, components=["vae"], dtype=jnp.dtype(dtype))
-    vae = checkpoint.modules["vae"]
-    side = PATCH * vae.config.downscale
-    height, width = (min(512, vae.config.sample_size) if n is None else n for n in (height, width))
+    config: Any = contents.components["vae"].config
+    side = PATCH * config.downscale
+    height, width = (min(512, config.sample_size) if n is None else n for n in (height, width))
     check_size(height, width, side)
     grid = (height // side, width // side)
     settings = Settings(
         dtype=dtype,
         grid=grid,
         side=side,
-        schedule=make_schedule(contents.scheduler, num_inference_steps, grid[0] * grid[1]),
+        schedule=make_schedule(scheduler, num_inference_steps, grid[0] * grid[1]),
         key=keys[0],
     )
+    # Late: torch is there only now.
+    from flux_jax.reference import Reference
+
+    path = contents.path
+    checkpoint = load_checkpoint(path, components=["vae"], dtype=jnp.dtype(dtype))
+    vae = checkpoint.modules["vae"]
     theirs = Reference(path, dtype)
     embeds = yield from _compare_text(path, checkpoint, theirs, settings)
     yield from _compare_schedule(theirs, settings)

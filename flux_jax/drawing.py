@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux_jax.errors import UserError
-from flux_jax.files import claimed, make_folder
+from flux_jax.files import claimed, clear_partials, make_folder, writing
 from flux_jax.metadata import (
     GenerationRecord,
     check_png_path,
@@ -61,6 +61,8 @@ def draw(
     settings: Mapping[str, Any] | None = None,
     encode: Encode | None = None,
     replace: bool = False,
+    remedy: str = "choose another folder, or remove what is in this one",
+    reports: Sequence[str] = (),
     progress: bool = True,
     processes: Processes | None = None,
 ) -> int:
@@ -75,7 +77,10 @@ def draw(
       out: their folder; made if absent. One run at a time draws into it.
       settings: keyword arguments of the pipeline's call that all images share.
       encode: prompts to embeddings, when they are needed; by default by the pipeline's encoders.
-      replace: draw again what is there with other settings; by default it is refused.
+      replace: draw again what is there with other settings; by default it is refused. What has no
+        record is none of ours, and refused anyway.
+      remedy: what a refusal offers.
+      reports: files of the folder that tell of its images: removed before one is drawn.
       progress: whether to show a progress bar on stderr, of all processes together.
       processes: among which the images are divided; by default this one draws all.
 
@@ -98,9 +103,15 @@ def draw(
         if processes.first:
             make_folder(out)
             stack.enter_context(claimed(out))
-            for folder in {(out / job.file).parent for job in jobs}:
+            for folder in {out, *((out / job.file).parent for job in jobs)}:
                 make_folder(folder)
-            drawn[:] = [wanted.is_drawn(out / job.file, job, replace) for job in jobs]
+                clear_partials(folder)
+            checks = (wanted.is_drawn(out / job.file, job, replace, remedy) for job in jobs)
+            drawn[:] = list(checks)
+            if not drawn.all():
+                with writing(out):
+                    for name in reports:
+                        (out / name).unlink(missing_ok=True)
         # One process looks: on a network's disk each might see something else.
         drawn = np.asarray(processes.from_first(drawn))
         if not out.is_dir():
@@ -108,11 +119,12 @@ def draw(
         missing = [job for job, done in zip(jobs, drawn, strict=True) if not done]
         shares = [missing[index :: processes.count] for index in range(processes.count)]
         shown = _Progress(shares, out, len(jobs), disable=not (progress and processes.first))
+        # An error's line is none of the bar's.
+        stack.callback(shown.close)
         for _ in wanted.draw(shares[processes.index], out, encode):
             shown.look()
         processes.wait("images")
         shown.look()
-        shown.close()
     return len(missing)
 
 
@@ -134,16 +146,16 @@ class _Wanted:
             "guidance_scale": plan.guidance_scale,
             "negative_prompt": self._negative,
             "true_cfg_scale": 1.0 if self._negative is None else plan.true_cfg_scale,
-            "loras": pipe.loras,
             "dtype": str(pipe.transformer.dtype),
+            # Of LoRAs too, however their paths are spelled.
             "fingerprint": pipe.fingerprint(),
         }
 
-    def is_drawn(self, path: Path, job: Job, replace: bool) -> bool:
+    def is_drawn(self, path: Path, job: Job, replace: bool, remedy: str) -> bool:
         """Whether the file is the image; a file that is cut off is not.
 
         Raises:
-          UserError: it is another image, and not to be replaced.
+          UserError: it is another image, and not to be replaced, or none of ours.
         """
         check_png_path(path)
         if not path.is_file():
@@ -152,7 +164,7 @@ class _Wanted:
         try:
             record = read_png(path, pixels=False)
         except UserError:
-            if replace or is_cut_off_png(path):
+            if is_cut_off_png(path):
                 return False
             raise
         differs = [name for name, value in expected.items() if getattr(record, name) != value]
@@ -160,7 +172,7 @@ class _Wanted:
             name = differs[0]
             raise UserError(
                 f"{path} is there with {name} {getattr(record, name)!r}, where {expected[name]!r} "
-                "is asked for: choose another folder, or remove what is in this one"
+                f"is asked for: {remedy}"
             )
         return not differs
 

@@ -19,7 +19,7 @@ from flux_jax.composition.prompts import CATEGORIES, EvalPrompt, load_prompts
 from flux_jax.composition.score import Scores, score_images
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
-from flux_jax.files import write_whole, writing
+from flux_jax.files import write_whole
 from flux_jax.metadata import GenerationRecord, read_png
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import PromptEmbeds
@@ -96,6 +96,7 @@ def evaluate(
     num_inference_steps: int | None = None,
     guidance_scale: float = 3.5,
     batch_size: int = 16,
+    replace: bool = True,
     progress: bool = True,
 ) -> Evaluation:
     """Draw `prompts` into a folder and score them; image i has seed `seed + i`.
@@ -106,20 +107,18 @@ def evaluate(
       prompts: from `select_prompts`.
       embeds: the same, encoded.
       seed, num_inference_steps, guidance_scale, batch_size: as in the pipeline's call.
+      replace: draw again what another model or other settings drew there; else it is refused.
       progress: whether to show a progress bar on stderr.
 
     Raises:
-      UserError: the folder cannot be made, or an argument is out of range.
+      UserError: the folder cannot be made, an argument is out of range, or an image there is none
+        of this run's and not to be replaced; one without a record never is.
     """
     jobs = [
         Job(prompt=prompt.prompt, seed=seed + index, file=file_name(index))
         for index, prompt in enumerate(prompts)
     ]
     rows = {prompt: row for row, prompt in enumerate(embeds.prompts)}
-    if (out / "report.json").is_file():
-        # It would tell of pictures that are replaced one by one.
-        with writing(out):
-            (out / "report.json").unlink()
     drawn = draw(
         pipe,
         jobs,
@@ -131,7 +130,10 @@ def evaluate(
             "batch_size": batch_size,
         },
         encode=lambda texts: embeds.take([rows[text] for text in texts]),
-        replace=True,
+        replace=replace,
+        remedy="choose another folder, or replace what is in this one (--force)",
+        # It would tell of pictures that are replaced one by one.
+        reports=["report.json"],
         progress=progress,
     )
     images, records = _read_all(out, len(prompts))

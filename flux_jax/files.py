@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,15 +50,49 @@ def writing(place: Path, kept: str = "") -> Iterator[None]:
 
 
 def partial_path(path: Path) -> Path:
-    """Where `write_whole` writes before it renames.
-
-    One name for all times: what a killed process left is written over by the next.
-    """
+    """Where `write_whole` writes before it renames, but for the process's number at the end."""
     return path.with_name(f".{path.name}.partial")
+
+
+def partial_paths(path: Path) -> set[Path]:
+    """Parts of a file that are there, of processes that were killed or write it now."""
+    # Earlier versions put no number.
+    names = re.compile(re.escape(partial_path(path).name) + r"(-\d+)?")
+    return {file for file in path.parent.iterdir() if names.fullmatch(file.name)}
+
+
+# What `write_whole` names a file first, the process in it.
+_PARTIAL = re.compile(r"\..+\.partial-(\d+)")
+
+
+def clear_partials(folder: Path) -> None:
+    """Remove what killed processes left of writing files.
+
+    Args:
+      folder: of the files; `claimed`, so that no other machine's run is writing there.
+    """
+    for file in folder.iterdir():
+        partial = _PARTIAL.fullmatch(file.name)
+        if partial is not None and not _is_alive(int(partial[1])):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        # Another user's.
+        pass
+    return True
 
 
 def write_whole(path: Path, content: bytes, kept: str = "") -> None:
     """Write a file and wait until the disk has it: whole or, if it fails or is killed, as before.
+
+    Of several processes that write it at a time, one's is there in the end, whole.
 
     Args:
       path: its folder exists.
@@ -67,7 +102,8 @@ def write_whole(path: Path, content: bytes, kept: str = "") -> None:
     Raises:
       UserError: it cannot be written.
     """
-    partial = partial_path(path)
+    begin = partial_path(path)
+    partial = begin.with_name(f"{begin.name}-{os.getpid()}")
     with writing(path, kept):
         try:
             with open(partial, "wb") as file:
@@ -75,7 +111,8 @@ def write_whole(path: Path, content: bytes, kept: str = "") -> None:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except OSError:
+        except BaseException:
+            # An interrupt leaves nothing either.
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise

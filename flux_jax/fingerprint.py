@@ -75,7 +75,7 @@ def component_digest(name: str, module: nnx.Module) -> str:
 
 
 class Checksum(NamedTuple):
-    """Of one array.
+    """The checksum of one array.
 
     Attributes:
       shape: of the array.
@@ -87,7 +87,7 @@ class Checksum(NamedTuple):
 
 
 def checksum(array: jax.Array | np.ndarray) -> Checksum:
-    """Of an array on devices, sharded, or on the host."""
+    """The checksum of an array on devices, sharded, or on the host."""
     on_host = array.size < _SMALL and _is_near(array)
     value = _checksum_on_host(np.asarray(array)) if on_host else _checksum(array)
     return Checksum(array.shape, value)

@@ -65,10 +65,7 @@ def decode(
     rows, columns = grid
     side = PATCH * vae.config.downscale
     pixels = rows * columns * side * side
-    memory = device_memory()
-    if tiled is None and memory is not None and memory[1] < decode_bytes(vae.config, pixels):
-        tiled = True
-    if is_tiled(pixels, tiled):
+    if is_tiled_now(vae.config, pixels, tiled):
         grid_latents = unpack(tokens, rows * PATCH, columns * PATCH)
         decoded = vae.decode_tiled(grid_latents, tile=TILE, overlap=OVERLAP)
     else:
@@ -105,6 +102,13 @@ def decode_bytes(config: AutoencoderConfig, pixels: int) -> int:
 def is_tiled(pixels: int, tiled: bool | None) -> bool:
     """Whether an image is decoded in tiles where memory is not short; `tiled` as in `decode`."""
     return pixels > WHOLE_DECODE_PIXELS if tiled is None else tiled
+
+
+def is_tiled_now(config: AutoencoderConfig, pixels: int, tiled: bool | None) -> bool:
+    """Whether `decode` works in tiles with the memory that the device has left."""
+    memory = device_memory()
+    is_short = memory is not None and memory[1] < decode_bytes(config, pixels)
+    return True if tiled is None and is_short else is_tiled(pixels, tiled)
 
 
 def to_unit_range(decoded: Float[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:

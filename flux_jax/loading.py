@@ -11,8 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flux_jax import arguments, stages
-from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint, load_lora, stored_component
+from flux_jax import arguments, assets, stages
+from flux_jax.checkpoint import (
+    Contents,
+    inspect_checkpoint,
+    load_checkpoint,
+    load_lora,
+    stored_component,
+)
+from flux_jax.configs import SchedulerConfig
 from flux_jax.encoding import StreamedT5
 from flux_jax.errors import UserError
 from flux_jax.lora import LoRA, attach, read_name
@@ -32,6 +39,7 @@ class Request:
     """A call that a checkpoint can answer.
 
     Attributes:
+      name: what the model is called in an image's metadata.
       path: the checkpoint's local folder.
       configs: of its four components, by name.
       abstract: from a dtype, each of them in shapes alone.
@@ -39,6 +47,7 @@ class Request:
       loras: read, for the transformer.
     """
 
+    name: str
     path: Path
     configs: dict[str, Any]
     abstract: dict[str, Callable[[Any], nnx.Module]]
@@ -47,7 +56,7 @@ class Request:
 
 
 def check_request(
-    model: str | Path,
+    model: str | Path | None,
     settings: Mapping[str, Any],
     *,
     images: int,
@@ -58,7 +67,8 @@ def check_request(
     """Check a call's arguments against a checkpoint's configurations, before any weight is read.
 
     Args:
-      model: as for `FluxPipeline.from_pretrained`.
+      model: as for `FluxPipeline.from_pretrained`; None for the shipped one that is the default,
+        whatever lies in the working directory.
       settings: keyword arguments of the pipeline's call; those that a plan has no use for are
         ignored.
       images: number of prompts.
@@ -70,17 +80,14 @@ def check_request(
       UserError: an argument out of its range, a checkpoint that lacks a part of a pipeline, or a
         LoRA that cannot be read or does not fit.
     """
-    found = inspect_checkpoint(model)
-    missing = [name for name in (*_TEXT, *_IMAGE) if name not in found.components]
-    missing += [name for name in _TOKENIZERS if name not in found.tokenizer_paths]
-    if missing or found.scheduler is None:
-        missing += ["scheduler"] if found.scheduler is None else []
-        raise UserError(f"{model} is no whole pipeline: it has no {', '.join(missing)}")
+    name = assets.DEFAULT_MODEL if model is None else str(model)
+    found = inspect_checkpoint(assets.shipped_path(name) if model is None else model)
+    scheduler = check_whole(name, found)
     configs: dict[str, Any] = {name: part.config for name, part in found.components.items()}
     plan = make_plan(
         configs["transformer"],
         configs["vae"],
-        found.scheduler,
+        scheduler,
         token_limit=stored_max_length(found.tokenizer_paths["tokenizer_2"]),
         num_images_per_prompt=num_images_per_prompt,
         mesh=None if mesh is None else mesh.shape,
@@ -90,12 +97,31 @@ def check_request(
     abstract = {name: part.abstract for name, part in found.components.items()}
     names = [read_name(text) for text in loras]
     return Request(
+        name=name,
         path=found.path,
         configs=configs,
         abstract=abstract,
         plan=plan,
         loras=tuple(load_lora(path, configs["transformer"], scale=s) for path, s in names),
     )
+
+
+def check_whole(name: str, found: Contents) -> SchedulerConfig:
+    """See that a checkpoint has every part of a pipeline; its scheduler.
+
+    Args:
+      name: of the model.
+      found: in it.
+
+    Raises:
+      UserError: it lacks some.
+    """
+    missing = [part for part in (*_TEXT, *_IMAGE) if part not in found.components]
+    missing += [part for part in _TOKENIZERS if part not in found.tokenizer_paths]
+    if missing or found.scheduler is None:
+        missing += ["scheduler"] if found.scheduler is None else []
+        raise UserError(f"{name} is no whole pipeline: it has no {', '.join(missing)}")
+    return found.scheduler
 
 
 def lower_ahead(request: Request, dtype: Any, mesh: jax.sharding.Mesh | None = None) -> list[Any]:

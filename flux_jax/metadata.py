@@ -34,6 +34,8 @@ class GenerationRecord:
       negative_prompt: None if there was none or it had no effect.
       true_cfg_scale: 1 without a negative prompt.
       batch_size: how many images a device drew together.
+      tiled: whether it was decoded in tiles, if that is not what its size alone says: memory was
+        short, or `FluxPipeline.vae_tiling` was set. None in records of earlier versions too.
       model: as it was named to `from_pretrained`.
       loras: beside its weights, each as PATH:SCALE.
       dtype: of the transformer's weights.
@@ -52,6 +54,7 @@ class GenerationRecord:
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
     batch_size: int = 1
+    tiled: bool | None = None
     model: str | None = None
     loras: tuple[str, ...] = ()
     dtype: str = "bfloat16"
@@ -122,9 +125,11 @@ def save_png(image: Image.Image, path: str | Path, record: GenerationRecord | No
     chunks = PngImagePlugin.PngInfo()
     if record is not None:
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(record)}
+        # Without them, earlier versions read this record too.
         if not record.loras:
-            # Earlier versions read this record too.
             del content["loras"]
+        if record.tiled is None:
+            del content["tiled"]
         # JSON in ASCII survives every tool that rewrites text chunks.
         chunks.add_itxt(_CHUNK, json.dumps(content))
         # A path may be no UTF-8; only the JSON needs to say it exactly.
@@ -216,6 +221,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "int | None": (int, type(None)),
     "float | None": (int, float, type(None)),
     "str | None": (str, type(None)),
+    "bool | None": (bool, type(None)),
     "tuple[str, ...]": (list,),
 }
 
@@ -223,7 +229,8 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 def _parse(text: str, path: str | Path) -> GenerationRecord:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    # Of no JSON, or of a number that has more digits than Python reads.
+    except ValueError as error:
         raise UserError(f"{path} has damaged flux_jax metadata: {error}") from error
     if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
         raise UserError(
@@ -237,7 +244,9 @@ def _parse(text: str, path: str | Path) -> GenerationRecord:
             raise UserError(f"{path} has flux_jax metadata with an unknown field {name!r}")
         allowed = _JSON_TYPES[str(fields[name].type)]
         texts = not isinstance(value, list) or all(isinstance(item, str) for item in value)
-        if isinstance(value, bool) or not isinstance(value, allowed) or not texts:
+        # Python's True is an int.
+        unlike = isinstance(value, bool) and bool not in allowed
+        if unlike or not isinstance(value, allowed) or not texts:
             raise UserError(
                 f"{path} has flux_jax metadata whose {name} should be {fields[name].type}, "
                 f"got {value!r}"

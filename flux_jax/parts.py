@@ -96,7 +96,7 @@ def encoded_length(embeds: PromptEmbeds, requested: int | None) -> int:
     return tokens
 
 
-def check_same_length(prompt: PromptEmbeds, negative: PromptEmbeds) -> None:
+def check_same_length(tokens: int, negative: PromptEmbeds) -> None:
     """See that a negative prompt that was encoded before has as many tokens as the prompt.
 
     One number of them is in an image's record, and one program draws with both.
@@ -104,7 +104,7 @@ def check_same_length(prompt: PromptEmbeds, negative: PromptEmbeds) -> None:
     Raises:
       UserError: it has not.
     """
-    tokens, others = (embeds.prompt_embeds.shape[1] for embeds in (prompt, negative))
+    others = negative.prompt_embeds.shape[1]
     if tokens != others:
         raise UserError(
             f"negative_prompt was encoded to {others} tokens and prompt to {tokens}: encode both "

@@ -334,7 +334,8 @@ class FluxPipeline:
           prompt: a text, several, or the result of `encode_prompt`.
           negative_prompt: what to steer away from, one for all prompts or one for each; acts only
             with `true_cfg_scale` above 1.
-          true_cfg_scale: strength of that; above 1 each step costs two passes.
+          true_cfg_scale: strength of that; above 1 each step costs two passes. Without a negative
+            prompt it has no effect.
           height, width: pixels, multiples of 16 for FLUX.1; the model's own size by default.
           num_inference_steps: by default 28, or 4 for a model without guidance embedding (schnell).
           guidance_scale: input of guidance-distilled models (dev); others ignore it.
@@ -376,16 +377,21 @@ class FluxPipeline:
         seeds, noise = initial_noise(seed, key, latents, len(rows), plan)
         wanted = [(prompt, rows)]
         if negative_prompt is not None and negative_rows is not None:
+            if isinstance(negative_prompt, PromptEmbeds):
+                check_same_length(plan.max_sequence_length, negative_prompt)
             wanted.append((negative_prompt, negative_rows))
         embeds, *others = embed_rows(self.text_encoders, wanted, plan)
         negative = others[0] if others else None
-        if negative is not None:
-            check_same_length(embeds, negative)
 
-        decoded, clean = [], []
+        decoded, clean, tiled = [], [], []
         for indices, tokens in self._drawn(noise, embeds, negative, plan, callback, progress):
             if output_type != "latent":
-                decoded.append(self._decode(tokens, plan)[: len(indices)])
+                pixels = plan.height * plan.width
+                # Once, for the record too: it depends on what memory is left.
+                in_tiles = images.is_tiled_now(self.vae.config, pixels, self.vae_tiling)
+                decoded.append(self._decode(tokens, plan, in_tiles)[: len(indices)])
+                as_usual = in_tiles == images.is_tiled(pixels, None)
+                tiled += [None if as_usual else in_tiles] * len(indices)
             if return_latents or output_type == "latent":
                 clean.append(np.asarray(tokens)[: len(indices)])
         packed = np.concatenate(clean) if clean else None
@@ -394,7 +400,7 @@ class FluxPipeline:
             images=images.to_pil(pictures) if output_type == "pil" else pictures,
             latents=packed,
             seeds=seeds,
-            records=self._records(seeds, embeds, negative, plan),
+            records=self._records(seeds, embeds, negative, plan, tiled or [None] * len(rows)),
         )
 
     def _drawn(
@@ -436,14 +442,16 @@ class FluxPipeline:
                     bar.update()
                 yield indices, tokens
 
-    def _decode(self, tokens: Array, plan: Plan) -> Float[np.ndarray, "B H W C"]:
-        return images.decode(self.vae, tokens, plan.grid, tiled=self.vae_tiling)
+    def _decode(
+        self, tokens: Array, plan: Plan, tiled: bool | None
+    ) -> Float[np.ndarray, "B H W C"]:
+        return images.decode(self.vae, tokens, plan.grid, tiled=tiled)
 
     def _preview(self, clean: Array, indices: tuple[int, ...], plan: Plan) -> Preview:
         return Preview(
             latents=clean[: len(indices)],
             indices=indices,
-            decode=lambda tokens: self._decode(tokens, plan),
+            decode=lambda tokens: self._decode(tokens, plan, self.vae_tiling),
         )
 
     def _records(
@@ -452,6 +460,7 @@ class FluxPipeline:
         embeds: PromptEmbeds,
         negative: PromptEmbeds | None,
         plan: Plan,
+        tiled: Sequence[bool | None],
     ) -> tuple[GenerationRecord, ...]:
         return tuple(
             GenerationRecord(
@@ -465,6 +474,7 @@ class FluxPipeline:
                 negative_prompt=None if negative is None else negative.prompts[i],
                 true_cfg_scale=1.0 if negative is None else plan.true_cfg_scale,
                 batch_size=plan.device_batch_size,
+                tiled=tiled[i],
                 model=self.name,
                 loras=self.loras,
                 dtype=str(self.transformer.dtype),

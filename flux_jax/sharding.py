@@ -153,7 +153,7 @@ def make_mesh(
 
 
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
-    """Of an axis that a mesh need not have."""
+    """The size of an axis, 1 if the mesh does not have it."""
     return mesh.shape.get(axis, 1)
 
 

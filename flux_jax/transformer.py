@@ -262,7 +262,7 @@ class FluxTransformer(nnx.Module):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the parameters, and so of the computation."""
+        """The type of the parameters, and so of the computation."""
         return self._any.dtype
 
     @property

@@ -24,7 +24,7 @@ class QuantConfig:
       granularity: what shares a scale: "tensor", "channel" (an output), or "group128" (128 inputs
         of an output).
       activation_bits: 16, or 8 for int8 activations with a scale per token.
-      rank: of the 16-bit branch beside the ternary weight; 0 for none.
+      rank: columns of a low-rank branch beside the ternary weight, in 16 bits; 0 for none.
       refit_steps: alternating least-squares fits of codes and scale after the absolute mean.
       learned_scale: in training, a scale is a parameter of its own rather than a function of the
         latent weight.
@@ -78,15 +78,15 @@ class DistillConfig:
       steps: optimiser steps.
       accumulate: groups of trajectories whose gradients are averaged for one step.
       optimizer: "adamw", or with small state "adafactor" (factored) or "lion" (one bf16 moment).
-      learning_rate: at its highest.
+      learning_rate: the rate at its highest.
       warmup: steps over which the rate rises.
       decay: share of all steps, at their end, over which the rate falls to zero.
-      weight_decay: of the matrices.
+      weight_decay: what the matrices lose in a step, times the rate.
       max_grad_norm: a gradient of a larger norm is scaled down to it; infinity for never.
       block_loss: weight of the blocks' outputs, each as squared error over the teacher's square.
       remat: recompute blocks in the gradient, but for gated products and cuDNN's attention.
-      compute_dtype: of the student's passes.
-      master_dtype: of the latent weights and the optimiser.
+      compute_dtype: type that the student's passes compute in.
+      master_dtype: type of the latent weights and of the optimiser's state.
       ema: decay of an average of the weights; 0 keeps none.
     """
 

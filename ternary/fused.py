@@ -29,7 +29,7 @@ from ternary.quantize import Scale
 
 
 class Weights(NamedTuple):
-    """Of a linear, as `pallas_kernels.ternary_matmul` takes them."""
+    """A linear's parameters, as `pallas_kernels.ternary_matmul` takes them."""
 
     packed: UInt8[Array, "N Kp"]
     scale: Scale

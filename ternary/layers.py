@@ -293,7 +293,7 @@ class FakeTernaryLinear(AnyLinear):
 
 
 def trained_dtype(name: str, master_dtype: DType) -> DType:
-    """Of a student's parameter in training: the master dtype, or float32 for a learned scale.
+    """The type of a student's parameter in training: the master dtype, but float32 for a scale.
 
     Args:
       name: of the parameter, by its path.

@@ -15,13 +15,12 @@ DEFAULT_PATTERNS = ("double_blocks.*", "single_blocks.*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Shell patterns over the dotted paths of linears, as in "double_blocks.0.img_attn.qkv".
-
-    `*` stands for any characters, dots too.
+    """Which linears become ternary, by shell patterns; in them `*` stands for dots too.
 
     Attributes:
-      include: a linear that one of them matches becomes ternary,
-      exclude: unless one of these matches it.
+      include: patterns over paths such as "double_blocks.0.img_attn.qkv"; what one of them matches
+        becomes ternary.
+      exclude: patterns of what does not.
     """
 
     include: tuple[str, ...] = DEFAULT_PATTERNS

@@ -23,9 +23,17 @@ def is_name(model: str) -> bool:
 
 
 def resolve(model: str | Path) -> str | Path:
-    """`model`; or, where nothing of that name is on the disk, the folder of the shipped model."""
-    shipped = str(model) in SHIPPED and not Path(model).exists()
+    """`model`; or, where no checkpoint of that name is on the disk, the shipped model's folder."""
+    shipped = str(model) in SHIPPED and not _holds_checkpoint(Path(model))
     return shipped_path(str(model)) if shipped else model
+
+
+def _holds_checkpoint(path: Path) -> bool:
+    """Whether there is what `convert.source` looks for; a folder of pictures may have any name."""
+    return path.is_dir() and any(
+        file.name in ("model_index.json", "config.json") or file.suffix == ".safetensors"
+        for file in path.iterdir()
+    )
 
 
 def shipped_path(name: str) -> Path:

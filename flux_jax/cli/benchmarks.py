@@ -92,6 +92,7 @@ def _layout(name: str) -> Layout:
 def _command(benchmark: str) -> Callable[..., None]:
     """The command of one benchmark; all have the same options."""
 
+    @common.naming_options()
     def command(
         prompts: Prompts,
         out: Out,
@@ -136,8 +137,8 @@ def _command(benchmark: str) -> Callable[..., None]:
             seed=arguments.integer("seed", seed, least=0),
             settings={name: value for name, value in settings.items() if value is not None},
         )
-        models = model or [DEFAULT_MODEL]
-        folders = folder_names(models)
+        models = model or [None]
+        folders = folder_names([each or DEFAULT_MODEL for each in models])
         options = {"dtype": common.dtype_name(dtype), "progress": not quiet}
         job = joined_processes() if distributed else contextlib.nullcontext(Processes())
         with job as processes:

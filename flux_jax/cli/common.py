@@ -16,6 +16,7 @@ import typer
 
 from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.errors import UserError
+from pallas_kernels.command_line import Force as Force
 from pallas_kernels.command_line import Json as Json
 from pallas_kernels.command_line import Quiet as Quiet
 from pallas_kernels.command_line import check_folder_of as check_folder_of
@@ -152,6 +153,8 @@ _OPTION_OF = {
     "height": "--height",
     "width": "--width",
     "seed": "--seed",
+    "limit": "--limit",
+    "text_encoders": "--text-encoders",
     "prompt": "PROMPT",
 }
 
@@ -164,13 +167,25 @@ def bounded_batch(batch_size: int, images: int, mesh: Mesh | None) -> int:
     return min(batch_size, max(1, math.ceil(images / parts)) * parts)
 
 
-def negative_prompt(settings: Mapping[str, Any], plan: Plan) -> str | None:
-    """The negative prompt if it has an effect; a warning if one is given that has none."""
+def negative_prompt(settings: Mapping[str, Any], plan: Plan, *, quiet: bool = False) -> str | None:
+    """The negative prompt if it has an effect; unless `quiet`, a warning of what has none.
+
+    Raises:
+      UserError: it is no text.
+    """
+    from flux_jax import arguments
+
     negative = settings.get("negative_prompt")
-    if negative is not None and not plan.takes_negative:
-        logger.warning("--negative has no effect without --true-cfg above 1")
+    if negative is None:
+        if plan.takes_negative and not quiet:
+            logger.warning("--true-cfg has no effect without --negative")
         return None
-    return negative
+    arguments.texts("negative_prompt", negative)
+    if plan.takes_negative:
+        return negative
+    if not quiet:
+        logger.warning("--negative has no effect without --true-cfg above 1")
+    return None
 
 
 class Stopwatch:
@@ -205,7 +220,7 @@ class Loaded:
 
 
 def load_and_encode(
-    model: str,
+    model: str | None,
     settings: Mapping[str, Any],
     *,
     dtype: str,
@@ -247,8 +262,6 @@ def load_and_encode(
     )
     path, length = request.path, request.plan.max_sequence_length
     negative = negative_prompt(settings, request.plan)
-    if negative is not None:
-        arguments.texts("negative_prompt", negative)
     batch_size = request.plan.device_batch_size
 
     def encode(texts: list[str]) -> PromptEmbeds:
@@ -274,7 +287,7 @@ def load_and_encode(
         pipe = FluxPipeline(
             text_encoders=encoders,
             offload_modulation=offload_modulation,
-            name=model,
+            name=request.name,
             **others.result(),
         )
         for lora in request.loras:

@@ -9,6 +9,7 @@ import typer
 from flux_jax.cli import common
 
 
+@common.naming_options()
 def compare(
     model: Annotated[
         str,

@@ -15,6 +15,7 @@ PROMPT = "a red circle above a blue square"
 SIDE, MARGIN, CAPTION = 384, 12, 34
 
 
+@common.naming_options()
 def demo(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")] = PROMPT,
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG.")] = Path("demo.png"),
@@ -72,7 +73,7 @@ def demo(
         typer.echo(
             f"transformer on disk: {sizes[TEACHER] / 1e6:.2f} MB in bf16, "
             f"{sizes[STUDENT] / 1e6:.2f} MB at 1.58 bits ({smaller:.1f} times smaller); "
-            f"the pictures are {apart:.1f} dB apart"
+            f"the student's picture against the teacher's: {apart:.1f} dB (PSNR; higher is closer)"
         )
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import benchmarks, common
 from pallas_kernels.command_line import App
 
@@ -29,6 +28,7 @@ app = App(
 
 
 @app.command()
+@common.naming_options()
 def composition(
     model: common.Model = None,
     out: Annotated[
@@ -43,6 +43,7 @@ def composition(
     seed: Annotated[int, typer.Option(help="Prompt i takes SEED + i.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images drawn together.")] = 16,
     dtype: common.DType = "bf16",
+    force: common.Force = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
@@ -50,7 +51,8 @@ def composition(
 
     Draws the evaluation prompts, none of which were trained on, and judges each image with an exact
     detector on its pixels, in GenEval's six categories: single object, two objects, counting,
-    colors, position, color attribution. A run that was stopped goes on where it was.
+    colors, position, color attribution. A run that was stopped goes on where it was; pictures of
+    another model or of other settings are replaced with --force alone.
 
     \b
     Examples:
@@ -64,25 +66,25 @@ def composition(
 
     enable_compilation_cache()
     prompts = scoring.select_prompts(limit)
-    name = DEFAULT_MODEL if model is None else model
     settings: dict[str, Any] = {
         "num_inference_steps": steps,
         "guidance_scale": guidance,
         "batch_size": batch_size,
     }
     request = {"prompt": [prompt.prompt for prompt in prompts], "seed": seed, **settings}
-    loaded = common.load_and_encode(name, request, dtype=common.dtype_name(dtype))
+    loaded = common.load_and_encode(model, request, dtype=common.dtype_name(dtype))
     result = scoring.evaluate(
         loaded.pipe,
         out,
         prompts=prompts,
         embeds=loaded.prompts,
         seed=seed,
+        replace=force,
         progress=not quiet,
         **settings,
     )
     if json:
-        common.print_json({"model": name, **result.to_dict()})
+        common.print_json({"model": loaded.pipe.name, **result.to_dict()})
         return
     typer.echo(format_table(result.scores))
     if not quiet:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
 from flux_jax.cli.many import generate_many
 from flux_jax.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+    from flux_jax.metadata import GenerationRecord
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,9 @@ def generate(
     \b
     Examples:
       python -m flux_jax generate "a red circle above a blue square" --seed 0
-      python -m flux_jax generate "a cat" "a dog" --num-images 2 --out pets.png
+      python -m flux_jax generate "two green stars" "a ring" --num-images 2 --out shapes.png
       python -m flux_jax generate "a lighthouse" --model black-forest-labs/FLUX.1-dev --width 768
-      python -m flux_jax generate "a lighthouse" --lora style.safetensors:0.8
+      python -m flux_jax generate "a lighthouse" --model FOLDER --lora style.safetensors:0.8
       python -m flux_jax generate --replay image.png --out again.png
       python -m flux_jax generate "a lighthouse" --model FOLDER --mesh sequence=4
       python -m flux_jax generate --prompts prompts.txt --out images --mesh data=4
@@ -183,11 +184,12 @@ def _generate(
             offload_modulation=offload_modulation,
             loras=loras,
         )
-    if None not in (expected, loaded.fingerprint) and expected != loaded.fingerprint:
+    before = None if expected is None else expected.fingerprint
+    if None not in (before, loaded.fingerprint) and before != loaded.fingerprint:
         logger.warning(
             "%s was drawn with other weights (fingerprint %s, here %s): the image will differ",
             replay,
-            expected,
+            before,
             loaded.fingerprint,
         )
     encoded = ("prompt", "negative_prompt", "max_sequence_length")
@@ -199,6 +201,12 @@ def _generate(
             progress=not quiet,
             **{name: value for name, value in settings.items() if name not in encoded},
         )
+    found = output.records[0]
+    if expected is not None and _size(expected) == _size(found) and expected.tiled != found.tiled:
+        # One of them is as the size says, the other is told.
+        here = not expected.tiled if found.tiled is None else found.tiled
+        ways = ("whole", "in tiles") if here else ("in tiles", "whole")
+        logger.warning("%s was decoded %s, here %s: the image will differ slightly", replay, *ways)
     paths = common.numbered(out, len(output.images))
     for image, path, record in zip(output.images, paths, output.records, strict=True):
         record = dataclasses.replace(record, fingerprint=loaded.fingerprint)
@@ -211,7 +219,7 @@ def _generate(
         common.print_json(
             {
                 "images": images,
-                "model": model,
+                "model": loaded.pipe.name,
                 "fingerprint": loaded.fingerprint,
                 "seconds": watch.seconds,
                 "peak_device_bytes": common.peak_device_bytes(),
@@ -222,19 +230,23 @@ def _generate(
             typer.echo(f"{path}  seed {record.seed}")
 
 
+def _size(record: GenerationRecord) -> tuple[int, int]:
+    return record.height, record.width
+
+
 def _settings(
     explicit: dict[str, Any], replay: Path | None, mesh: Mesh | None
-) -> tuple[dict[str, Any], str | None]:
+) -> tuple[dict[str, Any], GenerationRecord | None]:
     """Everything asked for, explicit options over those of the image to replay.
 
     Returns:
-      (settings, fingerprint): keyword arguments of the pipeline's call with "model", "dtype" and
-      "loras", and the fingerprint of the weights that drew the image to replay, if known.
+      (settings, expected): keyword arguments of the pipeline's call with "model", "dtype" and
+      "loras", and the record of the image to replay, its fingerprint if it is to be the same.
     """
     if replay is None:
         if "prompt" not in explicit:
             raise UserError("give a PROMPT to draw, or --replay IMAGE.png; see --help")
-        return {"model": DEFAULT_MODEL, "dtype": "bfloat16", "loras": (), **explicit}, None
+        return {"model": None, "dtype": "bfloat16", "loras": (), **explicit}, None
     from flux_jax.metadata import read_png
     from flux_jax.sharding import axis_size
 
@@ -247,5 +259,6 @@ def _settings(
     drawn_by = {"model": record.model, "dtype": record.dtype, "loras": record.loras}
     settings = {**recorded, **drawn_by, **explicit}
     # Other weights were asked for: nobody expects the same image.
-    others = {"model", "loras"} & set(explicit)
-    return settings, None if others else record.fingerprint
+    if {"model", "loras"} & set(explicit):
+        record = dataclasses.replace(record, fingerprint=None)
+    return settings, record

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flux_jax.assets import DEFAULT_MODEL
+from flux_jax.assets import DEFAULT_MODEL, shipped_path
 from flux_jax.cli import common
 from flux_jax.errors import UserError
 
 
+@common.naming_options()
 def info(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="MODEL",
             help="tiny-ternary, tiny, a folder, a .safetensors file or a repository id.",
+            show_default=DEFAULT_MODEL,
         ),
-    ] = DEFAULT_MODEL,
+    ] = None,
     memory: Annotated[
         bool,
         typer.Option(
@@ -73,10 +76,11 @@ def info(
     for name, used in settings.items():
         if used and not memory:
             raise UserError(f"{name} goes with --memory")
-    content = describe(model)
+    place = shipped_path(DEFAULT_MODEL) if model is None else model
+    content = describe(place)
     if memory:
         content["memory"] = _memory(
-            model,
+            place,
             {"height": height, "width": width, "batch_size": batch_size},
             dtype=common.dtype_name(dtype),
             text_encoders=text_encoders,
@@ -89,7 +93,7 @@ def info(
         typer.echo("\n".join(_lines(content)))
 
 
-def describe(model: str) -> dict[str, Any]:
+def describe(model: str | Path) -> dict[str, Any]:
     """The content of a checkpoint as JSON values.
 
     Raises:
@@ -118,7 +122,9 @@ def describe(model: str) -> dict[str, Any]:
     }
 
 
-def _memory(model: str, settings: dict[str, Any], *, dtype: str, **choices: Any) -> dict[str, Any]:
+def _memory(
+    model: str | Path, settings: dict[str, Any], *, dtype: str, **choices: Any
+) -> dict[str, Any]:
     """Bytes of each stage of a call, and the largest; `choices` are those of `stage_memory`."""
     import jax
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import typer
 
-from flux_jax.assets import DEFAULT_MODEL
 from flux_jax.cli import common
 
 # Digits of a line's number in its file's name: the same however many lines there are.
@@ -54,7 +53,7 @@ def generate_many(
     from flux_jax.residence import STREAMED
 
     settings = {"seed": 0, **explicit}
-    model = settings.pop("model", DEFAULT_MODEL)
+    model = settings.pop("model", None)
     dtype = settings.pop("dtype", "bfloat16")
     loras = settings.pop("loras", ())
     prompts = read_prompts(prompt_file)
@@ -82,9 +81,9 @@ def generate_many(
             request = loading.check_request(
                 model, checked, images=1, num_images_per_prompt=1, mesh=devices, loras=loras
             )
+            # Checked, and told of; `drawing` leaves out what has no effect.
+            common.negative_prompt(settings, request.plan, quiet=not processes.first)
             if processes.first:
-                # For its warning; `drawing` leaves out what has no effect.
-                common.negative_prompt(settings, request.plan)
                 make_folder(out)
                 common.check_folder_of("--out", out / jobs[0].file)
             # Prompts are encoded by and by: T5 stays in its files meanwhile.
@@ -95,7 +94,7 @@ def generate_many(
                 text_encoders=STREAMED,
                 offload_modulation=offload_modulation,
             )
-            pipe.name = model
+            pipe.name = request.name
             # What was read of them goes as they come to the device.
             loras = list(request.loras)
             del request
@@ -113,7 +112,7 @@ def generate_many(
                     "out": str(out),
                     "images": len(jobs),
                     "drawn": drawn,
-                    "model": model,
+                    "model": pipe.name,
                     "fingerprint": pipe.fingerprint(),
                     "seconds": watch.seconds,
                     "peak_device_bytes": common.peak_device_bytes(),

@@ -28,6 +28,7 @@ from flux_jax.composition.render import render, to_uint8
 from flux_jax.composition.vocabulary import RELATIONS
 
 HELD_OUT_KINDS = ("string", "pair", "arrangement")
+_UNSEEN = {"string": "wording alone", "pair": "colour and shape", "arrangement": "arrangement"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,7 @@ def format_table(scores: Scores) -> str:
     parts = [
         *scores.categories.items(),
         ("overall (mean of categories)", scores.overall),
-        *((f"held out: {kind}", share) for kind, share in scores.held_out.items()),
+        *((f"unseen in training: {_UNSEEN[kind]}", v) for kind, v in scores.held_out.items()),
     ]
     rows += [
         (name.replace("_", " "), f"{share.passed:.3f}", f"{share.exact:.3f}", str(share.count))

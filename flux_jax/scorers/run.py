@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from flux_jax import loading
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
-from flux_jax.files import make_folder, partial_path, write_whole
+from flux_jax.files import make_folder, partial_paths, write_whole
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.plan import Plan
 from flux_jax.processes import Processes
@@ -95,7 +95,7 @@ def folder_names(models: Sequence[str]) -> list[str]:
     return names
 
 
-def check_model(task: Task, model: str, *, mesh: Mesh | None = None) -> loading.Request:
+def check_model(task: Task, model: str | None, *, mesh: Mesh | None = None) -> loading.Request:
     """See that a model can draw a task, before it or another one draws anything.
 
     Args:
@@ -117,7 +117,7 @@ def check_model(task: Task, model: str, *, mesh: Mesh | None = None) -> loading.
 
 def draw_model(
     task: Task,
-    model: str,
+    model: str | None,
     folder: Path,
     *,
     dtype: str,
@@ -129,7 +129,7 @@ def draw_model(
 
     Args:
       task: what is drawn.
-      model: as for `FluxPipeline.from_pretrained`.
+      model: as for `flux_jax.loading.check_request`.
       folder: of its pictures; made if absent.
       dtype: "bfloat16" or "float32".
       mesh: devices of this process to draw on; by default one.
@@ -146,8 +146,9 @@ def draw_model(
     pipe = FluxPipeline.from_pretrained(
         request.path, dtype=dtype, mesh=mesh, text_encoders=STREAMED
     )
-    pipe.name = model
-    manifest = _manifest(task, plan, model=model, fingerprint=pipe.fingerprint(), dtype=dtype)
+    pipe.name = request.name
+    weights = {"model": request.name, "fingerprint": pipe.fingerprint(), "dtype": dtype}
+    manifest = _manifest(task, plan, **weights)
     if processes.first:
         _claim(folder, manifest)
     processes.wait("manifest")
@@ -167,7 +168,7 @@ def draw_model(
         images = [dataclasses.asdict(job) for job in jobs]
         _write(folder, {**manifest, "complete": True, "commands": commands, "images": images})
     return Drawn(
-        model=model, folder=folder, images=len(jobs), drawn=drawn, commands=tuple(commands)
+        model=request.name, folder=folder, images=len(jobs), drawn=drawn, commands=tuple(commands)
     )
 
 
@@ -204,7 +205,7 @@ def _manifest(task: Task, plan: Plan, **weights: str) -> dict[str, Any]:
 
 
 def _digest(items: Sequence[Item]) -> str:
-    """Of names and prompts, wherever the file lies."""
+    """A digest of names and prompts, wherever the file lies."""
     text = json.dumps([[item.name, item.prompt, item.metadata] for item in items])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -220,7 +221,7 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         # A process that was killed may have left its half.
-        if folder.is_dir() and any(file != partial_path(path) for file in folder.iterdir()):
+        if folder.is_dir() and set(folder.iterdir()) - partial_paths(path):
             raise UserError(
                 f"{folder} is not empty and has no {MANIFEST}: choose another folder"
             ) from None

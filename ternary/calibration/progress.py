@@ -91,11 +91,11 @@ class Progress:
         return set(self._finished)
 
     def report(self, part: str) -> PartReport:
-        """Of a finished part."""
+        """The report of a finished part."""
         return self._finished[part][1]
 
     def checksums(self, part: str) -> Checksums:
-        """Of a finished part's tensors, by full name."""
+        """The checksums of a finished part's tensors, by full name."""
         return self._finished[part][0]
 
     def path(self, part: str) -> Path:

@@ -175,7 +175,7 @@ class HostWeights:
         return self._tensors[part.name]
 
     def shapes(self) -> dict[str, Shape]:
-        """Of every parameter, by its full path."""
+        """The shape of every parameter, by its full path."""
         return {
             part.prefix + name: values.shape
             for part in self.parts

@@ -161,7 +161,7 @@ def parse_blocks(text: str | None) -> int | tuple[str, ...] | None:
     """`--blocks`: a number, names with commas between, or nothing."""
     if text is None:
         return None
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:

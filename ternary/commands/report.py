@@ -57,7 +57,7 @@ def report(
 ) -> None:
     """Write a distillation run as one HTML page.
 
-    Settings, curves, composition score by category, pictures of teacher and student under a slider,
+    Settings, curves, composition score by category, pictures of teacher and student,
     zeros and error by layer, sizes. The page is one file that needs no network. A run that is in
     progress, was killed, or lacks parts is shown as far as it goes.
 
@@ -102,7 +102,15 @@ def report(
     if folder is not None:
         teacher_name = named if isinstance(named, str) else None
         with inspection_bar(quiet=quiet) as advance:
-            inspected, distances = inspect_student(folder, teacher_name, on_layer=advance)
+            try:
+                inspected, distances = inspect_student(folder, teacher_name, on_layer=advance)
+            except UserError as error:
+                if teacher is not None or teacher_name is None:
+                    raise
+                # The student, if it is not that which cannot be read, is shown without.
+                inspected, distances = inspect_student(folder, None, on_layer=advance)
+                lacks = f"The teacher cannot be read: {error}."
+                found = dataclasses.replace(found, missing=(*found.missing, lacks))
     now = datetime.datetime.now(datetime.UTC)
     evaluations = read_evaluations(found)
     others = of_others(

@@ -25,8 +25,8 @@ def tell_checkpoint(folder: Path, coverage: Coverage, *, json: bool, quiet: bool
     elif not quiet:
         typer.echo(
             f"{folder}: {coverage.fraction:.2%} of the transformer's {coverage.total:,} parameters "
-            f"are ternary; {size / 1e6:,.1f} MB, {2 * coverage.total / size:.2f} times smaller "
-            "than bf16"
+            f"are ternary; {size / 1e6:,.1f} MB of files, {2 * coverage.total / size:.2f} times "
+            "smaller than bf16"
         )
 
 

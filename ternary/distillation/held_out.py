@@ -95,24 +95,33 @@ class HeldOut:
 def grid(
     teacher: Float[np.ndarray, "N H W 3"], student: Float[np.ndarray, "N H W 3"]
 ) -> Image.Image:
-    """Teacher | student side by side, `PAIRS` pairs to a row, white between the pairs."""
-    joined = np.concatenate((teacher, student), axis=2)
-    count, height, width, _ = joined.shape
-    bottom, _ = corner(count - 1, height, width)
-    _, right = corner(PAIRS - 1, height, width)
-    canvas = np.ones((bottom + height, right + width, 3), np.float32)
-    for index, picture in enumerate(joined):
-        top, left = corner(index, height, width)
-        canvas[top : top + height, left : left + width] = picture
+    """Teacher | student side by side, `PAIRS` pairs to a row, white between the pictures."""
+    count, height, width, _ = teacher.shape
+    between = gap(height)
+    bottom, _ = corner(count - 1, height, width, between)
+    _, right = corner(PAIRS - 1, height, width, between)
+    canvas = np.ones((bottom + height, right + 2 * width + between, 3), np.float32)
+    for index in range(count):
+        top, left = corner(index, height, width, between)
+        for picture in (teacher[index], student[index]):
+            canvas[top : top + height, left : left + width] = picture
+            left += width + between
     return Image.fromarray(images.to_uint8(canvas))
 
 
-def corner(index: int, height: int, width: int) -> tuple[int, int]:
+def gap(height: int) -> int:
+    """White pixels between the two pictures of a pair, by their height."""
+    return max(2, height // 32)
+
+
+def corner(index: int, height: int, width: int, between: int) -> tuple[int, int]:
     """Where pair `index` of a grid begins, pixels (top, left).
 
     Args:
       index: row by row, from 0.
-      height, width: of a pair, both its pictures.
+      height, width: of one picture.
+      between: the gap inside a pair; 0 in grids of before there was one.
     """
-    gap = max(2, height // 32)
-    return index // PAIRS * (height + gap), index % PAIRS * (width + gap)
+    # Wider than inside a pair, so that one sees which two belong together.
+    apart = max(2, height // 32) + 2 * between
+    return index // PAIRS * (height + apart), index % PAIRS * (2 * width + between + apart)

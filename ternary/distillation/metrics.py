@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _read(path: Path, columns: Sequence[str]) -> list[list[str]]:
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     # A row that was cut off by a kill is no row.
-    return [row for row in rows[1:] if len(row) == len(columns) and row[0].isdigit()]
+    return [row for row in rows[1:] if len(row) == len(columns) and row[0].isdecimal()]
 
 
 class Board:
@@ -64,30 +65,48 @@ class Board:
     Args:
       folder: where it goes; made if absent.
       step: events beyond it, of an earlier process, are hidden.
+
+    Raises:
+      OSError: it cannot be written to; of every method.
     """
 
     def __init__(self, folder: Path, step: int):
         # Late: protocol buffers take a while to import.
-        from tensorboardX import SummaryWriter
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
-        # What still waited in memory when the process is killed would never be written. `flush`
-        # would not do: it does not wait for the thread that writes.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=1)
+        self._summary = summary
+        self._messages: Any = event_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        # No `SummaryWriter`: what waits for its thread is lost when the process is killed, and for
+        # a thread that a full disk has ended it waits for ever.
+        self._writer = EventsWriter(str(folder / "events"))
+        log = self._messages.SessionLog
+        self._add(step + 1, session_log=log(status=log.START))
+        self._writer.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Values of a step, by the names of their curves."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._add(step, summary=self._summary.scalar(name, value))
+        self._writer.flush()
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture of a step."""
         import numpy as np
 
-        self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        drawn = self._summary.image(name, np.asarray(picture), dataformats="HWC")
+        self._add(step, summary=drawn)
+        self._writer.flush()
 
     def close(self) -> None:
-        """Write what is waiting, and close the file."""
+        """Close the file."""
         self._writer.close()
+
+    def _add(self, step: int, **what: Any) -> None:
+        event = self._messages.Event(step=step, wall_time=time.time(), **what)
+        self._writer.write_event(event)
 
 
 def first_not_finite(

@@ -41,7 +41,7 @@ def abstract_student(
 
 
 def batch_split(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Of an array (groups, batch, ...)."""
+    """How an array (groups, batch, ...) is split."""
     axes = (None, "batch", *[None] * (len(shape) - 2))
     return NamedSharding(mesh, partition_spec(shape, axes, mesh))
 

@@ -46,8 +46,9 @@ from ternary.distillation.task import (
     split_prompts,
 )
 from ternary.distillation.text_cache import TextTable, cached_embeds
-from ternary.distillation.training_state import StateStore, complete_steps
+from ternary.distillation.training_state import PATIENCE, StateStore, complete_steps
 from ternary.distillation.trajectory import Trajectories
+from ternary.storage.files import weights_crc32
 from ternary.storage.saving import save_checkpoint
 
 
@@ -104,15 +105,23 @@ def distill(
     if processes.first:
         make_folder(out)
     with claimed(out) if processes.first else contextlib.nullcontext():
+        named, by_weights = 0, True
         if processes.first:
-            open_folder(out, task, config, prompts)
+            named = weights_crc32(request.path, jnp.dtype(config.distill.compute_dtype))
+            by_weights = open_folder(out, task, config, prompts, named)
         processes.wait("the folder")
-        run = _Run(task, request, out, config, prompts, mesh, processes, progress)
+        named, by_weights = map(int, processes.from_first(np.array([named, by_weights], np.uint32)))
+        teacher = f"{named:08x}" if by_weights else one_spelling(task.teacher)
+        run = _Run(task, teacher, request, out, config, prompts, mesh, processes, progress)
         try:
             outcome = run.go()
-        except BaseException:
-            # With others, which may be gone, there is nothing to wait for.
-            run.close(store=processes.count == 1)
+        except BaseException as error:
+            # What it could not write is told already, by `error` if by nobody else.
+            with contextlib.suppress(UserError):
+                # With others, which may be gone, there is nothing to wait for; who has sent a
+                # signal does not wait for long.
+                asked = not isinstance(error, Exception)
+                run.close(store=processes.count == 1, patience=PATIENCE if asked else None)
             raise
         run.close()
     return outcome
@@ -124,6 +133,7 @@ class _Run:
     def __init__(
         self,
         task: Task,
+        teacher: str,
         request: loading.Request,
         out: Path,
         config: RunConfig,
@@ -133,6 +143,8 @@ class _Run:
         progress: bool,
     ):
         self.task, self.request, self.out, self.config = task, request, out, config
+        # What its texts' embeddings are known by.
+        self.teacher = teacher
         self.prompts, self.mesh, self.processes = prompts, mesh, processes
         self.store = StateStore(out / CHECKPOINTS, keep=config.checkpoints)
         self.resumed = self.store.latest is not None
@@ -151,12 +163,13 @@ class _Run:
             raise
         self._table: TextTable | None = None
 
-    def close(self, *, store: bool = True) -> None:
-        self.log.close()
-        if store:
-            self.store.close()
-        if self._table is not None:
-            self._table.close()
+    def close(self, *, store: bool = True, patience: float | None = None) -> None:
+        with contextlib.ExitStack() as parts:
+            if self._table is not None:
+                parts.callback(self._table.close)
+            if store:
+                parts.callback(self.store.close, patience)
+            parts.callback(self.log.close)
 
     def go(self) -> Outcome:
         config, request = self.config, self.request
@@ -217,7 +230,7 @@ class _Run:
             self.out,
             [*self.prompts.train, *self.prompts.held_out],
             encode,
-            key=f"{one_spelling(self.task.teacher)} {plan.max_sequence_length}",
+            key=f"{self.teacher} {plan.max_sequence_length}",
             shape=(
                 plan.max_sequence_length,
                 transformer.context_in_dim,

@@ -17,6 +17,8 @@ from ternary.policy import Policy
 
 T = TypeVar("T")
 
+# Of a value in a message.
+SHOWN = 60
 # Every place of the pool of trajectories keeps the seed, as int32.
 SEED_LIMIT = 2**31
 
@@ -31,18 +33,19 @@ class RunConfig:
       distill: how the student is trained.
       mesh: how the devices are laid out; a run may go on on another.
       batch_size: states of one group of trajectories, over all devices.
-      seed: of every draw.
+      seed: the seed of every draw.
       height, width: pixels of the pictures whose trajectories are followed; None for the model's.
       max_sequence_length: T5 tokens of a prompt; None for the model's.
       held_out: prompts of the file that are kept from training, to be drawn; not used where
         held-out prompts are given apart.
       sample_every: steps between two drawings of the held-out prompts; 0 for none between those
         before the first step and after the last.
-      sampling_steps, guidance_scale: with which they are drawn.
-      sample_batch_size: images drawn together.
+      sampling_steps: steps of those drawings.
+      guidance_scale: guidance of those drawings.
+      sample_batch_size: images of them drawn together.
       log_every: steps between two looks at the metrics.
       checkpoint_every: steps between two checkpoints.
-      checkpoints: how many are kept.
+      checkpoints: how many checkpoints are kept.
     """
 
     quant: QuantConfig = QuantConfig()
@@ -89,16 +92,68 @@ def read_run_config(path: Path | None, changes: Sequence[str] = ()) -> RunConfig
     content: Any = {}
     if path is not None:
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            content = load_yaml(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise UserError(f"cannot read the settings {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"the settings {path} are not YAML: {error}") from None
+        except ValueError as error:
+            raise UserError(f"cannot read the settings {path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"the settings {path} must be a mapping, got a {type(content).__name__}")
-    for change in changes:
-        _change(content, change)
-    return _build(RunConfig, content, "")
+    try:
+        for change in changes:
+            _change(content, change)
+        return _build(RunConfig, content, "")
+    except RecursionError:
+        raise UserError("a value of the settings is a part of itself") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what a mapping would drop and what no float can hold."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            line = node.start_mark.line + 1
+            raise UserError(f"the mapping in line {line} has the key {_shown(twice)} twice")
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value = super().construct_yaml_int(node)
+        float(value)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+      UserError: it is none, says something twice, or has a value that is none.
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except UserError:
+        raise
+    except yaml.YAMLError as error:
+        raise UserError(f"it is not YAML: {error}") from None
+    # What PyYAML's constructors raise of a value that only looks like one of their kind.
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as e:
+        raise UserError(f"a value cannot be read: {str(e) or type(e).__name__}") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def _change(content: dict[str, Any], change: str) -> None:
@@ -112,9 +167,9 @@ def _change(content: dict[str, Any], change: str) -> None:
         if not isinstance(inner, dict):
             raise UserError(f"setting {parent!r} has no parts, got {change!r}")
     try:
-        inner[last] = _numbers(yaml.safe_load(text))
-    except yaml.YAMLError:
-        raise UserError(f"the value of {change!r} is not YAML") from None
+        inner[last] = _numbers(load_yaml(text))
+    except UserError as error:
+        raise UserError(f"cannot read the value of {_shown(change)}: {error}") from None
 
 
 def _build(kind: type[T], content: Mapping[str, Any], where: str) -> T:
@@ -129,7 +184,7 @@ def _build(kind: type[T], content: Mapping[str, Any], where: str) -> T:
         default = fields[name].default
         if dataclasses.is_dataclass(default):
             if not isinstance(value, Mapping):
-                raise UserError(f"setting {where + name!r} must be a mapping, got {value!r}")
+                raise UserError(f"setting {where + name!r} must be a mapping, got {_shown(value)}")
             value = _build(type(default), value, f"{where}{name}.")
         else:
             value = _checked(where + name, _numbers(value), default)
@@ -148,7 +203,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     kind = (int, type(None)) if default is None else type(default)
     if not isinstance(value, kind) or (isinstance(value, bool) and not isinstance(default, bool)):
         expected = "a whole number" if default is None else f"like {default!r}"
-        raise UserError(f"setting {name!r} must be {expected}, got {value!r}")
+        raise UserError(f"setting {name!r} must be {expected}, got {_shown(value)}")
     return value
 
 

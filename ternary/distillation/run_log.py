@@ -22,7 +22,7 @@ from flux_jax.composition.prompts import EvalPrompt
 from flux_jax.composition.score import Scores, score_images
 from flux_jax.errors import UserError
 from flux_jax.files import writing
-from ternary.distillation.held_out import Comparison, HeldOut, grid
+from ternary.distillation.held_out import Comparison, HeldOut, gap, grid
 from ternary.distillation.metrics import Board, Table
 from ternary.distillation.optimizer import learning_rate
 from ternary.distillation.run_config import RunConfig
@@ -74,7 +74,8 @@ class RunLog:
                 with self._writing():
                     self._files = self._open(done)
             except UserError:
-                self.close()
+                with contextlib.suppress(UserError):
+                    self.close()
                 raise
         self._bar: tqdm | None = None
         self._shown, self._done = progress and writes, done or 0
@@ -102,7 +103,7 @@ class RunLog:
         """Removes those of steps that will be taken again, perhaps with other settings."""
         for file in (self._out / "samples").glob("step_*.*"):
             step = file.stem.removeprefix("step_")
-            if step.isdigit() and int(step) > last:
+            if step.isdecimal() and int(step) > last:
                 file.unlink()
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
@@ -121,7 +122,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files and the bar."""
-        self._parts.close()
+        with self._writing():
+            self._parts.close()
 
     def rows(self, done: int, pending: Sequence[Metrics], since: float) -> list[dict[str, Any]]:
         """The metrics of the last steps, as rows of `metrics.csv`; waits for them.
@@ -205,6 +207,7 @@ def _legend(
         "step": step,
         "height": found.images.shape[1],
         "width": found.images.shape[2],
+        "gap": gap(found.images.shape[1]),
         "shown": [
             {
                 "prompt": pictures.embeds.prompts[row],

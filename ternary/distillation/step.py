@@ -73,7 +73,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step, averaged over its states.
+    """The figures of one step, averaged over its states.
 
     Attributes:
       loss: what was minimised.

@@ -21,12 +21,12 @@ import yaml
 from flux_jax import loading
 from flux_jax.composition.prompts import EvalPrompt, load_prompts
 from flux_jax.errors import UserError
-from flux_jax.files import partial_path, write_whole, writing
+from flux_jax.files import partial_paths, write_whole, writing
 from flux_jax.linears import linears
 from flux_jax.prompt_file import read_prompts
 from flux_jax.tree import Flat
 from ternary.distillation.placement import abstract_student
-from ternary.distillation.run_config import RunConfig, differences, to_yaml
+from ternary.distillation.run_config import RunConfig, differences, load_yaml, to_yaml
 from ternary.distillation.training_state import complete_steps
 from ternary.layers import TernaryLinear
 from ternary.storage.latents import Latents, load_latents
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 COMPOSITION = "composition"
 # Of a run's folder.
 CHECKPOINTS = "checkpoints"
+# Of its settings.
+_TEACHER = "teacher_crc32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,21 +151,28 @@ def check_task(task: Task, config: RunConfig, *, resumed: bool) -> loading.Reque
     return request
 
 
-def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> None:
+def open_folder(
+    out: Path, task: Task, config: RunConfig, prompts: Prompts, teacher_crc32: int
+) -> bool:
     """Give a folder to a run, or see that it holds this very run, on whichever mesh.
 
     Before the first checkpoint the settings of an earlier call are replaced: nothing is lost.
 
     Args:
-      out: the folder; made if absent.
+      out: the folder, claimed; made if absent.
       task, config: what the run is about, and its settings.
       prompts: those of the task; a run does not go on with others.
+      teacher_crc32: of the teacher's weights, likewise.
+
+    Returns:
+      Whether the folder knows its teacher by its weights; one of an earlier version knows the path.
 
     Raises:
       UserError: it was begun with other settings, or cannot be written to.
     """
     settings = {name: None if v is None else str(v) for name, v in vars(task).items()}
     settings["teacher"] = one_spelling(task.teacher)
+    settings[_TEACHER] = f"{teacher_crc32:08x}"
     # `held_out` is a setting too: how many to keep from training where no file is given.
     settings["held_out_prompts"] = settings.pop("held_out")
     settings["prompts_crc32"] = prompts.fingerprint()
@@ -172,17 +181,22 @@ def open_folder(out: Path, task: Task, config: RunConfig, prompts: Prompts) -> N
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         if path.exists() and complete_steps(out / CHECKPOINTS):
-            changed = _changes(_stored_settings(path), yaml.safe_load(text))
+            before = _stored_settings(path)
+            changed = _changes(before, yaml.safe_load(text))
             if changed:
                 raise UserError(
                     f"{out} holds a run with other settings ({'; '.join(changed[:4])}): go on "
                     "with its own, or name another folder"
                 )
+            return _TEACHER in before
         # Killed while it wrote its settings for the first time, a run has left but a part of them.
-        elif not path.exists() and set(out.iterdir()) - {partial_path(path)}:
+        parts = partial_paths(path)
+        if not path.exists() and set(out.iterdir()) - parts:
             raise UserError(f"{out} is not empty and holds no run: name another folder")
-        else:
-            write_whole(path, text.encode())
+        for part in parts:
+            part.unlink()
+        write_whole(path, text.encode())
+    return True
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -195,6 +209,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     else:
         # One of an earlier version does not name its texts.
         free.add("prompts_crc32")
+    # So is the teacher.
+    free.add("teacher" if _TEACHER in before else _TEACHER)
     if now["start"] is None:
         # The start is behind it, and need not be kept.
         free.add("start")
@@ -214,8 +230,8 @@ def one_spelling(place: str) -> str:
 
 def _stored_settings(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError):
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError:
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: restore it, or name another folder")

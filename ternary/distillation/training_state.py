@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from flux_jax.errors import UserError
 from flux_jax.files import writing
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+# SLURM kills 30 s after it has asked.
+PATIENCE = 20.0
 
 
 class StateStore:
@@ -20,15 +36,18 @@ class StateStore:
     old one only when a newer is complete. The arrays are copied before `save` returns, so that the
     training may overwrite them; writing goes on in the background.
 
+    Orbax is called from a thread of its own: what a signal raises in the main thread would leave
+    half of a call at work, and the interpreter does not wait for a daemon's threads.
+
     Args:
       folder: made if absent.
       keep: the latest so many are kept.
     """
 
     def __init__(self, folder: Path, *, keep: int):
-        # Orbax reports every phase of every save at INFO.
-        logging.getLogger("absl").setLevel(logging.WARNING)
-        self.folder = folder.absolute()
+        self._reports = _Reports()
+        self._call: threading.Thread | None = None
+        self.folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         with writing(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -44,9 +63,13 @@ class StateStore:
         Raises:
           UserError: the disk is full, now or in the write before.
         """
-        try:
+
+        def save() -> None:
             self._manager.wait_until_finished()
             self._manager.save(step, args=ocp.args.StandardSave(_named(state)))
+
+        try:
+            self._apart(save)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -57,7 +80,7 @@ class StateStore:
           UserError: it cannot be written.
         """
         try:
-            self._manager.wait_until_finished()
+            self._apart(self._manager.wait_until_finished)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -75,7 +98,9 @@ class StateStore:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _named(like)
         )
         try:
-            named = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            named = self._apart(
+                lambda: self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            )
         except Exception as error:
             reason = str(error).split("\n")[0]
             raise UserError(
@@ -92,22 +117,117 @@ class StateStore:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is step {max(steps)}, {self.folder / str(max(steps))}"
 
-    def close(self) -> None:
-        """Wait for the last write, and let go of the folder."""
-        self._manager.close()
+    def close(self, patience: float | None = None) -> None:
+        """Wait for the last write, and let go of the folder.
+
+        Args:
+          patience: seconds after which the write is given up; None to wait for its end.
+        """
+        end = None if patience is None else time.monotonic() + patience
+
+        def left() -> float | None:
+            return None if end is None else max(0.0, end - time.monotonic())
+
+        if self._call is not None:
+            self._call.join(left())
+        if self._call is None or not self._call.is_alive():
+            # A write that has failed is told by `save` and `wait`.
+            with contextlib.suppress(Exception):
+                self._apart(self._manager.close, left())
+        self._reports.close()
+
+    def _apart(self, call: Callable[[], T], patience: float | None = None) -> T:
+        """What a call into Orbax returns or raises; a signal ends the waiting, not the call.
+
+        Raises:
+          TimeoutError: it has not ended after `patience` seconds.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._call = threading.Thread(target=run, name="checkpoints", daemon=True)
+        self._call.start()
+        return future.result(patience)
 
     def _failed(self, error: Exception) -> UserError:
-        reason = str(error).split("\n")[0][:200]
+        # Of other processes one may be writing still; the next start removes what is left.
+        if jax.process_count() == 1:
+            self._reports.settle()
+            for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
         return UserError(
-            f"a checkpoint could not be written to {self.folder} ({reason}); "
+            f"a checkpoint could not be written to {self.folder} ({_reason(error)}); "
             f"{self.describe_latest()}"
         )
+
+
+class _Reports:
+    """Keeps what Orbax and TensorStore tell of a failed write off stderr, but with --verbose.
+
+    All of it is raised as well, where one line is made of it.
+    """
+
+    def __init__(self):
+        self._verbose = logger.isEnabledFor(logging.DEBUG)
+        self._last = 0.0
+        self._before = sys.unraisablehook
+        # What is put back has to be the same object.
+        self._hook = self._told
+        sys.unraisablehook = self._hook
+        # Orbax reports every phase of every save at INFO.
+        logging.getLogger("absl").setLevel(logging.WARNING if self._verbose else logging.CRITICAL)
+        if not self._verbose:
+            # Not taken back: a failed task may be told of when the interpreter ends.
+            logging.getLogger("asyncio").addFilter(_is_no_lost_task)
+
+    def settle(self, patience: float = 10.0) -> None:
+        """Wait for writes that had begun when another failed: they would make folders again."""
+        self._last = time.monotonic()
+        end = self._last + patience
+        for thread in threading.enumerate():
+            if type(thread).__module__.startswith("orbax."):
+                # Their own `join` raises what they have raised.
+                threading.Thread.join(thread, max(0.0, end - time.monotonic()))
+        while time.monotonic() < min(end, self._last + 0.3):
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """Report as before."""
+        if sys.unraisablehook is self._hook:
+            sys.unraisablehook = self._before
+
+    def _told(self, dropped: Any) -> None:
+        # The first failure closes the event loop, which the end of every other write is told to.
+        late = dropped.exc_type is RuntimeError and str(dropped.exc_value) == "Event loop is closed"
+        if late:
+            self._last = time.monotonic()
+        if self._verbose or not late:
+            self._before(dropped)
+
+
+def _is_no_lost_task(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Task exception was never retrieved")
+
+
+def _reason(error: Exception) -> str:
+    """Why a write failed, in the system's words if it is the system that refused."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found:
+        return os.strerror(int(found[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).split("\n")[0][:200]
 
 
 def complete_steps(folder: Path) -> list[int]:
     """The steps of a folder's complete checkpoints; none where there is no such folder."""
     # One that is being written has a longer name.
-    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
 
 
 def _named(tree: Any) -> dict[str, Any]:

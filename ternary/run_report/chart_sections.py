@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree.ElementTree import Element
 
 import numpy as np
 
 from ternary.run_report.charts import Line, line_chart, range_chart, thinned
-from ternary.run_report.folder import Run, finite
+from ternary.run_report.folder import Run, Sample, finite
 from ternary.run_report.layers import Block, Distance, blocks, spread
 from ternary.run_report.markup import Child, element, section, table
 from ternary.storage.inspection import Report
+
+# Of fewer pictures the lowest is told in place of a percentile.
+PERCENTILE_OF = 10
 
 
 def curves(run: Run) -> Element:
@@ -31,14 +35,9 @@ def curves(run: Run) -> Element:
             charts.append(line_chart(title, [line], log=log, note=band))
     drawn = run.held_out
     if "median_psnr_db" in drawn:
-        lines = [
-            Line(name=name, kind=kind, x=drawn["step"], y=drawn[column])
-            for name, kind, column in (
-                ("median", "student", "median_psnr_db"),
-                ("10th percentile", "other", "low_psnr_db"),
-            )
-            if column in drawn
-        ]
+        median = Line(name="median", kind="student", x=drawn["step"], y=drawn["median_psnr_db"])
+        low = _furthest(run)
+        lines = [median] if low is None else [median, low]
         title = "Held-out pictures against the teacher's"
         charts.append(line_chart(title, lines, unit="dB", note="Higher is closer."))
     if len(finite(drawn.get("score"))):
@@ -53,6 +52,30 @@ def curves(run: Run) -> Element:
     return section("Training", element("div", *charts, class_="charts"))
 
 
+def _furthest(run: Run) -> Line | None:
+    """The 10th percentile of the held-out pictures; where they are too few for one, the lowest."""
+    shown = {sample.step: _distances(sample) for sample in run.samples}
+    told = {step: found for step, found in shown.items() if found and step in run.held_out["step"]}
+    # The run shows all that it draws, of so few.
+    if told and max(map(len, told.values())) < PERCENTILE_OF:
+        steps = np.array(list(told), float)
+        lowest = np.array([min(found) for found in told.values()])
+        return Line(name="lowest", kind="other", x=steps, y=lowest)
+    if "low_psnr_db" not in run.held_out:
+        return None
+    x, y = (run.held_out[name] for name in ("step", "low_psnr_db"))
+    return Line(name="10th percentile", kind="other", x=x, y=y)
+
+
+def _distances(sample: Sample) -> list[float]:
+    """dB of each picture of a drawing; none where its legend does not say."""
+    legend: Any = sample.legend
+    try:
+        return [float(pair["psnr_db"]) for pair in legend["shown"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
 def layers(report: Report | None, distances: Mapping[str, Distance]) -> Element | None:
     """Zeros and error of the ternary layers, by block and one by one."""
     if report is None:
@@ -64,7 +87,7 @@ def layers(report: Report | None, distances: Mapping[str, Distance]) -> Element 
             [block.short for block in parts],
             [_blockwise("zeros", "student", parts, {x.name: x.zeros for x in report.layers})],
             note="Share of ternary weights that are 0. Dot: the block; line: from its lowest layer "
-            "to its highest. D: double blocks, S: single blocks, rest: layers outside the blocks.",
+            f"to its highest. {_key(parts)}.",
         )
     ]
     errors = _errors(report, distances)
@@ -104,6 +127,13 @@ def layers(report: Report | None, distances: Mapping[str, Distance]) -> Element 
         element("div", *charts, class_="charts"),
         element("details", element("summary", "Every layer"), table(heads, rows)),
     )
+
+
+def _key(parts: Sequence[Block]) -> str:
+    """What the short names of these blocks stand for."""
+    kinds = {"D": "double blocks", "S": "single blocks", "rest": "layers outside the blocks"}
+    there = {block.short.rstrip("0123456789") for block in parts}
+    return ", ".join(f"{short}: {kind}" for short, kind in kinds.items() if short in there)
 
 
 def _errors(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float
 
 from flux_jax.errors import UserError
+from ternary.distillation.run_config import load_yaml
 
 # The columns of one table are of one length, those of two tables need not be.
 Columns = dict[str, Float[np.ndarray, " _"]]
@@ -118,11 +118,11 @@ def read_run(folder: Path) -> Run:
 
 def _settings(path: Path, missing: list[str]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = load_yaml(path.read_text("utf-8"))
     except FileNotFoundError:
         missing.append("run.yaml is missing: the settings are not known.")
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError):
         missing.append("run.yaml cannot be read: the settings are not known.")
         return {}
     if not isinstance(content, dict):
@@ -144,7 +144,7 @@ def _columns(path: Path, missing: list[str]) -> Columns:
         return {}
     kept: list[list[float]] = []
     for row in rows:
-        if row and len(row) == len(names) and row[0].isdigit():
+        if row and len(row) == len(names) and row[0].isdecimal():
             values = [_number(cell) for cell in row]
             if not kept or values[0] > kept[-1][0]:
                 kept.append(values)
@@ -165,7 +165,7 @@ def _samples(folder: Path, missing: list[str]) -> tuple[Sample, ...]:
     found = []
     for picture in sorted(folder.glob("step_*.png")):
         step = picture.stem.removeprefix("step_")
-        if step.isdigit():
+        if step.isdecimal():
             legend = _legend(picture.with_suffix(".json"))
             found.append(Sample(step=int(step), picture=picture, legend=legend))
     if not found:
@@ -183,7 +183,7 @@ def _legend(path: Path) -> dict[str, Any] | None:
 
 def _numbers(folder: Path) -> list[int]:
     entries = folder.iterdir() if folder.is_dir() else ()
-    return [int(entry.name) for entry in entries if entry.name.isdigit()]
+    return [int(entry.name) for entry in entries if entry.name.isdecimal()]
 
 
 def finite(values: Float[np.ndarray, " N"] | None) -> Float[np.ndarray, " M"]:

@@ -11,11 +11,11 @@ from xml.etree.ElementTree import Element
 
 from flux_jax import __version__
 from flux_jax.files import write_whole
-from ternary.run_report import chart_sections, sections
+from ternary.run_report import chart_sections, picture_sections, sections
 from ternary.run_report.folder import Run
 from ternary.run_report.layers import Distance
 from ternary.run_report.markup import element, json_in_html, to_html
-from ternary.run_report.pictures import gallery
+from ternary.run_report.pictures import galleries
 from ternary.run_report.scores import Evaluations, run_scores
 from ternary.storage.inspection import Report
 
@@ -39,13 +39,13 @@ def render(
     """
     name = run.folder.resolve().name
     columns = list(evaluations.columns) if evaluations.complete else run_scores(run)
-    pictures = gallery(run, evaluations)
+    pictures = galleries(run, evaluations)
     parts = [
         sections.heading(name, run),
         sections.tiles(run, columns, student),
         sections.missing(run, student),
         sections.scores(columns, run),
-        sections.pictures(pictures),
+        picture_sections.pictures(pictures),
         chart_sections.curves(run),
         chart_sections.layers(student, distances),
         sections.settings(run),
@@ -54,7 +54,11 @@ def render(
         "p",
         f"Written {now:%Y-%m-%d %H:%M} UTC by python -m ternary report, flux-jax {__version__}.",
     )
-    views = {view: [pair.students[view] for pair in pictures.pairs] for view in pictures.views}
+    # The last view is in the pictures themselves.
+    views = [
+        {view: [pair.students[view] for pair in each.pairs] for view in list(each.views)[:-1]}
+        for each in pictures
+    ]
     return string.Template(_asset("page.html")).substitute(
         title=_text(f"{name}: distillation run"),
         style=_asset("page.css"),

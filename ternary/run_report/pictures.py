@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from ternary.distillation.held_out import corner
 from ternary.run_report.folder import Run, Sample
 from ternary.run_report.scores import Evaluations
 
-# What bounds the page: pairs, looks at the student of each, and pixels of a picture's longer side.
+# What bounds the page: pairs of a gallery, looks at the student of each, and pixels of a picture's
+# longer side.
 PAIRS_SHOWN, VIEWS, LONGEST, WHOLE_LONGEST = 12, 6, 256, 1280
 QUALITY = 82
+# The title of what the run drew.
+DRAWN = "During the run"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,25 +46,36 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """All pictures of a page.
+    """Pictures that were drawn together: pairs, or sheets of a run that tells no more of them.
 
     Attributes:
-      views: names of the students, the one to begin with last.
+      title: above them.
+      prompts: which ones they are of, as "held-out prompts".
+      of: how many of those there are to choose from.
+      choice: what stands before the choice of a view.
+      views: names of the students with the label on their pictures, the one to begin with last.
       pairs: in order; each has all views.
-      sheets: whole grids (caption, `data:` address) of a run that tells no more of them.
-      of: how many pairs there are to choose from.
+      sheets: whole grids (caption, `data:` address).
     """
 
-    views: tuple[str, ...]
-    pairs: tuple[Pair, ...]
-    sheets: tuple[tuple[str, str], ...]
-    of: int
+    title: str
+    prompts: str = ""
+    of: int = 0
+    choice: str = ""
+    views: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    pairs: tuple[Pair, ...] = ()
+    sheets: tuple[tuple[str, str], ...] = ()
 
 
-def gallery(run: Run, evaluations: Evaluations) -> Gallery:
-    """The best pictures there are: those that were scored, else those that the run drew."""
+def galleries(run: Run, evaluations: Evaluations) -> list[Gallery]:
+    """What the run drew and what was scored, as far as there are pictures."""
+    found = [_of_run(run)]
     if evaluations.complete:
-        return _scored(evaluations)
+        found.append(_scored(evaluations))
+    return [gallery for gallery in found if gallery.pairs or gallery.sheets]
+
+
+def _of_run(run: Run) -> Gallery:
     told = [sample for sample in run.samples if sample.legend and sample.step <= run.steps]
     told = [told[i] for i in _spread(len(told), VIEWS)]
     if told:
@@ -73,7 +87,7 @@ def gallery(run: Run, evaluations: Evaluations) -> Gallery:
         picture = _open(sample.picture)
         if picture is not None:
             sheets.append((f"step {sample.step:,}", _data(picture, WHOLE_LONGEST)))
-    return Gallery(views=(), pairs=(), sheets=tuple(sheets), of=0)
+    return Gallery(title=DRAWN, sheets=tuple(sheets))
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -109,7 +123,14 @@ def _drawn(samples: Sequence[Sample]) -> Gallery | None:
     if not whole:
         return None
     chosen = tuple(whole[i] for i in _spread(len(whole), PAIRS_SHOWN))
-    return Gallery(views=tuple(views), pairs=chosen, sheets=(), of=len(whole))
+    return Gallery(
+        title=DRAWN,
+        prompts="held-out prompts whose pictures the run kept",
+        of=len(whole),
+        choice="Student at",
+        views=dict.fromkeys(views, "student"),
+        pairs=chosen,
+    )
 
 
 def _cut(sample: Sample) -> dict[tuple[str, int], tuple[Image.Image, Image.Image, str]] | None:
@@ -118,21 +139,23 @@ def _cut(sample: Sample) -> dict[tuple[str, int], tuple[Image.Image, Image.Image
     legend: Any = sample.legend
     try:
         height, width = int(legend["height"]), int(legend["width"])
+        # Grids of before it was written have none.
+        between = int(legend.get("gap", 0))
         shown = [(str(s["prompt"]), int(s["seed"]), float(s["psnr_db"])) for s in legend["shown"]]
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    if picture is None or not shown or height < 1 or width < 1:
+    if picture is None or not shown or min(height, width, between + 1) < 1:
         return None
     found = {}
     for index, (prompt, seed, psnr) in enumerate(shown):
-        top, left = corner(index, height, 2 * width)
-        if left + 2 * width > picture.width or top + height > picture.height:
+        top, left = corner(index, height, width, between)
+        if left + 2 * width + between > picture.width or top + height > picture.height:
             return None
-        halves = [
-            picture.crop((left + side * width, top, left + (side + 1) * width, top + height))
-            for side in (0, 1)
+        both = [
+            picture.crop((side, top, side + width, top + height))
+            for side in (left, left + width + between)
         ]
-        found[prompt, seed] = (*halves, f"{psnr:.1f} dB")
+        found[prompt, seed] = (*both, f"{psnr:.1f} dB")
     return found
 
 
@@ -164,8 +187,14 @@ def _scored(evaluations: Evaluations) -> Gallery:
                     size=_fit(picture.size, LONGEST),
                 )
             )
-    names = tuple(other.name for other in reversed(others))
-    return Gallery(views=names, pairs=tuple(pairs), sheets=(), of=len(teacher.images))
+    return Gallery(
+        title="Composition prompts",
+        prompts="composition prompts that --score drew and judged",
+        of=len(teacher.images),
+        choice="Beside the teacher",
+        views={other.name: other.name for other in reversed(others)},
+        pairs=tuple(pairs),
+    )
 
 
 def _by_category(images: Sequence[Any]) -> list[list[int]]:

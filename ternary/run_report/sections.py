@@ -1,9 +1,9 @@
-"""The sections of a run's page, but for its charts."""
+"""The sections of a run's page, but for its pictures and charts."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -11,12 +11,11 @@ from xml.etree.ElementTree import Element
 from ternary.distillation.run_config import RunConfig
 from ternary.run_report.folder import Run, finite
 from ternary.run_report.markup import Child, element, section, table
-from ternary.run_report.pictures import Gallery, Pair
 from ternary.run_report.scores import Column
 from ternary.storage.inspection import Report
 
 # Settings of the command line, before those of `RunConfig`.
-TASK = ("teacher", "prompts", "prompts_crc32", "held_out_prompts", "start")
+TASK = ("teacher", "teacher_crc32", "prompts", "prompts_crc32", "held_out_prompts", "start")
 
 
 def heading(name: str, run: Run) -> Element:
@@ -52,7 +51,7 @@ def tiles(run: Run, columns: Sequence[Column], student: Report | None) -> Elemen
             (
                 "bits a parameter",
                 f"{student.bits_per_parameter:.2f}",
-                f"all {_large(student.parameters)} parameters, 16 in bf16",
+                _stored(student),
             ),
             (
                 "transformer",
@@ -91,6 +90,21 @@ def tiles(run: Run, columns: Sequence[Column], student: Report | None) -> Elemen
             for name, value, note in found
         ),
         class_="tiles",
+    )
+
+
+def _stored(student: Report) -> str:
+    """At how many bits its ternary layers are, and at how many the rest."""
+    sizes = [math.prod(layer.shape) for layer in student.layers]
+    each = [f"{bits(layer.bits for layer in student.layers):.2f}" for bits in (min, max)]
+    note = f"ternary layers at {'-'.join(dict.fromkeys(each))} bits"
+    rest = student.parameters - sum(sizes)
+    if not rest:
+        return note
+    inside = sum(layer.bits * size for layer, size in zip(student.layers, sizes, strict=True))
+    return (
+        f"{note}, the other {rest / student.parameters:.1%} of all {_large(student.parameters)} "
+        f"parameters at {(8 * student.nbytes - inside) / rest:.3g}"
     )
 
 
@@ -163,80 +177,6 @@ def _bar(column: Column, name: str) -> Child:
     width = f"width:{100 * min(max(passed, 0.0), 1.0):.1f}%"
     bar = element("span", element("i", class_=column.kind, style=width), class_="bar")
     return element("div", element("span", f"{passed:.3f}"), bar, class_="cell")
-
-
-def pictures(gallery: Gallery) -> Element | None:
-    """Teacher and student from the same noise, under a slider."""
-    title = "Teacher and student, from the same noise"
-    if gallery.sheets:
-        figures = [
-            element(
-                "figure",
-                element(
-                    "img", src=data, alt=f"Pairs of pictures, teacher left, student right, {name}"
-                ),
-                element("figcaption", f"Pairs: teacher left, student right; {name}."),
-            )
-            for name, data in gallery.sheets
-        ]
-        note = "The run does not say which prompts these are, so they cannot be laid over another."
-        return section(title, element("p", note, class_="note"), *figures)
-    if not gallery.pairs:
-        return None
-    shown = gallery.views[-1]
-    note = (
-        f"{len(gallery.pairs)} of {gallery.of} held-out prompts. Teacher left of the line, student "
-        "right of it: drag, or use the arrow keys."
-    )
-    choices = [
-        element("option", view, value=view, selected=view == shown) for view in gallery.views
-    ]
-    controls = element(
-        "div",
-        element("label", "Student ", element("select", *choices, id="view"))
-        if len(choices) > 1
-        else None,
-        element(
-            "label",
-            "All lines ",
-            element("input", type="range", min="0", max="100", value="50", id="all-cuts"),
-        ),
-        class_="controls",
-    )
-    return section(
-        title,
-        element("p", note, class_="note"),
-        controls,
-        element("div", *(_pair(pair, shown) for pair in gallery.pairs), class_="pairs"),
-    )
-
-
-def _pair(pair: Pair, view: str) -> Element:
-    width, height = pair.size
-    teacher = element(
-        "img", src=pair.teacher, alt=f"Teacher: {pair.prompt}", width=width, height=height
-    )
-    student = element(
-        "img",
-        src=pair.students[view],
-        alt=f"Student: {pair.prompt}",
-        width=width,
-        height=height,
-        class_="student",
-    )
-    slider = element(
-        "input",
-        type="range",
-        min="0",
-        max="100",
-        value="50",
-        aria_label=f"How much of the teacher's picture is seen, in percent: {pair.prompt}",
-    )
-    notes = json.dumps(pair.notes)
-    note = element("span", pair.notes[view], class_="verdict", data_notes=notes)
-    caption = element("figcaption", pair.prompt, element("small", f"seed {pair.seed} · ", note))
-    inside = (teacher, student, element("span", class_="cut"), slider)
-    return element("figure", element("div", *inside, class_="compare"), caption, class_="pair")
 
 
 def settings(run: Run) -> Element | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import numpy as np
 from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.errors import UserError
 from ternary.storage.format import Shape, Stored
+
+# Of a matrix, those that name it.
+_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,40 @@ def open_dense_pipeline(path_or_repo_id: str | Path) -> Iterator[Pipeline]:
                 f"{path_or_repo_id} is ternary already; give the dense model it was made from"
             )
         yield pipeline
+
+
+def weights_crc32(path_or_repo_id: str | Path, dtype: np.dtype) -> int:
+    """A short name for a checkpoint's weights in any layout: shapes, vectors, rows of the rest.
+
+    Args:
+      path_or_repo_id: of the checkpoint.
+      dtype: to which all are rounded first.
+
+    Returns:
+      A CRC-32.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    from convert import hub, source
+    from convert.tensors import as_bytes, read_whole
+
+    crc = 0
+    with source.open_source(hub.resolve(path_or_repo_id)) as opened:
+        for component in sorted(opened.components):
+            part = opened.components[component]
+            reader = source.parameters(component, part, dtype).reader
+            for name, spec in sorted(reader.specs.items()):
+                crc = zlib.crc32(f"{component} {name} {spec.shape}".encode(), crc)
+                if len(spec.shape) < 2:
+                    crc = zlib.crc32(as_bytes(read_whole(reader, name)), crc)
+                    continue
+                row = np.empty((1, *spec.row_shape), spec.dtype)
+                # Of joined matrices, some of each.
+                for index in np.linspace(0, spec.rows - 1, _ROWS).astype(int):
+                    reader.read_into(name, int(index), row)
+                    crc = zlib.crc32(as_bytes(row), crc)
+    return crc
 
 
 @contextlib.contextmanager

@@ -138,12 +138,14 @@ def table(report: Report) -> list[str]:
             f"{layer.name:{width}}  {shape:>13}  {layer.zeros:6.1%}  {layer.scale:9.6f}  "
             f"{error:>6}  {layer.bits:.3f}"
         )
+    large = report.nbytes >= 1e9
+    size = f"{report.nbytes / 1e9:.2f} GB" if large else f"{report.nbytes / 1e6:.2f} MB"
     lines += [
         "",
         report.summary,
         f"{report.ternary_fraction:.2%} of {report.parameters:,} parameters are ternary, "
         f"{report.zeros:.1%} of those are 0",
-        f"{report.nbytes / 1e9:.4g} GB, {report.bits_per_parameter:.3f} bits a parameter, "
+        f"{size} of tensors, {report.bits_per_parameter:.3f} bits a parameter, "
         f"{report.smaller:.2f} times smaller than bf16",
     ]
     return lines

@@ -140,6 +140,26 @@ def test_force_does_not_replace_what_else_is_in_the_folder(folder, out):
     assert (out / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "more", "replaced"),
+    [
+        ({"format": "flux_ternary_latents"}, "embedders.safetensors", True),
+        ({"format": "flux_ternary_latents"}, "thesis.tex", False),
+        ({"format": "another"}, "embedders.safetensors", False),
+        (None, "embedders.safetensors", False),
+    ],
+)
+def test_force_replaces_latent_weights_of_ours(folder, out, content, more, replaced):
+    assert run(folder, out, "--quiet").exit_code == 0
+    (out / "latents").mkdir()
+    (out / "latents" / more).write_text("")
+    if content is not None:
+        (out / "latents" / "latents.json").write_text(json.dumps(content))
+    result = run(folder, out, "--quiet", "--force")
+    assert result.exit_code == (0 if replaced else 2), result.stderr
+    assert (out / "latents").exists() != replaced
+
+
 def test_force_does_not_replace_a_file_of_another_kind(folder, tmp_path):
     file = tmp_path / "precious.safetensors"
     file.write_text("not flux at all")

@@ -15,8 +15,10 @@ from flux_jax.errors import UserError
 def test_a_shipped_model_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.resolve("tiny") == shipped_path("tiny")
-    # A folder of that name comes first.
+    # A folder of that name comes first, if a checkpoint is in it.
     (tmp_path / "tiny").mkdir()
+    assert hub.resolve("tiny") == shipped_path("tiny")
+    (tmp_path / "tiny" / "model_index.json").touch()
     assert hub.resolve("tiny") == Path("tiny")
 
 

@@ -1,12 +1,14 @@
 """Orbax checkpoints: what we write, Orbax restores; what Orbax writes, we read."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from convert import orbax_write
 from convert.orbax_common import flatten, nest
@@ -90,6 +92,21 @@ def test_we_read_it_back(written):
     assert reader.specs == {n: Spec(a.shape, a.dtype) for n, a in arrays().items()}
     for name, array in arrays().items():
         assert read_whole(reader, name).tobytes() == array.tobytes()
+
+
+def test_a_path_may_lead_through_its_parents(written, monkeypatch):
+    """TensorStore takes none that does."""
+    (written.parent / "beside").mkdir()
+    monkeypatch.chdir(written.parent / "beside")
+    reader = OrbaxReader(Path("../ckpt"))
+    assert read_whole(reader, "scale").tobytes() == arrays()["scale"].tobytes()
+    write_checkpoint(Path("../beside/../again"), Arrays(arrays()))
+    here = SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here)
+        for name, array in arrays().items()
+    }
+    assert restore_onto(Path("../again"), wanted)["scale"] == arrays()["scale"]
 
 
 @pytest.mark.parametrize(("ocdbt", "zarr3"), [(True, False), (False, False), (True, True)])

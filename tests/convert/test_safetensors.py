@@ -1,6 +1,7 @@
 """Safetensors files: what is written is read, here and by others; what is broken is named."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -333,6 +334,27 @@ def test_weights_of_a_folder_are_chosen_without_guessing(tmp_path):
     write_tensors(tmp_path / "again.safetensors", zeros)
     with pytest.raises(UserError, match="cannot tell which .*: again.safetensors, model.saf"):
         open_component(tmp_path)
+
+
+def test_a_variant_in_shards_is_read(tmp_path):
+    """Under the names that diffusers and transformers give."""
+    folder = tmp_path / "m"
+    index = sharded(folder)
+    places = json.loads(index.read_text())["weight_map"]
+    for shard in set(places.values()):
+        (folder / shard).rename(folder / shard.replace("model-", "model.fp16-"))
+    change_index(index, **{name: s.replace("model-", "model.fp16-") for name, s in places.items()})
+    index.rename(folder / "model.safetensors.index.fp16.json")
+    assert sorted(open_component(folder).specs) == ["t0", "t1", "t2", "t3"]
+    write_tensors(folder / "model.safetensors", {"u": np.zeros(1, np.float32)})
+    assert list(open_component(folder).specs) == ["u"]
+    (folder / "model.safetensors").unlink()
+    shutil.copy(
+        folder / "model.safetensors.index.fp16.json",
+        folder / "model.safetensors.index.bf16.json",
+    )
+    with pytest.raises(UserError, match="cannot tell which .*index.bf16.json, .*index.fp16.json"):
+        open_component(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt"])

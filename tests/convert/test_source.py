@@ -81,6 +81,11 @@ def test_a_component_that_was_not_downloaded_is_named(folder):
 def test_a_component_that_is_not_there_is_named(folder):
     with pytest.raises(UserError, match="has no vae; it has text_encoder"):
         opened(folder, ["text_encoder", "vae"])
+    # Though none of them was asked for.
+    with pytest.raises(UserError, match="has no vae; it has text_encoder, text_encoder_2$"):
+        opened(folder, ["vae"])
+    with pytest.raises(UserError, match="text_encoder: has no vae; it has text_encoder$"):
+        opened(folder / "text_encoder", ["vae"])
 
 
 def test_a_pipeline_without_weights_is_named(folder):

@@ -33,7 +33,9 @@ def test_integer_with_an_upper_bound():
             arguments.integer("steps", value, most=5)
 
 
-@pytest.mark.parametrize("value", ["3.5", None, True, float("inf")])
+@pytest.mark.parametrize(
+    "value", ["3.5", None, True, float("inf"), -1, pytest.param(10**400, id="no float")]
+)
 def test_scale(value):
     with pytest.raises(UserError, match="scale must be a finite number of at least 0, got"):
         arguments.scale("scale", value)

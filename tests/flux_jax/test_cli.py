@@ -13,7 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from convert.engine import convert
+from flux_jax import compare as comparison
+from flux_jax import images
+from flux_jax.assets import DEFAULT_MODEL, shipped_path
 from flux_jax.cli import app, common
+from flux_jax.loading import check_request
 from flux_jax.metadata import read_png, save_png
 from tests.small_pipeline import small_folder
 
@@ -150,6 +154,29 @@ def test_a_negative_prompt_without_effect_is_told(folder, tmp_path, caplog):
     draw(folder, tmp_path / "image.png", "a cube", "--seed", 1, "--negative", "a star")
     assert "--negative has no effect without --true-cfg above 1" in caplog.text
     assert read_png(tmp_path / "image.png").negative_prompt is None
+    caplog.clear()
+    draw(folder, tmp_path / "image.png", "a cube", "--seed", 1, "--true-cfg", 2)
+    assert "--true-cfg has no effect without --negative" in caplog.text
+
+
+def test_replay_says_when_the_decoder_took_another_way(folder, tmp_path, monkeypatch, caplog):
+    """Free memory decides, if nobody does."""
+    whole, tiled, again = (tmp_path / name for name in ("whole.png", "tiled.png", "again.png"))
+    draw(folder, whole, "a red circle", "--seed", 5)
+    assert read_png(whole).tiled is None
+    with monkeypatch.context() as short:
+        short.setattr(images, "device_memory", lambda: (2**30, 0))
+        run("generate", "--replay", whole, "--out", tiled)
+        said = f"{whole} was decoded whole, here in tiles: the image will differ slightly"
+        assert said in caplog.text
+        assert read_png(tiled).tiled is True
+        caplog.clear()
+        run("generate", "--replay", tiled, "--out", again)
+        run("generate", "--replay", tiled, "--out", again, "--height", 48)
+        assert "was decoded" not in caplog.text
+    run("generate", "--replay", tiled, "--out", again)
+    assert f"{tiled} was decoded in tiles, here whole" in caplog.text
+    assert again.read_bytes() == whole.read_bytes()
 
 
 def test_json_quiet_and_no_metadata(folder, tmp_path):
@@ -215,9 +242,47 @@ def test_evaluate(folder, tmp_path):
     report = json.loads(run(*arguments, "--dtype", "fp32", "--json", "--quiet").stdout)
     assert report["model"] == str(folder)
     assert report["images"] == json.loads((tmp_path / "report.json").read_text())["images"]
+    other = (*arguments, "--dtype", "fp32", "--seed", 1)
+    refused = only_line(run(*other, "--quiet", code=2))
+    assert "0000.png is there with seed 0, where 1 is asked for" in refused
+    assert "choose another folder" in refused
+    assert read_png(tmp_path / "0000.png").seed == 0
+    run(*other, "--force", "--quiet")
+    assert read_png(tmp_path / "0000.png").seed == 1
     assert "at least 1 prompt" in only_line(run("evaluate", "--limit", 0, code=2))
     assert "at least 1 prompt" in only_line(run("evaluate", "composition", "--limit", 0, code=2))
     assert "No such command 'geneva'" in run("evaluate", "geneva", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("evaluate", "--steps", 0), "--steps must be a whole number from 1"),
+        (("evaluate", "--limit", 0), "--limit must be at least 1 prompt"),
+        (("compare", "--steps", 0), "--steps must be at least 1, got 0"),
+        (("demo", "--seed", -1), "--seed must be a whole number"),
+        (("info", "--memory", "--batch-size", 0), "--batch-size must be a whole number"),
+        (("info", "--memory", "--text-encoders", "x"), "--text-encoders must be one of"),
+    ],
+)
+def test_other_commands_name_their_options_too(folder, tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(comparison, "check_installed", lambda: None)
+    name, *options = command
+    model = ("--model", folder) if name == "evaluate" else (folder,) if name != "demo" else ()
+    assert message in only_line(run(name, *options, *model, code=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_wants_a_whole_pipeline(folder, tmp_path, monkeypatch):
+    """Told before anything is loaded."""
+    for part in folder.iterdir():
+        if part.name != "tokenizer":
+            (tmp_path / part.name).symlink_to(part)
+    monkeypatch.setattr(comparison, "check_installed", lambda: None)
+    monkeypatch.setattr(comparison, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    line = only_line(run("compare", tmp_path, code=2))
+    assert f"{tmp_path} is no whole pipeline: it has no tokenizer" in line
 
 
 # -- info ----------------------------------------------------------------------------------------
@@ -242,10 +307,28 @@ def test_info(folder):
 def test_a_folder_comes_before_the_shipped_model_of_its_name(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = json.loads(run("info", "tiny", "--json").stdout)
+    # One that holds no checkpoint is not meant, as `evaluate geneval --out .` makes it.
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "manifest.json").write_text("{}")
+    assert json.loads(run("info", "tiny", "--json").stdout) == shipped
+    (tmp_path / "tiny" / "manifest.json").unlink()
+    (tmp_path / "tiny").rmdir()
     (tmp_path / "tiny").symlink_to(folder)
     found = json.loads(run("info", "tiny", "--json").stdout)
     assert found["path"] == "tiny"
     assert found["parameters"] < shipped["parameters"]
+
+
+def test_where_no_model_is_named_it_is_the_shipped_one(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = run("info", "--json").stdout
+    (tmp_path / DEFAULT_MODEL).symlink_to(folder)
+    assert run("info", "--json").stdout == shipped
+    request = check_request(None, {}, images=1, num_images_per_prompt=1)
+    assert (request.name, request.path) == (DEFAULT_MODEL, shipped_path(DEFAULT_MODEL))
+    run("generate", "a red circle", "--steps", 1, "--quiet")
+    record = read_png(tmp_path / "image.png")
+    assert (record.model, record.height) == (DEFAULT_MODEL, 128)
 
 
 def test_info_tells_the_memory(folder):
@@ -264,7 +347,7 @@ def test_info_tells_the_memory(folder):
     assert other["denoise"]["held"] > memory["stages"]["denoise"]["held"]
     assert other["denoise"]["weights"] < memory["stages"]["denoise"]["weights"]
     failed = run(*arguments, "--text-encoders", "auto", code=2).stderr
-    assert "text_encoders must be one of resident, offloaded, streamed, got 'auto'" in failed
+    assert "--text-encoders must be one of resident, offloaded, streamed, got 'auto'" in failed
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -34,6 +35,13 @@ def whole(pipe, jobs, tmp_path_factory):
     return out
 
 
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 def contents(out):
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.png")}
 
@@ -56,7 +64,7 @@ def test_what_is_there_is_left_alone(pipe, jobs, whole, tmp_path, monkeypatch, c
     before = (tmp_path / jobs[3].file).stat()
     # As a killed run leaves it: an image that was being written, and one cut off by a crash.
     (tmp_path / "0").mkdir()
-    (tmp_path / "0" / ".0.png.partial").write_bytes(b"half")
+    (tmp_path / "0" / f".0.png.partial-{dead()}").write_bytes(b"half")
     (tmp_path / "0" / "2.png").write_bytes((whole / "0" / "2.png").read_bytes()[:-20])
     assert draw(pipe, jobs, tmp_path, settings=SETTINGS) == 4
     assert "5/5" in capsys.readouterr().err
@@ -82,8 +90,9 @@ def test_an_image_of_other_settings_is_refused_or_replaced(pipe, jobs, tmp_path)
 def test_a_picture_of_another_program_is_not_written_over(pipe, jobs, tmp_path):
     (tmp_path / "0").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "0" / "0.png")
-    with pytest.raises(UserError, match="0.png carries no flux_jax metadata"):
-        draw(pipe, jobs, tmp_path, settings=SETTINGS, progress=False)
+    for replace in (False, True):
+        with pytest.raises(UserError, match="0.png carries no flux_jax metadata"):
+            draw(pipe, jobs, tmp_path, settings=SETTINGS, replace=replace, progress=False)
 
 
 def test_what_is_no_picture_is_not_written_over(pipe, jobs, tmp_path):
@@ -138,6 +147,17 @@ def test_the_bar_looks_at_few_files(jobs, tmp_path, monkeypatch):
     shown.close()
     # Before, when it comes, and the next one of each process at every look.
     assert len(looks) <= 2 * 50 + 2 * 50
+
+
+def test_an_error_stands_on_a_line_of_its_own(pipe, jobs, tmp_path, capsys):
+    def fail(prompts):
+        raise UserError("no")
+
+    with pytest.raises(UserError) as error:
+        draw(pipe, jobs, tmp_path, settings=SETTINGS, encode=fail)
+    assert str(error.value) == "no"
+    # Now, and not when nobody holds the bar any more.
+    assert capsys.readouterr().err.endswith("\n")
 
 
 @pytest.mark.parametrize(

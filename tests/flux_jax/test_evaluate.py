@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from flux_jax.composition.prompts import CATEGORIES, load_prompts
 from flux_jax.composition.render import render, to_uint8
 from flux_jax.errors import UserError
 from flux_jax.metadata import read_png, save_png
+from flux_jax.pipeline import FluxPipeline
 
 SETTINGS = {"num_inference_steps": 1, "batch_size": 4, "progress": False}
 
@@ -85,10 +88,40 @@ def test_a_report_does_not_outlive_its_pictures(pipe, prompts, embeds, tmp_path,
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "draw", killed)
+    monkeypatch.setattr(FluxPipeline, "__call__", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate(pipe, tmp_path, prompts=prompts, embeds=embeds, seed=9, **SETTINGS)
     assert not (tmp_path / "report.json").exists()
+
+
+def test_what_another_run_drew_is_left_alone(pipe, prompts, embeds, tmp_path):
+    """With its report, also where that run is still at work."""
+
+    def evaluate(**options):
+        return evaluation.evaluate(
+            pipe, tmp_path, prompts=prompts, embeds=embeds, **{**SETTINGS, **options}
+        )
+
+    def found():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    evaluate()
+    before = found()
+    with pytest.raises(UserError, match=r"with seed 0, where 1 is asked for: .*folder.*--force"):
+        evaluate(seed=1, replace=False)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run is at work here"):
+        evaluate(seed=1)
+    os.close(handle)
+    assert found() == before
+    assert evaluate(replace=False).drawn == 0
+    # One that is nobody's is not replaced in any case.
+    Image.new("RGB", (4, 4)).save(tmp_path / "0003.png")
+    before = found()
+    with pytest.raises(UserError, match="0003.png carries no flux_jax metadata"):
+        evaluate(seed=1)
+    assert found() == before
 
 
 def _decoded(content: bytes) -> Image.Image:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 
 from flux_jax.errors import UserError
-from flux_jax.files import claimed, make_folder, read_text, write_whole, writing
+from flux_jax.files import (
+    claimed,
+    clear_partials,
+    make_folder,
+    partial_paths,
+    read_text,
+    write_whole,
+    writing,
+)
 from flux_jax.prompt_file import read_prompts
 
 
@@ -55,7 +64,7 @@ def test_what_cannot_be_read(tmp_path):
 
 def test_a_file_is_written_whole_or_left(tmp_path):
     path = tmp_path / "file"
-    (tmp_path / ".file.partial").write_bytes(b"of a killed process, and longer")
+    (tmp_path / f".file.partial-{os.getpid()}").write_bytes(b"of a killed process, and longer")
     write_whole(path, b"one")
     write_whole(path, b"two")
     assert path.read_bytes() == b"two"
@@ -65,6 +74,47 @@ def test_a_file_is_written_whole_or_left(tmp_path):
     with pytest.raises(UserError, match="none/file: cannot be written: No such file"):
         write_whole(tmp_path / "none" / "file", b"three")
     assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_two_processes_write_a_file_at_a_time(tmp_path, monkeypatch):
+    """Each has a name of its own for the half: none is renamed before it is whole."""
+    path, sync = tmp_path / "file", os.fsync
+
+    def other(handle):
+        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        write_whole(path, b"of the other")
+        assert path.read_bytes() == b"of the other"
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", other)
+    write_whole(path, b"one")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, kind):
+    def interrupted(handle):
+        raise kind
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(kind):
+        write_whole(tmp_path / "file", b"one")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_dead_left_is_cleared(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = (".a.png.partial", f".a.png.partial-{os.getpid()}", ".a.partial-x", "a.partial-1")
+    left = f".a.png.partial-{dead.pid}"
+    for name in (*names, left, f".b.png.partial-{dead.pid}"):
+        (tmp_path / name).touch()
+    found = partial_paths(tmp_path / "a.png")
+    assert {path.name for path in found} == {*names[:2], left}
+    clear_partials(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
 def test_folders(tmp_path):

@@ -94,9 +94,13 @@ def test_several_images_of_each_prompt(inputs, tmp_path):
             "--prompts draws into a folder: give one with --out, got image.png",
         ),
         (("--num-images", 0), "--num-images must be a whole number of at least 1, got 0"),
+        (("--negative", "\udcff", "--true-cfg", 2), "--negative must be text in UTF-8"),
     ],
 )
-def test_refusals(inputs, tmp_path, arguments, message):
+def test_refusals(inputs, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(
+        pipeline.FluxPipeline, "from_pretrained", lambda *args, **settings: pytest.fail("loaded")
+    )
     result = run(*inputs, "--out", tmp_path / "out", *arguments, code=2)
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
@@ -132,6 +136,9 @@ def test_a_negative_prompt_without_effect_is_told(inputs, whole, caplog):
     caplog.clear()
     run(*inputs, "--out", whole, "--negative", "a star")
     assert "--negative has no effect without --true-cfg above 1" in caplog.text
+    caplog.clear()
+    run(*inputs, "--out", whole, "--true-cfg", 2)
+    assert "--true-cfg has no effect without --negative" in caplog.text
 
 
 def test_processes_need_a_file_of_prompts():

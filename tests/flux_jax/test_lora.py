@@ -370,8 +370,12 @@ def test_many_images_with_a_lora_are_not_mixed_with_those_without(model, file, t
     command = ("generate", *settings, "--out", tmp_path / "out")
     assert json.loads(run(*command, "--lora", file).stdout)["drawn"] == 2
     assert json.loads(run(*command, "--lora", file).stdout)["drawn"] == 0
-    result = run(*command, code=2)
-    assert f"is there with loras ('{file}:1',), where () is asked for" in result.stderr
+    # The same, whatever it is called.
+    again = tmp_path / "again.safetensors"
+    again.symlink_to(file)
+    assert json.loads(run(*command, "--lora", f"{again}:1.0").stdout)["drawn"] == 0
+    for other in ((), ("--lora", f"{file}:0.5")):
+        assert "is there with fingerprint" in run(*command, *other, code=2).stderr
 
 
 @pytest.mark.parametrize(

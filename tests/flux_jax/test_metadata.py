@@ -24,6 +24,7 @@ RECORD = GenerationRecord(
     negative_prompt="blurred",
     true_cfg_scale=2.0,
     batch_size=4,
+    tiled=True,
     model="tiny",
     loras=("style.safetensors:0.8", "other.safetensors:-1"),
     dtype="bfloat16",
@@ -56,17 +57,19 @@ def test_any_text_survives(tmp_path_factory, prompt, negative, seed):
 
 def test_every_field_is_kept_and_used():
     """A field that neither draws the image again nor says what drew it would be clutter."""
-    told = {"guidance_scale", "model", "loras", "dtype", "fingerprint", "version", "platform"}
+    told = {"guidance_scale", "tiled", "model", "loras", "dtype", "fingerprint", "version"}
+    told.add("platform")
     fields = {field.name for field in dataclasses.fields(RECORD)}
     assert fields == set(RECORD.arguments()) | told
     assert "guidance_scale" not in dataclasses.replace(RECORD, guidance_scale=None).arguments()
 
 
-def test_without_loras_earlier_versions_read_it(tmp_path):
-    save_png(IMAGE, tmp_path / "image.png", dataclasses.replace(RECORD, loras=()))
+def test_without_loras_and_tiles_earlier_versions_read_it(tmp_path):
+    record = dataclasses.replace(RECORD, loras=(), tiled=None)
+    save_png(IMAGE, tmp_path / "image.png", record)
     with Image.open(tmp_path / "image.png") as image:
-        assert "loras" not in json.loads(image.text["flux_jax"])
-    assert read_png(tmp_path / "image.png").loras == ()
+        assert not {"loras", "tiled"} & set(json.loads(image.text["flux_jax"]))
+    assert read_png(tmp_path / "image.png") == record
 
 
 def test_readable_text():
@@ -136,6 +139,7 @@ def test_an_image_that_is_too_large_to_be_decoded(tmp_path, monkeypatch):
         ({"seed": "7"}, r"whose seed should be int \| None, got '7'"),
         ({"height": True}, "whose height should be int, got True"),
         ({"prompt": None}, "whose prompt should be str, got None"),
+        ({"tiled": 1}, r"whose tiled should be bool \| None, got 1"),
         ({"loras": "a:1"}, "whose loras should be tuple.*, got 'a:1'"),
         ({"loras": [1]}, r"whose loras should be tuple.*, got \[1\]"),
     ],
@@ -151,6 +155,7 @@ def test_metadata_of_another_kind(tmp_path, change, message):
     [
         ("{", "damaged flux_jax metadata"),
         ("[1]", "unknown format"),
+        ('{"seed": ' + "1" * 5000 + "}", "damaged flux_jax metadata"),
         ('{"format_version": 1, "prompt": "a"}', "incomplete flux_jax metadata.*'seed'"),
     ],
 )

@@ -225,12 +225,14 @@ def test_true_cfg_needs_both_its_arguments(pipe, options):
     assert half.records[0].negative_prompt is None
 
 
-def test_a_negative_prompt_of_another_length_is_refused(pipe):
+def test_a_negative_prompt_of_another_length_is_refused(pipe, monkeypatch):
     short, whole = (pipe.encode_prompt(BLUE, max_sequence_length=n) for n in (8, 12))
     cfg = {"true_cfg_scale": 2.0, "num_inference_steps": 1, "progress": False, "seed": 0}
-    for prompt in (RED, whole):
-        with pytest.raises(UserError, match="encoded to 8 tokens and prompt to 12: encode both"):
-            pipe(prompt, negative_prompt=short, **cfg)
+    with monkeypatch.context() as checked:
+        checked.setattr(TextEncoders, "encode", lambda *_, **__: pytest.fail("encoded"))
+        for prompt in (RED, whole):
+            with pytest.raises(UserError, match="encoded to 8 tokens and prompt to 12: encode"):
+                pipe(prompt, negative_prompt=short, **cfg)
     # Without an effect it is not looked at.
     pipe(RED, negative_prompt=short, **{**cfg, "true_cfg_scale": 1.0})
     pipe(RED, negative_prompt=short, max_sequence_length=8, **cfg)
@@ -366,6 +368,19 @@ def test_a_short_memory_decodes_in_tiles(pipe, monkeypatch):
     monkeypatch.setattr(images, "device_memory", lambda: (2 * need, 0))
     images.decode(pipe.vae, tokens, (2, 2), tiled=False)
     assert len(calls) == 1
+
+
+def test_a_record_tells_of_tiles_that_the_size_does_not(pipe, monkeypatch):
+    def told(**options):
+        return [record.tiled for record in pipe([RED, BLUE], seed=0, **options, **STEPS).records]
+
+    monkeypatch.setattr(images, "device_memory", lambda: (2**30, 0))
+    assert told() == [True, True]
+    assert told(output_type="latent") == [None, None]
+    monkeypatch.setattr(images, "WHOLE_DECODE_PIXELS", 32 * 32 - 1)
+    assert told() == [None, None]
+    monkeypatch.setattr(pipe, "vae_tiling", False)
+    assert told() == [False, False]
 
 
 def test_sequence_length_is_an_argument(pipe):

@@ -1,30 +1,45 @@
 "use strict";
 
-// The line between teacher and student.
-const sliders = [...document.querySelectorAll(".compare input")];
-
-function cut(slider, value) {
-  slider.value = value;
-  slider.parentElement.style.setProperty("--cut", `${value}%`);
-}
-
-for (const slider of sliders) {
-  slider.addEventListener("input", () => cut(slider, slider.value));
-}
-document.getElementById("all-cuts")?.addEventListener("input", (event) => {
-  for (const slider of sliders) cut(slider, event.target.value);
-});
-
-// Which student is shown.
+// Each gallery: the line between teacher and student, and which student is shown.
 const views = JSON.parse(document.getElementById("views").textContent);
-document.getElementById("view")?.addEventListener("change", (event) => {
-  const view = event.target.value;
-  document.querySelectorAll(".compare img.student").forEach((image, index) => {
-    image.src = views[view][index];
-  });
-  for (const note of document.querySelectorAll(".verdict")) {
-    note.textContent = JSON.parse(note.dataset.notes)[view];
+
+document.querySelectorAll(".gallery").forEach((gallery, number) => {
+  const controls = gallery.querySelector(".controls");
+  if (!controls) return;
+  controls.hidden = false;
+
+  const sliders = [...gallery.querySelectorAll(".compare input")];
+  function cut(slider, value) {
+    slider.value = value;
+    slider.parentElement.style.setProperty("--cut", `${value}%`);
   }
+  for (const slider of sliders) {
+    slider.addEventListener("input", () => cut(slider, slider.value));
+  }
+  gallery.querySelector(".all-lines").addEventListener("input", (event) => {
+    for (const slider of sliders) cut(slider, event.target.value);
+  });
+
+  const select = gallery.querySelector("select");
+  if (!select) return;
+  const students = [...gallery.querySelectorAll("img.student")];
+  const first = select.querySelector("[selected]").value;
+  const sources = { ...views[number], [first]: students.map((image) => image.src) };
+  function show() {
+    const view = select.value;
+    const label = select.selectedOptions[0].dataset.label;
+    students.forEach((image, index) => {
+      image.src = sources[view][index];
+      image.alt = label + image.alt.slice(image.alt.indexOf(":"));
+    });
+    for (const each of gallery.querySelectorAll(".label.student")) each.textContent = label;
+    for (const note of gallery.querySelectorAll(".verdict")) {
+      note.textContent = JSON.parse(note.dataset.notes)[view];
+    }
+  }
+  select.addEventListener("change", show);
+  // A browser may remember an earlier choice.
+  show();
 });
 
 // The values under the pointer, or under the arrow keys.

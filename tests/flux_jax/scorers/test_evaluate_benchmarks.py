@@ -209,7 +209,7 @@ def test_inputs_are_refused(files, model, tmp_path):
     dpg = ("--prompts", files["dpg"], "--model", model, *FAST, "--out", tmp_path)
     assert "must be the same, got 32 and 64" in refused("dpg", *dpg, "--width", 64)
     assert "looks at 4 pictures a prompt at most, got 5" in refused("dpg", *dpg, "--num-images", 5)
-    assert "num_images must be" in refused("dpg", *dpg, "--num-images", 0)
+    assert "--num-images must be" in refused("dpg", *dpg, "--num-images", 0)
     twice = refused("dpg", *dpg, "--model", model)
     assert "two models would be drawn into the folder 'small'" in twice
     # Before the first model has drawn anything.
@@ -225,6 +225,7 @@ def test_inputs_are_refused(files, model, tmp_path):
 def test_it_goes_on_where_it_was_killed_at_its_first_write(files, model, tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / ".manifest.json.partial").write_text("{")
+    (tmp_path / "small" / ".manifest.json.partial-99999999").write_text("{")
     options = ("--num-images", 1, *FAST, "--out", tmp_path)
     run("geneval", "--prompts", files["geneval"], "--model", model, *options)
     assert json.loads((tmp_path / "small" / "manifest.json").read_text())["complete"]

@@ -33,6 +33,7 @@ from ternary.config import QuantConfig
 from ternary.distillation.step import PromptSet
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy
+from ternary.storage import files
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.latents import load_latents
 from ternary.student import make_student
@@ -198,6 +199,9 @@ def test_a_target_that_is_there_is_refused_before_any_work(folder, made):
     result = CliRunner().invoke(app, arguments(folder, made[0]))
     assert result.exit_code == 2
     assert "exists already; --force replaces it" in result.stderr
+    # What it wrote itself, latent weights and all, it may replace.
+    assert (made[0] / "latents").is_dir()
+    files.check_target(made[0], force=True)
 
 
 def test_prompts_are_encoded_as_the_pipeline_does(folder):
@@ -213,7 +217,9 @@ def test_prompts_are_encoded_as_the_pipeline_does(folder):
     assert image_grid(folder / "teacher", 32, 64) == (2, 4)
 
 
-@pytest.mark.parametrize(("text", "blocks"), [(None, None), ("2", 2), ("a.0, b.1", ("a.0", "b.1"))])
+@pytest.mark.parametrize(
+    ("text", "blocks"), [(None, None), ("2", 2), ("²", ("²",)), ("a.0, b.1", ("a.0", "b.1"))]
+)
 def test_blocks_on_the_command_line(text, blocks):
     assert parse_blocks(text) == blocks
 

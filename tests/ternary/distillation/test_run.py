@@ -101,12 +101,12 @@ def test_a_run_leaves_all_that_it_promises(whole):
     assert float(drawn[-1]["median_psnr_db"]) == pytest.approx(outcome.median_psnr, abs=1e-3)
     assert float(drawn[0]["median_psnr_db"]) < 99
     with Image.open(out / "samples" / "step_000009.png") as picture:
-        # Two pairs of 32 x 32, four to a row.
-        assert picture.size == (4 * (64 + 2) - 2, 32)
+        # Two pairs of 32 x 32, four to a row: 2 pixels inside a pair, 6 between two.
+        assert picture.size == (4 * (66 + 6) - 6, 32)
     legend = json.loads((out / "samples" / "step_000009.json").read_text())
     assert [pair["prompt"] for pair in legend["shown"]] == [PROMPTS[0], PROMPTS[-1]]
     assert [pair["seed"] for pair in legend["shown"]] == [0, 1]
-    assert (legend["height"], legend["width"]) == (32, 32)
+    assert (legend["height"], legend["width"], legend["gap"]) == (32, 32, 2)
     assert list((out / "tensorboard").glob("events.*"))
     assert sorted(int(p.name) for p in (out / "checkpoints").iterdir()) == [6, 9]
 
@@ -304,7 +304,7 @@ def test_a_folder_has_one_run_at_a_time(whole, teacher, prompts, settings):
 def test_tables_that_cannot_be_written_are_one_line(teacher, prompts, settings, tmp_path):
     out = tmp_path / "run"
     task, config = Task(teacher=str(teacher), prompts=prompts), read_run_config(settings)
-    open_folder(out, task, config, split_prompts(task, config))
+    open_folder(out, task, config, split_prompts(task, config), 0)
     (out / "metrics.csv").mkdir()
     with pytest.raises(UserError, match="run: cannot be written: Is a directory; the run goes on"):
         distill(task, out, config, mesh=one_device(), progress=False)
@@ -337,6 +337,21 @@ def test_prompts_are_encoded_once(whole, teacher, prompts, settings, monkeypatch
     assert again.median_psnr == whole[1].median_psnr
 
 
+def test_another_teacher_in_the_same_place_is_refused(whole, teacher, prompts, settings, tmp_path):
+    out, place = tmp_path / "run", tmp_path / "teacher"
+    shutil.copytree(whole[0], out)
+    shutil.copytree(teacher, place)
+    task = Task(teacher=str(place), prompts=prompts)
+    again = distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
+    assert again.loss == whole[1].loss
+    assert len(list(out.glob("embeddings-*"))) == 1
+    (file,) = (place / "transformer").glob("*.safetensors")
+    raw = file.read_bytes()
+    file.write_bytes(raw[: len(raw) // 2] + bytes(len(raw) - len(raw) // 2))
+    with pytest.raises(UserError, match=r"holds a run with other settings \(teacher_crc32: "):
+        distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -346,11 +361,34 @@ def test_prompts_are_encoded_once(whole, teacher, prompts, settings, monkeypatch
         ("distill", "a setting is changed by KEY=VALUE"),
         ("distill.optimizer=sgd", "optimizer must be one of"),
         ("policy.include=[nothing.*]", "include pattern 'nothing.*' matches none"),
+        ("seed=2024-99-99", "'seed=2024-99-99': a value cannot be read: month must be in 1..12"),
+        ("seed=" + "1" * 5000, "a value cannot be read: Exceeds the limit"),
+        ("seed=0x" + "f" * 5000, "a value cannot be read: int too large"),
+        ("distill.learning_rate=1" + "0" * 400, "a value cannot be read: int too large"),
+        ("distill={steps: 3, steps: 4}", "the mapping in line 1 has the key 'steps' twice"),
+        ("batch_size=[", "it is not YAML"),
+        ("policy.include=&a [*a]", "a value of the settings is a part of itself"),
         ("distill.steps=2.5", "'distill.steps' must be like 10000, got 2.5"),
     ],
 )
 def test_settings_are_refused(teacher, prompts, tmp_path, change, message):
     result = refused(teacher, prompts, tmp_path / "run", "--set", change)
+    assert message in result
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\ndistill:\n  steps: 3\n  steps: 4\n", "line 3 has the key 'steps' twice"),
+        ("seed: 1\nseed: 2\n", "line 1 has the key 'seed' twice"),
+        ("seed: 2024-99-99\n", "a value cannot be read: month must be in 1..12"),
+    ],
+)
+def test_a_file_of_settings_is_refused(teacher, prompts, tmp_path, text, message):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    result = refused(teacher, prompts, tmp_path / "run", "--config", path)
+    assert f"cannot read the settings {path}: " in result
     assert message in result
 
 

@@ -28,6 +28,8 @@ from ternary.policy import Policy
 from tests.ternary.latents_folder import write_latents
 
 TEXTS = Prompts(train=["a red circle", "a star"], held_out=["a ring"], judged=[])
+# Of its weights.
+TEACHER = 0xC0FFEE
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def begun(tmp_path):
 
     def begin(task, config):
         out = tmp_path / "run"
-        open_folder(out, task, config, TEXTS)
+        open_folder(out, task, config, TEXTS, TEACHER)
         (out / CHECKPOINTS / "500").mkdir(parents=True)
         return out
 
@@ -46,20 +48,18 @@ def begun(tmp_path):
 def test_a_folder_goes_on_with_its_own_settings_alone(begun):
     task = Task(teacher="tiny", prompts=Path("prompts.txt"))
     out = begun(task, RunConfig())
-    open_folder(out, task, RunConfig(mesh=MeshConfig(fsdp=2)), TEXTS)
+    open_folder(out, task, RunConfig(mesh=MeshConfig(fsdp=2)), TEXTS, TEACHER)
     with pytest.raises(UserError, match=r"holds a run with other settings \(seed: 0 -> 1\)"):
-        open_folder(out, task, RunConfig(seed=1), TEXTS)
-    with pytest.raises(UserError, match="teacher: tiny -> other"):
-        open_folder(out, dataclasses.replace(task, teacher="other"), RunConfig(), TEXTS)
+        open_folder(out, task, RunConfig(seed=1), TEXTS, TEACHER)
 
 
 def test_settings_count_from_the_first_checkpoint_on(tmp_path):
     """A start that came to nothing does not stand in the way of the next."""
     task, out = Task(teacher="tiny", prompts=Path("prompts.txt")), tmp_path / "run"
-    open_folder(out, task, RunConfig(seed=1), TEXTS)
+    open_folder(out, task, RunConfig(seed=1), TEXTS, TEACHER)
     # Neither is one that was being written when the run was killed.
     (out / CHECKPOINTS / "500.orbax-checkpoint-tmp-0").mkdir(parents=True)
-    open_folder(out, task, RunConfig(seed=2), TEXTS)
+    open_folder(out, task, RunConfig(seed=2), TEXTS, TEACHER)
     assert yaml.safe_load((out / "run.yaml").read_text())["seed"] == 2
 
 
@@ -82,21 +82,45 @@ def test_a_folder_goes_on_however_its_inputs_are_spelled(begun, tmp_path, monkey
         # What it began with has no say in what follows.
         {"start": None},
     ):
-        open_folder(out, dataclasses.replace(task, **change), RunConfig(), TEXTS)
+        open_folder(out, dataclasses.replace(task, **change), RunConfig(), TEXTS, TEACHER)
     with pytest.raises(UserError, match="start: .*start -> other"):
-        open_folder(out, dataclasses.replace(task, start=Path("other")), RunConfig(), TEXTS)
+        open_folder(
+            out, dataclasses.replace(task, start=Path("other")), RunConfig(), TEXTS, TEACHER
+        )
+
+
+def test_a_folder_goes_on_with_its_own_teacher_alone(begun, tmp_path):
+    """The same weights wherever they lie, not others in their place."""
+    (tmp_path / "teacher").mkdir()
+    task = Task(teacher=str(tmp_path / "teacher"), prompts=Path("prompts.txt"))
+    out = begun(task, RunConfig())
+    moved = dataclasses.replace(task, teacher=str(tmp_path / "moved"))
+    (tmp_path / "teacher").rename(moved.teacher)
+    assert open_folder(out, moved, RunConfig(), TEXTS, TEACHER)
+    with pytest.raises(UserError, match=r"\(teacher_crc32: 00c0ffee -> 00000bad\)"):
+        open_folder(out, task, RunConfig(), TEXTS, 0xBAD)
+    # A run that was begun before its teacher had a name goes on by the path.
+    path = out / "run.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("teacher_crc32")))
+    assert not open_folder(out, task, RunConfig(), TEXTS, 0xBAD)
+    with pytest.raises(UserError, match="teacher: .*teacher -> .*moved"):
+        open_folder(out, moved, RunConfig(), TEXTS, TEACHER)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        open_folder(tmp_path, Task(teacher="tiny", prompts=Path("p.txt")), RunConfig(), TEXTS)
+        open_folder(
+            tmp_path, Task(teacher="tiny", prompts=Path("p.txt")), RunConfig(), TEXTS, TEACHER
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_killed_while_it_wrote_its_settings_a_run_begins(tmp_path):
-    (tmp_path / ".run.yaml.partial").write_text("teach")
-    open_folder(tmp_path, Task(teacher="tiny", prompts=Path("p.txt")), RunConfig(), TEXTS)
+@pytest.mark.parametrize("name", [".run.yaml.partial", ".run.yaml.partial-1"])
+def test_killed_while_it_wrote_its_settings_a_run_begins(tmp_path, name):
+    (tmp_path / name).write_text("teach")
+    open_folder(tmp_path, Task(teacher="tiny", prompts=Path("p.txt")), RunConfig(), TEXTS, TEACHER)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
@@ -106,23 +130,25 @@ def test_a_folder_goes_on_with_its_own_texts_alone(begun):
     out = begun(task, RunConfig())
     longer = dataclasses.replace(TEXTS, train=["a cube", *TEXTS.train])
     with pytest.raises(UserError, match="prompts_crc32: .* -> "):
-        open_folder(out, task, RunConfig(), longer)
+        open_folder(out, task, RunConfig(), longer, TEACHER)
     # A run that was begun before its texts had a name goes on, if their files have the same.
     path = out / "run.yaml"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith("prompts_crc32")))
-    open_folder(out, task, RunConfig(), longer)
+    open_folder(out, task, RunConfig(), longer, TEACHER)
     with pytest.raises(UserError, match="held_out_prompts: None -> held.txt"):
-        open_folder(out, dataclasses.replace(task, held_out="held.txt"), RunConfig(), longer)
+        open_folder(
+            out, dataclasses.replace(task, held_out="held.txt"), RunConfig(), longer, TEACHER
+        )
 
 
-@pytest.mark.parametrize("content", [b"", b"- a list", b"\xff", b"a: [", b"3"])
+@pytest.mark.parametrize("content", [b"", b"- a list", b"\xff", b"a: [", b"3", b"seed: 2024-99-99"])
 def test_settings_that_are_damaged_are_no_traceback(begun, content):
     task = Task(teacher="tiny", prompts=Path("p.txt"))
     out = begun(task, RunConfig())
     (out / "run.yaml").write_bytes(content)
     with pytest.raises(UserError, match="run.yaml is damaged: restore it, or name another folder"):
-        open_folder(out, task, RunConfig(), TEXTS)
+        open_folder(out, task, RunConfig(), TEXTS, TEACHER)
 
 
 LATENTS = {

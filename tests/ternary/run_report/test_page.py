@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import datetime
 import html.parser
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 
 from ternary.cli import app
 from ternary.config import QuantConfig
+from ternary.distillation.held_out import grid
 from ternary.policy import Policy
 from ternary.run_report.charts import Axis
 from ternary.run_report.folder import read_run
@@ -30,8 +33,12 @@ from ternary.storage.rounding import quantize_checkpoint
 from tests.small_pipeline import small_folder
 from tests.ternary.run_report.run_folder import (
     PROMPTS,
+    SIDE,
     STEPS,
+    STUDENT_RGB,
+    TEACHER_RGB,
     all_scores,
+    evaluate,
     make_run,
     metrics_row,
     write_metrics,
@@ -155,18 +162,39 @@ def pixels(address: str) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def choices(page: Page) -> list[list[str | None]]:
+    """What can be chosen in each gallery."""
+    found: list[list[str | None]] = []
+    for tag, attributes in page.elements:
+        if tag == "select":
+            found.append([])
+        elif tag == "option":
+            found[-1].append(attributes["value"])
+    return found
+
+
+def verdicts(page: Page) -> list[dict[str, str | None]]:
+    return page.all("span", class_="verdict")
+
+
 def test_pictures_are_the_runs_and_named(finished):
     page = Page(report(finished, "--force"))
     assert len(page.all("figure", class_="pair")) == len(PROMPTS)
     images = page.all("img")
     for prompt in PROMPTS:
-        (teacher,) = (i for i in images if i["alt"] == f"Teacher: {prompt}")
-        (student,) = (i for i in images if i["alt"] == f"Student: {prompt}")
+        (teacher,) = (i for i in images if i["alt"] == f"teacher: {prompt}")
+        (student,) = (i for i in images if i["alt"] == f"student: {prompt}")
         assert np.abs(pixels(teacher["src"]).astype(int) - (255, 0, 0)).max() < 8
         assert np.abs(pixels(student["src"]).astype(int) - (0, 0, 255)).max() < 8
-    views = json.loads(page.scripts[0])
-    assert list(views) == ["step 0", "step 20", "step 40"]
-    assert all(len(each) == len(PROMPTS) for each in views.values())
+    assert "During the run 3 of 3 held-out prompts whose pictures the run kept." in page.text
+    assert "Composition prompts" not in page.text
+    assert choices(page) == [["step 0", "step 20", "step 40"]]
+    # The last is in the page already.
+    (views,) = json.loads(page.scripts[0])
+    assert list(views) == ["step 0", "step 20"]
+    for addresses in views.values():
+        assert len(addresses) == len(PROMPTS)
+        assert np.abs(pixels(addresses[0]).astype(int) - (0, 0, 255)).max() < 8
     sliders = [i for i in page.all("input", type="range") if "aria-label" in i]
     assert [any(p in s["aria-label"] for s in sliders) for p in PROMPTS] == [True] * 3
 
@@ -203,7 +231,7 @@ def test_a_run_in_progress_says_so(tmp_path):
     assert "Not finished: step 30 of 40, reported " in page.text
     assert "There is no student yet" in page.text
     # Drawn by an earlier process, after its last checkpoint.
-    assert list(json.loads(page.scripts[0])) == ["step 0", "step 20"]
+    assert choices(page) == [["step 0", "step 20"]]
 
 
 def test_all_steps_without_a_student(tmp_path):
@@ -250,7 +278,18 @@ def test_damaged_parts_are_left_out(tmp_path):
     page = page_of(folder)
     assert "run.yaml cannot be read" in page.text
     assert "held_out.csv has no row yet" in page.text
-    assert list(json.loads(page.scripts[0])) == ["step 0"]
+    # The only student that is left needs no choice.
+    assert choices(page) == []
+    assert [list(json.loads(note["data-notes"] or "")) for note in verdicts(page)] == [
+        ["step 0"]
+    ] * 3
+
+
+@pytest.mark.parametrize("text", ["seed: 2024-99-99\n", f"seed: {'1' * 5000}\n"])
+def test_settings_with_a_value_that_is_none_are_left_out(tmp_path, text):
+    folder = make_run(tmp_path / "run")
+    (folder / "run.yaml").write_text(text)
+    assert "run.yaml cannot be read" in page_of(folder).text
 
 
 def test_a_table_that_begins_with_an_empty_line(tmp_path):
@@ -280,6 +319,105 @@ def test_pictures_without_a_legend_are_shown_whole(tmp_path):
     assert "The run does not say which prompts these are" in page.text
 
 
+def plain(count: int) -> list[np.ndarray]:
+    """Red and blue pictures."""
+    return [
+        np.broadcast_to(np.array(rgb, np.float32), (count, SIDE, SIDE, 3))
+        for rgb in (TEACHER_RGB, STUDENT_RGB)
+    ]
+
+
+def test_the_two_pictures_of_a_pair_do_not_touch():
+    drawn = np.asarray(grid(*plain(5)))
+    letters = {(255, 0, 0): "r", (0, 0, 255): "b", (255, 255, 255): " "}
+    top, bottom = ("".join(letters[tuple(rgb)] for rgb in drawn[row].tolist()) for row in (0, -1))
+    pair = "r" * SIDE + "  " + "b" * SIDE
+    # Four pairs, further from each other than what they are of, and the fifth below.
+    assert top == "      ".join([pair] * 4)
+    assert bottom == pair.ljust(len(top))
+    assert len(drawn) == 2 * SIDE + 6
+
+
+def test_grids_of_before_there_was_a_gap_are_cut_between_their_pictures(tmp_path):
+    folder = make_run(tmp_path / "run")
+    for stem in (folder / "samples" / f"step_{step:06d}" for step in (0, 20, 40)):
+        legend = json.loads(stem.with_suffix(".json").read_text())
+        del legend["gap"]
+        stem.with_suffix(".json").write_text(json.dumps(legend))
+        pairs = np.concatenate(plain(len(PROMPTS)), axis=2)
+        white = np.ones((SIDE, 2, 3), np.float32)
+        row = np.concatenate([part for pair in pairs for part in (pair, white)], axis=1)
+        Image.fromarray((255 * row).astype(np.uint8)).save(stem.with_suffix(".png"))
+    images = page_of(folder).all("img")
+    assert len(images) == 2 * len(PROMPTS)
+    for image in images:
+        rgb = (255, 0, 0) if image["class"] == "teacher" else (0, 0, 255)
+        assert np.abs(pixels(image["src"]).astype(int) - rgb).max() < 8
+
+
+def held_out_lines(folder) -> dict[str, list[float]]:
+    plots = page_of(folder).all("div", class_="plot")
+    (plot,) = (p for p in plots if (p["aria-label"] or "").startswith("Held-out pictures"))
+    lines = json.loads(plot["data-series"] or "")
+    return {line["name"]: [float(point[3]) for point in line["points"]] for line in lines}
+
+
+def test_of_few_pictures_the_lowest_is_told(tmp_path):
+    folder = make_run(tmp_path / "run")
+    # Of each drawing's own pictures; the table has what a percentile makes of them.
+    assert held_out_lines(folder) == {"median": [10, 15, 20], "lowest": [10, 30, 50]}
+    legends = sorted((folder / "samples").glob("*.json"))
+    for legend in legends:
+        content = json.loads(legend.read_text())
+        content["shown"] *= 4
+        legend.write_text(json.dumps(content))
+    many = held_out_lines(folder)
+    assert many == {"median": [10, 15, 20], "10th percentile": [5, 7.5, 10]}
+    for legend in legends:
+        legend.unlink()
+    assert held_out_lines(folder) == many
+
+
+def test_bits_are_those_of_the_ternary_layers_and_of_the_rest(finished, student):
+    inspected = inspect_checkpoint(student)
+    low, high = (bits(layer.bits for layer in inspected.layers) for bits in (min, max))
+    with open_checkpoint(student) as checkpoint:
+        ternary = sum(math.prod(checkpoint.shapes[f"{n}.weight"]) for n in checkpoint.layers)
+        rest = [
+            stored.dtype.itemsize
+            for name, stored in checkpoint.stored.items()
+            if name.rpartition(".")[0] not in checkpoint.layers or name.endswith(".bias")
+        ]
+    (width,) = set(rest)
+    share = 1 - ternary / inspected.parameters
+    said = f"ternary layers at {low:.2f}-{high:.2f} bits, the other {share:.1%} of all "
+    text = Page(report(finished, "--force")).text
+    assert said in text
+    assert f" parameters at {8 * width} " in text.partition(said)[2][:40]
+
+
+def test_only_kinds_of_layers_that_are_there_are_explained(tmp_path, student):
+    run = read_run(make_run(tmp_path / "run"))
+    inspected = inspect_checkpoint(student)
+
+    def key(names: list[str]) -> str:
+        layers = tuple(
+            dataclasses.replace(layer, name=name)
+            for layer, name in zip(inspected.layers, names, strict=False)
+        )
+        named = dataclasses.replace(inspected, layers=layers)
+        now = datetime.datetime(2030, 1, 2, 3, 4, tzinfo=datetime.UTC)
+        text = Page(render(run, read_evaluations(run), named, {}, now=now)).text
+        return text.partition("to its highest. ")[2].partition(".")[0]
+
+    both = ["double_blocks.0.a", "single_blocks.10.b"]
+    assert key(both) == "D: double blocks, S: single blocks"
+    assert key(both[1:]) == "S: single blocks"
+    assert key([*both, "img_in"]) == (
+        "D: double blocks, S: single blocks, rest: layers outside the blocks"
+    )
+
+
 def test_losses_that_are_not_finite_are_marked(tmp_path):
     folder = make_run(tmp_path / "run")
     rows = [metrics_row(step) for step in range(1, 31)]
@@ -300,33 +438,48 @@ def test_without_scores_the_page_says_how_to_get_them(tmp_path):
 
 def test_an_evaluation_is_shown_in_place_of_the_runs_scores(tmp_path):
     folder = make_run(tmp_path / "run")
-    for kind, passed in (("teacher", 0.75), ("student", 0.5), ("rounded", 0.25)):
-        place = folder / "evaluation" / kind
-        place.mkdir(parents=True)
-        images = []
-        for index, prompt in enumerate(PROMPTS):
-            Image.new("RGB", (300, 200), (0, 255, 0)).save(place / f"{index}.png")
-            images.append(
-                {
-                    "file": f"{index}.png",
-                    "prompt": prompt,
-                    "category": "colors",
-                    "seed": index,
-                    "passed": passed > 0.5,
-                    "reasons": [] if passed > 0.5 else ["<i>none</i> seen"],
-                }
-            )
-        content = {"scores": all_scores(passed), "images": images}
-        (place / "report.json").write_text(json.dumps(content))
+    evaluate(folder, teacher=0.75, student=0.5, rounded=0.25)
     page = page_of(folder)
     assert "plain rounding: 3 pictures" in page.text
     assert "0.500 66.7% kept; teacher 0.750" in page.text
-    assert list(json.loads(page.scripts[0])) == ["plain rounding", "student"]
     assert "teacher passes; student fails (<i>none</i> seen)" in page.text
     # Bounded: the longer side is 256 pixels.
-    assert pixels(page.all("img")[0]["src"]).shape == (171, 256, 3)
+    assert pixels(page.all("img")[-1]["src"]).shape == (171, 256, 3)
     (folder / "evaluation" / "rounded" / "report.json").unlink()
     assert "plain rounding" not in page_of(folder).text
+
+
+def test_pictures_of_the_run_and_of_the_scores_are_both_there(tmp_path):
+    folder = make_run(tmp_path / "run")
+    evaluate(folder, teacher=0.75, student=0.5, rounded=0.25)
+    page = page_of(folder)
+    drawn, scored = (page.text.index(title) for title in ("During the run", "Composition prompts"))
+    assert "3 of 3 held-out prompts whose pictures the run kept." in page.text[drawn:scored]
+    assert "3 of 3 composition prompts that --score drew and judged." in page.text[scored:]
+    assert choices(page) == [["step 0", "step 20", "step 40"], ["plain rounding", "student"]]
+    assert [list(views) for views in json.loads(page.scripts[0])] == [
+        ["step 0", "step 20"],
+        ["plain rounding"],
+    ]
+    assert len(page.all("figure", class_="pair")) == 2 * len(PROMPTS)
+    # Each has a switch of its own.
+    modes = [mode["name"] for mode in page.all("input", type="radio")]
+    assert modes == ["mode-0"] * 2 + ["mode-1"] * 2
+    # Grids that are not cut stand beside scores too,
+    for legend in (folder / "samples").glob("*.json"):
+        legend.unlink()
+    page = page_of(folder)
+    assert "The run does not say which prompts these are" in page.text
+    assert choices(page) == [["plain rounding", "student"]]
+    # and what has no picture is not named.
+    shutil.rmtree(folder / "samples")
+    page = page_of(folder)
+    assert "During the run" not in page.text
+    assert len(page.all("figure", class_="pair")) == len(PROMPTS)
+    for picture in (folder / "evaluation" / "teacher").glob("*.png"):
+        picture.unlink()
+    assert "Composition prompts" not in page_of(folder).text
+    assert "Teacher and student, from" not in page_of(folder).text
 
 
 def test_scores_of_another_student_are_not_shown(tmp_path, student):
@@ -425,6 +578,19 @@ def test_layers_are_measured_against_the_teacher(teacher, student):
     zeros = sum((c == 1).sum() for c in codes) / sum(c.size for c in codes)
     assert blocks(found)[0].zeros == pytest.approx(zeros)
     assert inspect_student(student, "nowhere/at-all")[1] == {}
+
+
+def test_a_teacher_that_is_no_checkpoint_any_more_is_named(tmp_path, student):
+    gone = tmp_path / "teacher"
+    gone.mkdir()
+    folder = make_run(tmp_path / "run", teacher=str(gone))
+    shutil.copytree(student, folder / "student")
+    page = Page(report(folder))
+    assert f"The teacher cannot be read: {gone}: neither model_index.json nor" in page.text
+    arguments = ("report", folder, "--force", "--teacher", gone)
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 2
+    assert "neither model_index.json nor" in result.stderr
 
 
 def test_refusals(tmp_path, finished):
