@@ -64,10 +64,11 @@ full-size: $(VENV)/.installed-test ## the whole pipeline at full size on a GPU, 
 	for result in benchmarks/results/full_size_*.json; do $(BIN)/python -m benchmarks.full_size_plot "$$result"; done
 	$(BIN)/python -m benchmarks.render_tables
 
-tables: $(VENV)/.installed-test ## rewrite what is generated in README and docs: tables, commands, public names
+tables: $(VENV)/.installed-test ## rewrite what is generated in README and docs: tables, commands, settings, public names
 	$(BIN)/python -m benchmarks.render_tables
 	$(BIN)/python -m tools.commands
 	$(BIN)/python -m tools.public_api
+	$(BIN)/python -m tools.settings
 
 docs: $(VENV)/.installed-test ## build the documentation into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -52,7 +52,7 @@ def random_inputs(shape: tuple[int, int, int, int], seed: int) -> Inputs:
 
 
 def relative_error(found: Any, inputs: Inputs) -> float:
-    """Of `EXACT_QUERIES` evenly spaced queries, against float64 of the rounded inputs."""
+    """The error of `EXACT_QUERIES` evenly spaced queries, against float64 of rounded inputs."""
     q, k, v = (np.asarray(x, np.float64) for x in inputs)
     rows = np.unique(np.linspace(0, q.shape[1] - 1, EXACT_QUERIES).astype(int))
     scores = np.einsum("bqhd,bkhd->bhqk", q[:, rows], k) / np.sqrt(q.shape[-1])

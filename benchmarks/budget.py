@@ -59,7 +59,7 @@ class Operation:
     rate: float = 1.0
 
     def seconds(self, rates: Rates) -> float:
-        """Of all of them: by operations or by bytes, whichever takes longer."""
+        """The time of all of them: by operations or by bytes, whichever takes longer."""
         return self.count * max(self.bytes / rates.bytes, self.operations / self.rate)
 
 

@@ -34,7 +34,7 @@ ROWS = ((8, (0, 16, 64)), (None, (0, 16)), (16, (0, 16)))
 
 
 def random_lora(config: FluxConfig, rank: int) -> LoRA:
-    """Of the blocks' attention and MLP linears."""
+    """A LoRA of the blocks' attention and MLP linears."""
     from flux_jax.lora import LoRA, LowRank, linear_shapes
 
     rng = np.random.default_rng(rank)

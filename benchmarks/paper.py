@@ -45,7 +45,7 @@ class Product:
 
     @property
     def flops(self) -> float:
-        """Of all `count` of them, two per multiply and add."""
+        """Operations of all `count` of them, two per multiply and add."""
         return 2.0 * self.m * self.k * self.n * self.count
 
 

@@ -116,5 +116,5 @@ def memory_settings(total: int) -> dict[str, str]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of the files in a folder, not of those in folders below."""
+    """Bytes of the files in a folder, without those in folders below."""
     return sum(file.stat().st_size for file in folder.iterdir())

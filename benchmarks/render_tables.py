@@ -157,9 +157,25 @@ def _source(result: Result) -> str:
     for peer in result.peers.values():
         theirs = {n: v for n, v in peer.versions.items() if result.versions.get(n) != v}
         versions += [f"{name} {v}" for name, v in theirs.items() if name != "python"]
-    parts = [where, *dict.fromkeys(versions), result.date, f"`{result.command}`"]
+    parts = [where, *dict.fromkeys(versions), result.date, *_commits_and_command(result)]
     layout = LAYOUTS.get(result.benchmark, Layout(title=""))
     return f"{layout.how} " + ", ".join(parts) + "."
+
+
+def _commits_and_command(result: Result) -> tuple[str, str]:
+    """The commits of all joined results, and what was run: without them, and where it went."""
+    option = r" --(commit|out) ('[^']*'|\S+)"
+    named = [value for name, value in re.findall(option, result.command) if name == "commit"]
+    commits = dict.fromkeys(short(commit.strip("'")) for commit in (result.commit, *named))
+    begin = r" and (?=(?:[A-Z_]+=(?:'[^']*'|\S+) )*python )"
+    calls = re.split(begin, re.sub(option, "", result.command))
+    label = "commit" if len(commits) == 1 else "commits"
+    return f"{label} {', '.join(commits)}", f"`{' and '.join(dict.fromkeys(calls))}`"
+
+
+def short(commit: str) -> str:
+    """A commit with what is said of it, its hash cut to seven digits."""
+    return re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", commit)
 
 
 def main(

@@ -55,7 +55,7 @@ def dense_rate(directory: Path, device: str) -> float | None:
 
 
 def forward_flops(config: FluxConfig, step: paper.Step) -> float:
-    """Of one pass through the transformer."""
+    """Operations of one pass through the transformer."""
     linears = sum(product.flops for product in paper.products(config, step))
     return linears + paper.attention_flops(config, step)
 
@@ -131,7 +131,7 @@ def write(
 
 
 def row_name(devices: int, how: str) -> str:
-    """Of a row."""
+    """What a row is called."""
     return f"{devices} device{'s' if devices > 1 else ''}, {how}"
 
 

@@ -128,7 +128,7 @@ def extrapolated(found: dict[tuple[int, int], Bytes], full: tuple[int, int] = FU
 
 
 def activation_bytes(config: FluxConfig, step: paper.Step) -> float:
-    """Of a training step whose blocks are recomputed: what each keeps, and one block's work.
+    """A training step's activations, blocks recomputed: what each keeps, and one block's work.
 
     A block keeps its input, its gated products (two in a double block, one in a single) and, by
     cuDNN, its attention.

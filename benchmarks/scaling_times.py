@@ -100,7 +100,7 @@ def gathered_seconds(nbytes: float, devices: int) -> float:
 
 
 def recomputed_share(config: FluxConfig, step: paper.Step) -> float:
-    """Of a forward pass, what the gradient computes once more (`FluxTransformer.velocity`)."""
+    """Share of a forward pass that the gradient computes once more (`FluxTransformer.velocity`)."""
     gated = {"img proj", "img mlp out", "txt proj", "txt mlp out", "linear2"}
     products = paper.products(config, step)
     again = sum(product.flops for product in products if product.name not in gated)

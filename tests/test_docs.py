@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -18,7 +19,7 @@ import typer
 import yaml
 
 from pallas_kernels.command_line import PACKAGES
-from tools import commands
+from tools import commands, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -38,6 +39,30 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_public_names_are_current():
     done = run_tool("tools.public_api", "--check")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_settings_are_current():
+    done = run_tool("tools.settings", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_setting_is_comes_from_its_docstring():
+    @dataclasses.dataclass
+    class Config:
+        """Of a test.
+
+        Attributes:
+          one: the first, which
+            goes on.
+          two, three: both | more.
+
+        Raises:
+          Nothing.
+        """
+
+    both = "both \\| more."
+    told = {"one": "the first, which goes on.", "two": both, "three": both}
+    assert settings.attributes(Config) == told
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -25,6 +25,7 @@ RESULT = Result(
     command="python -m benchmarks.transformer_step --peers",
     hardware={"driver": "580.1"},
     versions={"jax": "0.11.2"},
+    commit="0123456789" * 4,
 )
 
 
@@ -52,9 +53,18 @@ def test_table_has_a_column_for_each_peer():
     assert lines[3] == "| first step, compilation included |  | 2.00 s |"
     assert lines[-1] == (
         "Measured on NVIDIA H200 (driver 580.1), JAX 0.11.2, torch 2.11.0, 2026-01-31, "
-        "`python -m benchmarks.transformer_step --peers`."
+        "commit 0123456, `python -m benchmarks.transformer_step --peers`."
     )
     assert "TFLOP" not in "".join(lines)
+
+
+def test_every_commit_of_a_joined_result_is_named_once():
+    first, second = 40 * "a", 40 * "b"
+    call = "python -m benchmarks.made --only 'a and b'"
+    command = f"{call} --commit {first} --out o and {call} --commit '{second} with changes'"
+    result = dataclasses.replace(RESULT, command=command, commit=first)
+    line = render_tables.render_result(result).splitlines()[-1]
+    assert line.endswith(f", commits aaaaaaa, bbbbbbb with changes, `{call}`.")
 
 
 def test_blocks_are_rewritten_and_nothing_else(tmp_path):
