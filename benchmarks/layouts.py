@@ -69,12 +69,12 @@ def _kernels() -> tuple[tuple[str, str, str, tuple[str, ...]], ...]:
             "over_gemlite_a16_worst",
         ),
         (
-            f"W1.58A8, low-rank branch of 64, time over that without, {many}",
+            f"W1.58A8 and u @ v.T, 64 columns, time over that without, {many}",
             "",
             "",
             "a8_product_branch",
         ),
-        (f"W1.58A16, low-rank branch of 64, time over that without, {many}", "", "", "a16_branch"),
+        (f"W1.58A16 and u @ v.T, 64 columns, time over that without, {many}", "", "", "a16_branch"),
     )
     return tuple(
         (label, limit, reach, (name, f"triton_{name}")) for label, limit, reach, name in rows

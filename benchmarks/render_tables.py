@@ -164,7 +164,7 @@ def _source(result: Result) -> str:
 
 def _commits_and_command(result: Result) -> tuple[str, str]:
     """The commits of all joined results, and what was run: without them, and where it went."""
-    option = r" --(commit|out) ('[^']*'|\S+)"
+    option = r" --(commit|out)[ =]('[^']*'|\S+)"
     named = [value for name, value in re.findall(option, result.command) if name == "commit"]
     commits = dict.fromkeys(short(commit.strip("'")) for commit in (result.commit, *named))
     begin = r" and (?=(?:[A-Z_]+=(?:'[^']*'|\S+) )*python )"

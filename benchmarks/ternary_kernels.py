@@ -89,7 +89,10 @@ def torch_bf16(measured: Mapping[str, Any] | None) -> dict[Shape, float]:
 
 def speedups(rows: list[Row], torch: Mapping[Shape, float]) -> dict[str, Figure]:
     """Geometric means over the shapes of many rows, and over those of few."""
-    bf16 = "the faster of XLA's bf16 dot and torch's bf16 linear" if torch else "XLA's bf16 dot"
+    both = {(row.m, row.k, row.n) for row in rows} <= set(torch)
+    # Of each shape, or of none.
+    torch = torch if both else {}
+    bf16 = "the faster of XLA's bf16 dot and torch's bf16 linear" if both else "XLA's bf16 dot"
     figures = {}
     for backend in dict.fromkeys(row.backend for row in rows if row.backend != "xla"):
         prefix = "" if backend == "mosaic" else f"{backend}_"
@@ -165,7 +168,8 @@ def over_gemlite(rows: list[Row], measured: Mapping[str, Any]) -> dict[str, Figu
             for row in rows:
                 shape = (row.m, row.k, row.n)
                 known = [theirs[key, *shape] for key in keys if (key, *shape) in theirs]
-                if (row.backend, row.what) == (backend, what) and known:
+                # What is called the faster of two is none where one is missing.
+                if (row.backend, row.what) == (backend, what) and len(known) == len(keys):
                     ratios[row] = min(known) / row.compared_ms
             over = f"over {name}, autotuned: {measured['autotune']}"
             for few in (False, True):

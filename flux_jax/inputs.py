@@ -145,15 +145,15 @@ class Branch:
         return self._product(self.narrow(x), self.b)
 
     def _product(self, x: Float[Array, "*B K"], weight: Float[Array, "R K"]) -> Array:
-        rows = x.astype(weight.dtype).reshape(-1, x.shape[-1])
-        return float_product(rows, weight).reshape(*x.shape[:-1], weight.shape[0])
+        return float_product(x.astype(weight.dtype), weight)
 
 
 def joined(first: Branch | None, second: Branch | None) -> Branch | None:
-    """The sum of two branches of one linear, as one."""
+    """The sum of two branches of one linear, as one; in the first's type."""
     if first is None or second is None:
         return second if first is None else first
-    return Branch(jnp.concatenate((first.a, second.a)), jnp.concatenate((first.b, second.b), 1))
+    a, b = second.a.astype(first.a.dtype), second.b.astype(first.b.dtype)
+    return Branch(jnp.concatenate((first.a, a)), jnp.concatenate((first.b, b), 1))
 
 
 def surround(

@@ -164,7 +164,10 @@ class Linear(AnyLinear):
         y = product_on_mesh(product, x.astype(weight.dtype), weight, weight_axes(self.weight))
         if self.bias is not None:
             y = y + along_last(self.bias[...][outputs], y.ndim)
-        return y if branch is None else y + branch.of(outputs).wide(x).astype(y.dtype)
+        if branch is None:
+            return y
+        # In its own type: of float32, the largest array there is would be twice as large.
+        return y + (branch.narrow(x) @ branch.b[outputs].T).astype(y.dtype)
 
 
 # Up to this many rows, the gradient of a look-up is a product with one-hot rows. A scatter adds

@@ -77,9 +77,10 @@ def ternary_matmul(
       gelu: GELU in its tanh form.
       gate: (N,), a factor; or (B, N), one for each of the first axis of x (an image of a batch).
       residual: (..., N), a summand.
-      low_rank: u (..., R) and v (N, R), of one floating type. Of bfloat16, Mosaic's kernel for more
-        than 64 rows multiplies them too, and Triton's kernels of either 16-bit type; XLA does
-        elsewhere, with the float32 result going through memory.
+      low_rank: u (..., R) and v (N, R), of one floating type. Of bfloat16, Mosaic's kernel for many
+        rows multiplies them too (more than 64, or a scale per group), and Triton's kernels of
+        either 16-bit type. XLA does elsewhere, and the float32 result goes through memory; float32
+        is multiplied as XLA's default has it, which on a GPU is TF32.
 
     Returns:
       (..., N).

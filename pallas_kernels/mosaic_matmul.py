@@ -114,6 +114,11 @@ def _scratch(plan: Plan) -> list[Any]:
     """Shared memory and barriers, in the order of `Refs` from `x_smem` on."""
     tile = plan.tile
     swizzle = BLOCK_BYTES * jnp.dtype(plan.x_dtype).itemsize
+    if plan.branch:
+        stage = tile.tokens * plan.columns * jnp.dtype(plan.x_dtype).itemsize
+        assert stage == plan.branch_rows * LOW_RANK * jnp.dtype(jnp.bfloat16).itemsize
+        # Where an array that is swizzled may begin.
+        assert stage % 1024 == 0
     views = [tiled(tile.tokens, plan.columns, plan.x_dtype, swizzle, (tile.stages,))]
     if plan.branch:
         views.append(tiled(plan.branch_rows, LOW_RANK, jnp.bfloat16, 128, (tile.stages,)))

@@ -163,22 +163,26 @@ def _product(x: Array, signs: Array) -> Array:
     return float_product(x, signs)
 
 
-def _contract(a: Array, b: Array, axes: tuple[int, int], kind: Any) -> Array:
-    """The product of two matrices over an axis of each, summed in `kind`."""
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=kind)
+def _contract(
+    a: Array, b: Array, axes: tuple[int | Sequence[int], int | Sequence[int]], kind: Any
+) -> Array:
+    """The product of two arrays over an axis of each, or several, summed in `kind`."""
+    over = tuple((some,) if isinstance(some, int) else tuple(some) for some in axes)
+    return jax.lax.dot_general(a, b, (over, ((), ())), preferred_element_type=kind)
 
 
 @jax.custom_vjp
-def float_product(x: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Float[Array, "M N"]:
-    """`x @ weight.T` of two matrices of one dtype, in float32.
+def float_product(x: Float[Array, "*B K"], weight: Float[Array, "N K"]) -> Float[Array, "*B N"]:
+    """`x @ weight.T` of two arrays of one dtype, in float32.
+
+    Leading axes stay apart: merged, those that a compiler splits over devices would be gathered.
 
     In the gradient's two products too, both factors are of that dtype, and so are their results:
     what comes back in float32 is rounded to it first (but not to float16, whose range is too
     small). Left to JAX, x and the weight would be widened instead, and the tensor cores run at
     half of bf16's rate or less.
     """
-    return _contract(x, weight, (1, 1), jnp.float32)
+    return _contract(x, weight, (x.ndim - 1, 1), jnp.float32)
 
 
 def _float_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -191,7 +195,9 @@ def _float_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Arr
     too_small = jnp.finfo(x.dtype).minexp > jnp.finfo(jnp.float32).minexp
     kind = jnp.float32 if too_small else x.dtype
     a, b, g = (array.astype(kind) for array in (x, weight, grad))
-    of_x, of_weight = _contract(g, b, (1, 0), kind), _contract(g, a, (0, 0), kind)
+    leading = range(a.ndim - 1)
+    of_x = _contract(g, b, (g.ndim - 1, 0), kind)
+    of_weight = _contract(g, a, (leading, leading), kind)
     return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
 
 

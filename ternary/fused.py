@@ -2,7 +2,8 @@
 
 With int8 activations: one pass over memory makes them (layer norm, modulation and rounding; or
 GELU, concatenation and rounding), and the product's epilogue adds the gated result to the residual
-stream. With 16-bit activations XLA makes them, and GELU, gate and residual are in the epilogue.
+stream. With 16-bit activations XLA makes them, and GELU, gate and residual are in the epilogue. A
+low-rank branch takes 16-bit activations, beside int8 ones too.
 
 GELU before int8 is not in the epilogue of the product before, though the kernels could: there the
 tensor cores wait for it, while the pass that rounds waits for memory.

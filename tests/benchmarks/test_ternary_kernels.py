@@ -41,6 +41,10 @@ def test_bf16_is_the_faster_of_two_libraries():
     assert figures["a8_product_speedup"].value == pytest.approx(1.0)
     assert "torch's bf16 linear" in figures["a8_speedup"].note
     assert ternary_kernels.speedups(rows(), {(4608, 3072, 8): 2.0})["a8_speedup"].value == 2.0
+    # Of all shapes or of none.
+    found = ternary_kernels.speedups([*rows(), *rows(m=1)], {(4608, 3072, 8): 0.8})
+    assert found["a8_speedup"].value == 2.0
+    assert "torch" not in found["a8_speedup"].note
     assert ternary_kernels.torch_bf16(MEASURED) == {(1, 3072, 8): 1.0}
     assert ternary_kernels.torch_bf16(None) == {}
 
@@ -85,6 +89,9 @@ MEASURED = {
             ([4608, 3072, 8], "a16", 9.0),
             ([1, 3072, 8], "a16", 0.25),
             ([4608, 12288, 8], "a8", 12.0),
+            ([4608, 12288, 8], "a16", 13.0),
+            # A shape with one mode alone is compared with none.
+            ([16, 3072, 8], "a8", 0.01),
             ([1, 3072, 8], "a8", 2.0),
             ([1, 3072, 8], "bf16_linear", 1.0),
         )

@@ -165,9 +165,23 @@ def test_every_tile_of_the_table_runs(hopper):
         granularity = "group" if problem.grouped else "channel"
         size = {"m": min(problem.m, 200), "n": 520, "k": 768}
         bits = problem.activation_bits
-        case = Case(**size, activation_bits=bits, granularity=granularity, extras=True)
-        outcome = check(case, "mosaic", with_tile(entry.tile, hopper))
-        assert outcome.passed, (entry, outcome)
+        # Of two times 64 columns, where the tile has its own way with them.
+        for rank in (0, 72):
+            case = Case(
+                **size, activation_bits=bits, granularity=granularity, extras=True, rank=rank
+            )
+            outcome = check(case, "mosaic", with_tile(entry.tile, hopper))
+            assert outcome.passed, (entry, outcome)
+
+
+@pytest.mark.parametrize(
+    ("tile", "bits"), [*((tile, 8) for tile in TILES), *((tile, 16) for tile in TILES_16)], ids=str
+)
+def test_a_low_rank_branch_in_every_tile(hopper, tile, bits):
+    """Several tiles a block of threads: the stages go on from one to the next."""
+    case = Case(m=2500, n=4000, k=512, activation_bits=bits, rank=136)
+    outcome = check(case, "mosaic", with_tile(tile, hopper))
+    assert outcome.passed, outcome
 
 
 def random_case(seed, granularity):

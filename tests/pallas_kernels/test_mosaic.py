@@ -4,6 +4,8 @@ Interpret mode runs the copies, barriers, products and epilogues of every warpgr
 the decoding of codes in registers, which `mosaic_decode` replaces there: see `test_decode`.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,39 @@ def test_sums_of_fewest_rows_are_exact(shape, tile):
 def test_the_backend_is_as_exact_as_its_roundings(case):
     """Rows of zeros, inf and NaN and saturated ones are among the activations."""
     outcome = check(case, "mosaic", interpreted_mosaic(), runs=1)
+    assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize(
+    ("bits", "tile"),
+    [
+        # The outputs' columns in two stages, and products that overlap.
+        (8, {"rows": 64, "planes": 2, "stages": 3, "lag": 1}),
+        (16, {"rows": 64, "planes": 1, "stages": 4, "lag": 1}),
+        # No room for three stages: XLA multiplies.
+        (8, {"rows": 64, "planes": 2, "stages": 2}),
+    ],
+)
+@pytest.mark.parametrize("k", [256, 600])
+def test_stages_of_a_low_rank_branch(bits, tile, k):
+    """Several tiles a block of threads, two times 64 columns each."""
+    tile = Tile(**tile, tokens=64, store=32, code_stages=2)
+    case = Case(m=140, n=136, k=k, activation_bits=bits, rank=72, extras=True)
+
+    def multiply(case, **arrays):
+        return mosaic.ternary_matmul(
+            **arrays,
+            activation_bits=bits,
+            out_dtype=case.out_dtype,
+            device=Device(kind="interpreted", multiprocessors=2),
+            interpret=interpret_params(),
+            tile=tile,
+        )
+
+    with warnings.catch_warnings():
+        # Rows of inf and NaN, for NumPy, which multiplies in the place of the tensor cores.
+        warnings.filterwarnings("ignore", "invalid value", RuntimeWarning)
+        outcome = check(case, "mosaic", multiply, runs=1)
     assert outcome.passed, outcome
 
 

@@ -25,6 +25,7 @@ from pallas_kernels.tiles import (
     Tile,
     TritonTile,
     fit_store,
+    low_rank_stages,
     mosaic_rule,
     shared_bytes,
     shared_row,
@@ -68,6 +69,22 @@ def test_what_is_tried_fits(problem):
     assert len(set(tried)) == len(tried) > 1
     for tile in tried:
         assert_fits(tile, problem)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("m", [100, 512, 4096, 4608])
+def test_a_low_rank_branch_finds_room_in_the_rules_tiles(bits, m):
+    for n, k, grouped in ((3072, 3072, False), (9216, 3072, False), (3072, 15360, True)):
+        tile = mosaic_rule(Problem(m, n, k, bits, grouped), 132)
+        assert isinstance(tile, Tile)
+        assert low_rank_stages(tile, bits)
+
+
+def test_a_low_rank_branch_finds_room_in_the_table():
+    entries = tile_table.read_entries(tile_table.file_of(H200.kind))
+    tiles = [entry for entry in entries if isinstance(entry.tile, Tile)]
+    assert tiles
+    assert all(low_rank_stages(entry.tile, entry.problem.activation_bits) for entry in tiles)
 
 
 def test_shared_memory_is_counted():

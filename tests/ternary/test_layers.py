@@ -10,6 +10,7 @@ from flux_jax.configs import FluxConfig
 from flux_jax.inputs import Hidden, Joined, Modulated, gelu
 from flux_jax.layers import Linear
 from flux_jax.linears import linears, replace_linears
+from flux_jax.lora import LoRALinear
 from flux_jax.tree import split_flat, to_flat
 from ternary import layers
 from ternary.config import GRANULARITIES, QuantConfig
@@ -125,6 +126,32 @@ def test_low_rank_branch(learned):
         for layer in (plain, frozen)
     ]
     assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_lora_beside_a_branch_of_the_layers_own(bits):
+    layer = FakeTernaryLinear.from_linear(linear(), QuantConfig(rank=2, activation_bits=bits))
+    rows, columns = layer.weight.shape
+    a, b = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(3, columns), (rows, 3)])
+    )
+    x = activations()
+    for base in (layer, layer.freeze()):
+        change = x @ a.T @ b.T
+        both = LoRALinear(base, a, b)
+        np.testing.assert_allclose(np.asarray(both(x)), np.asarray(base(x) + change), atol=2e-4)
+        gate, residual = jnp.cos(jnp.arange(2 * rows)).reshape(2, rows), base(x)
+        np.testing.assert_allclose(
+            np.asarray(both(x, gate=gate, residual=residual)),
+            np.asarray(residual + gate[:, None] * (base(x) + change)),
+            atol=4e-4,
+        )
+        first, hidden = both.apart(x, 4)
+        want = base(x) + change
+        np.testing.assert_allclose(np.asarray(first)[..., :4], np.asarray(want)[..., :4], atol=2e-4)
+        np.testing.assert_allclose(
+            np.asarray(hidden.dense()), np.asarray(gelu(want[..., 4:])), atol=4e-4
+        )
 
 
 def test_every_parameter_learns():
