@@ -159,15 +159,13 @@ def signed_product(
 def _product(x: Array, signs: Array) -> Array:
     """`x @ signs.T`, in int32 or float32, as float32."""
     if jnp.issubdtype(x.dtype, jnp.integer):
-        return _contract(x, signs, (1, 1), jnp.int32).astype(jnp.float32)
+        return _contract(x, signs, [1], [1], jnp.int32).astype(jnp.float32)
     return float_product(x, signs)
 
 
-def _contract(
-    a: Array, b: Array, axes: tuple[int | Sequence[int], int | Sequence[int]], kind: Any
-) -> Array:
-    """The product of two arrays over an axis of each, or several, summed in `kind`."""
-    over = tuple((some,) if isinstance(some, int) else tuple(some) for some in axes)
+def _contract(a: Array, b: Array, of_a: Sequence[int], of_b: Sequence[int], kind: Any) -> Array:
+    """The product of two arrays over some axes of each, summed in `kind`."""
+    over = (tuple(of_a), tuple(of_b))
     return jax.lax.dot_general(a, b, (over, ((), ())), preferred_element_type=kind)
 
 
@@ -182,7 +180,7 @@ def float_product(x: Float[Array, "*B K"], weight: Float[Array, "N K"]) -> Float
     small). Left to JAX, x and the weight would be widened instead, and the tensor cores run at
     half of bf16's rate or less.
     """
-    return _contract(x, weight, (x.ndim - 1, 1), jnp.float32)
+    return _contract(x, weight, [x.ndim - 1], [1], jnp.float32)
 
 
 def _float_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -196,8 +194,8 @@ def _float_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Arr
     kind = jnp.float32 if too_small else x.dtype
     a, b, g = (array.astype(kind) for array in (x, weight, grad))
     leading = range(a.ndim - 1)
-    of_x = _contract(g, b, (g.ndim - 1, 0), kind)
-    of_weight = _contract(g, a, (leading, leading), kind)
+    of_x = _contract(g, b, [g.ndim - 1], [0], kind)
+    of_weight = _contract(g, a, leading, leading, kind)
     return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
 
 
