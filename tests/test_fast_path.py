@@ -40,7 +40,8 @@ def pipe():
 def unfused(monkeypatch):
     """A switch to ternary linears that compute one thing after the other, rounding each."""
 
-    def call(self, x, *, gate=None, residual=None):
+    def call(self, x, *, gate=None, residual=None, branch=None):
+        assert branch is None
         bits = {"activation_bits": self.activation_bits, "backend": "jax"}
         bias = self.bias[...]
         y = ternary_matmul(dense(x), self.packed[...], self.scale[...], bias, **bits)

@@ -71,4 +71,4 @@ def test_the_python_of_the_page_draws(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert pixels(tmp_path / "stars.png").shape == (128, 128, 3)
+    assert pixels(tmp_path / "from_python.png").shape == (128, 128, 3)

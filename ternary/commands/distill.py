@@ -11,21 +11,22 @@ import typer
 
 from flux_jax.cli.common import Distributed
 from pallas_kernels.command_line import Json, Quiet, print_json
-from ternary.commands.options import PromptFile, Teacher
+from pallas_kernels.errors import UserError
+from ternary.commands.options import PromptFileOrNone, TeacherOrNone
 
 
 def distill(
-    teacher: Teacher,
-    prompts: PromptFile,
+    teacher: TeacherOrNone = None,
+    prompts: PromptFileOrNone = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
             "-o",
             help="The run's folder; a run that is there goes on.",
-            show_default=False,
+            show_default="required",
         ),
-    ],
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Settings, as YAML.", show_default="the defaults")
     ] = None,
@@ -62,7 +63,10 @@ def distill(
     ] = None,
     distributed: Distributed = False,
     show: Annotated[
-        bool, typer.Option("--show-config", help="Print the settings as YAML, and end.")
+        bool,
+        typer.Option(
+            "--show-config", help="Print the settings as YAML, and end; needs nothing else."
+        ),
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -77,6 +81,7 @@ def distill(
     Examples:
       python -m ternary distill --teacher tiny --prompts prompts.txt --out RUN \\
         --set distill.steps=200
+      python -m ternary distill --show-config > run.yaml
       python -m ternary distill --teacher black-forest-labs/FLUX.1-dev --prompts prompts.txt \\
         --start CALIBRATED --config run.yaml --out RUN
       srun python -m ternary distill --distributed --mesh fsdp=8 --teacher ~/flux-dev \\
@@ -93,6 +98,10 @@ def distill(
     if show:
         typer.echo(to_yaml(settings), nl=False)
         return
+    if teacher is None or prompts is None or out is None:
+        needed = {"--teacher": teacher, "--prompts": prompts, "--out": out}
+        missing = [name for name, value in needed.items() if value is None]
+        raise UserError(f"missing: {', '.join(missing)}")
     from flux_jax.compile_cache import enable_compilation_cache
     from flux_jax.processes import Processes, joined_processes
     from ternary.distillation.run import distill

@@ -9,10 +9,13 @@ import typer
 
 MODEL_HELP = "tiny, a diffusers folder or hub id, a Black Forest Labs file, or a Flax checkpoint."
 
+_PROMPTS_HELP = "UTF-8 text, one prompt a line."
+
 Teacher = Annotated[str, typer.Option(help=MODEL_HELP, show_default=False)]
-PromptFile = Annotated[
-    Path, typer.Option(help="UTF-8 text, one prompt a line.", show_default=False)
-]
+PromptFile = Annotated[Path, typer.Option(help=_PROMPTS_HELP, show_default=False)]
+# Of a command that asks for them itself.
+TeacherOrNone = Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="required")]
+PromptFileOrNone = Annotated[Path | None, typer.Option(help=_PROMPTS_HELP, show_default="required")]
 Granularity = Annotated[
     str, typer.Option(help="What shares a scale: tensor, channel, or group128.")
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ from ternary.distillation.training_state import PATIENCE, StateStore, complete_s
 from ternary.distillation.trajectory import Trajectories
 from ternary.storage.files import weights_crc32
 from ternary.storage.saving import save_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,9 @@ def distill(
                 # signal does not wait for long.
                 asked = not isinstance(error, Exception)
                 run.close(store=processes.count == 1, patience=PATIENCE if asked else None)
+                if asked and processes.first:
+                    kept = run.store.describe_latest()
+                    logger.info("stopped; %s: give the command again to go on", kept)
             raise
         run.close()
     return outcome
@@ -244,6 +250,8 @@ class _Run:
     ) -> TrainState:
         """The state to go on from, on the mesh."""
         if self.resumed:
+            if self.processes.first:
+                logger.info("going on from step %d of %d", self.done, self.config.distill.steps)
             return self.store.restore(start.abstract())
         if self.task.start is None:
             state = start.from_teacher()

@@ -180,7 +180,9 @@ class _Reports:
         self._hook = self._told
         sys.unraisablehook = self._hook
         # Orbax reports every phase of every save at INFO.
-        logging.getLogger("absl").setLevel(logging.WARNING if self._verbose else logging.CRITICAL)
+        absl = logging.getLogger("absl")
+        self._level = absl.level
+        absl.setLevel(logging.WARNING if self._verbose else logging.CRITICAL)
         if not self._verbose:
             # Not taken back: a failed task may be told of when the interpreter ends.
             logging.getLogger("asyncio").addFilter(_is_no_lost_task)
@@ -198,6 +200,7 @@ class _Reports:
 
     def close(self) -> None:
         """Report as before."""
+        logging.getLogger("absl").setLevel(self._level)
         if sys.unraisablehook is self._hook:
             sys.unraisablehook = self._before
 

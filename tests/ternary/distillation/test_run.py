@@ -178,6 +178,29 @@ def test_a_killed_run_goes_on_bit_for_bit(teacher, prompts, settings, whole, tmp
     ).read_bytes()
 
 
+def test_a_stopped_run_says_where_it_goes_on(
+    teacher, prompts, settings, whole, tmp_path, monkeypatch, caplog
+):
+    out, task = tmp_path / "run", Task(teacher=str(teacher), prompts=prompts)
+    config, add = read_run_config(settings, ["log_every=1"]), RunLog.add
+
+    def interrupted(self, rows):
+        add(self, rows)
+        if rows and rows[-1]["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunLog, "add", interrupted)
+    caplog.set_level("INFO", "ternary")
+    with pytest.raises(KeyboardInterrupt):
+        distill(task, out, config, mesh=one_device(), progress=False)
+    kept = f"the last good checkpoint is step 3, {(out / 'checkpoints' / '3').resolve()}"
+    assert f"stopped; {kept}: give the command again to go on" in caplog.messages
+    monkeypatch.setattr(RunLog, "add", add)
+    distill(task, out, config, mesh=one_device(), progress=False)
+    assert "going on from step 3 of 9" in caplog.messages
+    assert losses(out) == losses(whole[0])
+
+
 def test_a_drawing_that_a_kill_prevented_is_made(teacher, prompts, settings, whole, tmp_path):
     """Between the last checkpoint and its drawing: what is reported is of the last step."""
     out = tmp_path / "run"
@@ -431,13 +454,14 @@ def test_inputs_are_refused(whole, teacher, prompts, settings, tmp_path):
     )
 
 
-def test_show_config_prints_every_setting(teacher, prompts, tmp_path):
-    arguments = ("--teacher", teacher, "--prompts", prompts, "--out", tmp_path / "x")
-    shown = CliRunner().invoke(
-        app,
-        ["distill", *map(str, arguments), "--show-config", "--set", "seed=7"],
-    )
+def test_show_config_prints_every_setting(tmp_path):
+    shown = CliRunner().invoke(app, ["distill", "--show-config", "--set", "seed=7"])
     path = tmp_path / "shown.yaml"
     path.write_text(shown.stdout)
     assert read_run_config(path) == read_run_config(None, ["seed=7"])
-    assert not (tmp_path / "x").exists()
+
+
+def test_what_a_run_needs_is_named():
+    done = CliRunner().invoke(app, ["distill", "--teacher", "tiny"])
+    assert done.exit_code == 2
+    assert done.stderr == "error: missing: --prompts, --out\n"
