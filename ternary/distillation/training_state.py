@@ -71,6 +71,9 @@ class StateStore:
         try:
             self._apart(save)
         except Exception as error:
+            if jax.process_count() > 1 and _system_says(error) is None:
+                # Another process is gone: that is told by who joined them.
+                raise
             raise self._failed(error) from error
 
     def wait(self) -> None:
@@ -82,6 +85,9 @@ class StateStore:
         try:
             self._apart(self._manager.wait_until_finished)
         except Exception as error:
+            if jax.process_count() > 1 and _system_says(error) is None:
+                # Another process is gone: that is told by who joined them.
+                raise
             raise self._failed(error) from error
 
     def restore(self, like: Any) -> Any:
@@ -219,12 +225,16 @@ def _is_no_lost_task(record: logging.LogRecord) -> bool:
 
 def _reason(error: Exception) -> str:
     """Why a write failed, in the system's words if it is the system that refused."""
+    return _system_says(error) or str(error).split("\n")[0][:200]
+
+
+def _system_says(error: Exception) -> str | None:
     found = re.search(r"os_error_code='(\d+)'", str(error))
     if found:
         return os.strerror(int(found[1]))
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).split("\n")[0][:200]
+    # Of a connection it speaks too.
+    lost = isinstance(error, ConnectionError | TimeoutError)
+    return error.strerror if isinstance(error, OSError) and not lost else None
 
 
 def complete_steps(folder: Path) -> list[int]:

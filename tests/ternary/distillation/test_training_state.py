@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from flux_jax.errors import UserError
 from ternary.distillation.training_state import StateStore
 from tests.jobs import with_devices
 
@@ -91,3 +94,25 @@ def test_closing_does_not_wait_for_ever(tmp_path, monkeypatch):
     before = time.monotonic()
     store.close(0.2)
     assert time.monotonic() - before < 30
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("a barrier timed out"), RuntimeError),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), ConnectionResetError),
+        (OSError(errno.ENOSPC, "No space left on device"), UserError),
+    ],
+)
+def test_that_another_process_is_gone_is_no_failed_write(tmp_path, monkeypatch, error, raised):
+    """It is told by who joined the processes, in other words."""
+
+    def fail(*_, **__):
+        raise error
+
+    store = StateStore(tmp_path / "checkpoints", keep=1)
+    monkeypatch.setattr(store._manager, "save", fail)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(raised):
+        store.save(1, {"a": jnp.zeros(2)})
+    store.close()
