@@ -10,7 +10,8 @@ the rows of other numbers of devices stay, and what compares them is computed an
 
 Distillation: `--steps` training steps with one state a device, split over fsdp. Model-FLOP
 utilisation counts a forward pass for the teacher and three for the student (the gradient is two),
-not the recomputation, against the dense bf16 rate of `transformer_step` on the same kind of device.
+not the recomputation, against the bf16 rate that `transformer_step`'s products reach, each timed
+alone, on the same kind of device.
 
 Drawing: one image split over all devices, and one image a device, 28 steps and the decoder, waited
 for. Prompts are not encoded: their embeddings are random.
@@ -234,7 +235,7 @@ def distill(
         figures["peak"] = Figure(value=peak, unit="GiB", note="largest of all devices")
     if (rate := dense_rate(RESULTS, device_figures()["device"])) is not None and not tiny:
         used = 4 * forward_flops(flux, size) / step / rate
-        figures["utilisation"] = Figure(value=used, unit="share", note="of the dense bf16 rate")
+        figures["utilisation"] = Figure(value=used, unit="share", note="of its products' bf16 rate")
     name = "scaling_distill_tiny" if tiny else "scaling_distill"
     row = row_name(devices, f"fsdp, {optimizer}")
     write(name, row, figures, out=out, base=2, commit=commit)

@@ -49,20 +49,14 @@ def writing(place: Path, kept: str = "") -> Iterator[None]:
         raise UserError(f"{place}: cannot be written: {error.strerror or error}{kept}") from error
 
 
-def partial_path(path: Path) -> Path:
-    """Where `write_whole` writes before it renames, but for the process's number at the end."""
-    return path.with_name(f".{path.name}.partial")
+# What `write_whole` names a file first, and the process. Earlier versions put no process.
+_PARTIAL = re.compile(r"\.(.+)\.partial(?:-(\d+))?")
 
 
 def partial_paths(path: Path) -> set[Path]:
     """Parts of a file that are there, of processes that were killed or write it now."""
-    # Earlier versions put no number.
-    names = re.compile(re.escape(partial_path(path).name) + r"(-\d+)?")
-    return {file for file in path.parent.iterdir() if names.fullmatch(file.name)}
-
-
-# What `write_whole` names a file first, the process in it.
-_PARTIAL = re.compile(r"\..+\.partial-(\d+)")
+    matches = ((file, _PARTIAL.fullmatch(file.name)) for file in path.parent.iterdir())
+    return {file for file, match in matches if match is not None and match[1] == path.name}
 
 
 def clear_partials(folder: Path) -> None:
@@ -73,7 +67,7 @@ def clear_partials(folder: Path) -> None:
     """
     for file in folder.iterdir():
         partial = _PARTIAL.fullmatch(file.name)
-        if partial is not None and not _is_alive(int(partial[1])):
+        if partial is not None and partial[2] and not _is_alive(int(partial[2])):
             with contextlib.suppress(OSError):
                 file.unlink()
 
@@ -102,8 +96,7 @@ def write_whole(path: Path, content: bytes, kept: str = "") -> None:
     Raises:
       UserError: it cannot be written.
     """
-    begin = partial_path(path)
-    partial = begin.with_name(f"{begin.name}-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing(path, kept):
         try:
             with open(partial, "wb") as file:

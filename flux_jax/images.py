@@ -105,7 +105,13 @@ def is_tiled(pixels: int, tiled: bool | None) -> bool:
 
 
 def is_tiled_now(config: AutoencoderConfig, pixels: int, tiled: bool | None) -> bool:
-    """Whether `decode` works in tiles with the memory that the device has left."""
+    """Whether `decode` works in tiles with the memory that the device has left.
+
+    Args:
+      config: of the autoencoder.
+      pixels: of the image.
+      tiled: as `decode` takes it.
+    """
     memory = device_memory()
     is_short = memory is not None and memory[1] < decode_bytes(config, pixels)
     return True if tiled is None and is_short else is_tiled(pixels, tiled)
