@@ -192,7 +192,8 @@ def _store(plan: Plan, refs: Refs, group: Any, y: Any, window: Window) -> None:
         some = y[:, start : start + plan.store]
         some = add_residual(some, refs.operands.residual, here).astype(plan.out_dtype)
         target = refs.y_smem.at[group, part % 2]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        # A tile begins with the first buffer, which the tile before may have ended with.
+        plgpu.wait_smem_to_gmem(min(part, 1), wait_read_only=True)
         store_transposed(target, some, plan.native)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(target, refs.y.at[pl.ds(here.token, plan.store), outputs])

@@ -62,7 +62,8 @@ class Tile:
       store: tokens that are written at once, of a 16-bit result; half as many of a 32-bit one.
       band: tiles that are worked through together, for the cache's sake.
       along_n: whether a band runs along the outputs; along the tokens otherwise.
-      lag: 1 keeps the products of a stage running while the next stage is begun; 0 does not.
+      lag: 1 keeps the products of a stage running while the next stage is begun; 0 does not. With
+        all four planes in a stage, `flight` must then be 3 or less.
       flight: how many of a stage's products may run at once; None for all.
       decode: `CODE`, `SIGN` or `TOP`. `CODE` needs int8 activations whose sums are known and a
         scale that is not per group; elsewhere it is `SIGN`.
@@ -79,6 +80,17 @@ class Tile:
     lag: int = 0
     flight: int | None = None
     decode: str = CODE
+
+    def __post_init__(self) -> None:
+        # The tensor cores read operand A from registers after the instruction has been issued, and
+        # a plane's are written again for the next 256 inputs: nothing but a wait in between keeps
+        # the two apart. With `lag`, a stage's planes and those of the stage before may be running.
+        running = 2 * self.planes - 1 if self.flight is None else self.flight
+        if self.lag and running > 3:
+            raise ValueError(
+                "lag = 1 would decode into registers that running products still read: expected "
+                f"1 or 2 planes, or flight of 3 or less, got {self}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

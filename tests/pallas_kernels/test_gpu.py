@@ -45,7 +45,7 @@ TILES = [
     Tile(decode=SIGN),
     Tile(decode=TOP),
     Tile(along_n=True, band=16),
-    Tile(lag=1),
+    Tile(lag=1, flight=3),
     Tile(planes=2, stages=8, lag=1),
     Tile(tokens=144, stages=3, code_stages=3, store=48, flight=1),
     Tile(rows=64, tokens=64, stages=6),

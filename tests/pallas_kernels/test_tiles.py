@@ -145,6 +145,15 @@ def test_a_tile_that_cannot_be_shared_out_is_refused(sizes, message):
         DirectTile(**sizes)
 
 
+def test_a_tile_that_writes_what_is_being_read_is_refused():
+    """`python -m tools.hazards` found it in the machine code, after a GPU had shown wrong sums."""
+    for fine in ({"planes": 1}, {"planes": 2}, {"flight": 3}, {"planes": 2, "flight": 1}):
+        assert Tile(lag=1, **fine).lag == 1
+    for wrong in ({}, {"flight": 4}, {"rows": 64}):
+        with pytest.raises(ValueError, match="expected 1 or 2 planes, or flight of 3 or less"):
+            Tile(lag=1, **wrong)
+
+
 def test_fewer_tokens_are_cut_into_more_tiles():
     """512 tokens of the largest tile would leave most multiprocessors without work."""
     tile = mosaic_rule(Problem(512, 3072, 3072, 8), 132)
