@@ -11,6 +11,8 @@ from pallas_kernels.packing import GROUP, group_count, packed_width
 from pallas_kernels.reference import Columns
 
 ACTIVATION_BITS = (8, 16)
+# Some kernels sum 64 times what they are to sum: of int8, within int32.
+INT8_INPUTS = (2**31 - 1) // (127 * 64)
 
 
 def check_matmul(
@@ -48,7 +50,12 @@ def check_matmul(
             f"packed must be uint8 (N, Kp), got {packed.dtype} of shape {packed.shape}"
         )
     columns, rows = x.shape[-1], packed.shape[0]
-    _check_inputs(x)
+    _check_width(x)
+    if activation_bits == 8 and columns > INT8_INPUTS:
+        raise ValueError(
+            f"x must have at most {INT8_INPUTS} inputs with 8-bit activations, whose sums are of 32 "
+            f"bits, got {columns}"
+        )
     if packed.shape[1] != packed_width(columns):
         raise ValueError(
             f"packed must have {packed_width(columns)} bytes a row for the {columns} inputs of x, "
@@ -104,13 +111,13 @@ def check_modulation(x: Any, gain: Any, shift: Any) -> None:
         raise ValueError(
             f"x must be floating with at least one axis, got {x.dtype} of shape {x.shape}"
         )
-    _check_inputs(x)
+    _check_width(x)
     for name, value in (("gain", gain), ("shift", shift)):
         if value is not None:
             check_floating(name, value, vector_shapes(x.shape[:-1], x.shape[-1]))
 
 
-def _check_inputs(x: Any) -> None:
+def _check_width(x: Any) -> None:
     if not x.shape[-1]:
         raise ValueError(f"x must have at least one input, got shape {x.shape}")
 

@@ -95,6 +95,8 @@ def why_not(
     version = f"{capability[0]}.{capability[1]}"
     if backend == "mosaic" and capability[0] != 9:
         return f"it needs compute capability 9.x (Hopper), got {version}"
+    if backend == "mosaic" and not describe(device).multiprocessors:
+        return "it needs to know how many multiprocessors there are, which JAX does not say here"
     if backend == "triton" and capability < (8, 0):
         return f"it needs compute capability 8.0 or more, got {version}"
     if backend == "triton" and (missing := missing_triton()):

@@ -67,7 +67,8 @@ def attention_heads(
       NotImplementedError: the backend that is asked for cannot run here; says why.
     """
     _check(projections, cos, sin, heads)
-    flat = [array for projection in projections for array in projection]
+    # Of one type with the tokens, as the kernel's pointers must be; they would be rounded anyway.
+    flat = [array.astype(one.array.dtype) for one in projections for array in one]
     if backend not in (None, "triton", "jax"):
         raise ValueError(f"backend must be None, 'triton' or 'jax', got {backend!r}")
     if backend == "triton" and (reason := why_not(projections[0].array, cos)):

@@ -143,23 +143,21 @@ def signed_product(
     Returns:
       (..., N) float32.
     """
-    leading, columns = x.shape[:-1], x.shape[-1]
-    x2, scale = x.reshape(-1, columns), scale.astype(jnp.float32)
+    scale, outputs = scale.astype(jnp.float32), (*[1] * (x.ndim - 1), -1)
     if scale.ndim < 2:
-        y = _product(x2, signs) * scale.reshape((1, -1))
+        # Leading axes stay apart, see `float_product`.
+        y = _product(x, signs) * scale.reshape(outputs)
     else:
-        y = _grouped(x2, signs, scale)
+        y = _grouped(x.reshape(-1, x.shape[-1]), signs, scale).reshape(*x.shape[:-1], len(signs))
     if token_scale is not None:
-        y = y * token_scale.astype(jnp.float32).reshape((-1, 1))
-    if bias is not None:
-        y = y + bias.astype(jnp.float32).reshape((1, -1))
-    return y.reshape(*leading, signs.shape[0])
+        y = y * token_scale.astype(jnp.float32)[..., None]
+    return y if bias is None else y + bias.astype(jnp.float32).reshape(outputs)
 
 
 def _product(x: Array, signs: Array) -> Array:
     """`x @ signs.T`, in int32 or float32, as float32."""
     if jnp.issubdtype(x.dtype, jnp.integer):
-        return _contract(x, signs, [1], [1], jnp.int32).astype(jnp.float32)
+        return _contract(x, signs, [x.ndim - 1], [1], jnp.int32).astype(jnp.float32)
     return float_product(x, signs)
 
 

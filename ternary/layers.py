@@ -18,6 +18,7 @@ from flux_jax.layers import AnyLinear, Axes, DType, Linear, weight_axes
 from flux_jax.partition import is_gathered, product_on_mesh
 from pallas_kernels import pack_codes, packed_width, unpack_codes
 from pallas_kernels.reference import signed_product
+from pallas_kernels.rounding import rounded
 from ternary.config import QuantConfig, scale_shape
 from ternary.fused import Weights, product
 from ternary.quantize import (
@@ -156,9 +157,9 @@ class FakeTernaryLinear(AnyLinear):
     """A linear that is ternary in the forward pass and keeps latent weights; for training.
 
     Its result is that of the `TernaryLinear` from `freeze`: the same integers are multiplied, as
-    floats, and the scales are rounded as they will be stored. Only gate and residual, which the
-    packed layer adds before it rounds, are added after it here. Gradients go straight through both
-    roundings.
+    floats, and scales and bias are rounded as they will be stored. Only what comes after the sums,
+    which the packed layer computes before it rounds, comes after the rounding here: gate and
+    residual, and GELU with 16-bit activations. Gradients go straight through both roundings.
 
     Attributes:
       weight: (N, K) latent weights, of any floating dtype.
@@ -238,7 +239,10 @@ class FakeTernaryLinear(AnyLinear):
     def quantization_scale(self) -> Float[Array, "*scale"]:
         """The scale in use, float32, rounded as it is stored; differentiable where learned."""
         if self.log_scale is not None:
-            return round_scale(jnp.exp(self.log_scale[...]))
+            scale = jnp.exp(self.log_scale[...])
+            # At 0 no gradient would reach the weight or the scale again.
+            scale = scale + jax.lax.stop_gradient(jnp.maximum(_SMALLEST - scale, 0))
+            return round_scale(scale)
         latent = jax.lax.stop_gradient(self.weight[...])
         return fit_scale(latent, self.config.granularity, self.config.refit_steps)
 
@@ -261,7 +265,9 @@ class FakeTernaryLinear(AnyLinear):
         # Integers of at most 127 are exact in bf16, and so is everything that is summed.
         axes, gather = weight_axes(self.weight), is_gathered(x)
         signs: Array = straight_through_signs(self.weight[...], scale, axes, gather)
-        bias = None if self.bias is None else self.bias[...].astype(self.dtype)
+        bias = (
+            None if self.bias is None else rounded(self.bias[...].astype(jnp.float32), self.dtype)
+        )
 
         def product(x: Array, signs: Array) -> Array:
             if self.config.activation_bits == 16:

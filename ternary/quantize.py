@@ -26,6 +26,7 @@ from flux_jax.errors import UserError
 from flux_jax.layers import Axes
 from flux_jax.partition import constrain
 from pallas_kernels import GROUP, group_count, quantize_activations
+from pallas_kernels.rounding import rounded
 from ternary.exchange import gather_signs
 
 Scale = Float[Array, ""] | Float[Array, " N"] | Float[Array, "N G"]
@@ -37,8 +38,7 @@ def round_scale(scale: Scale) -> Scale:
     Beyond float16's range is infinity, which the writer refuses.
     """
     scale = scale.astype(jnp.float32)
-    stored = scale.astype(jnp.float16).astype(jnp.float32)
-    return scale + jax.lax.stop_gradient(stored - scale)
+    return scale + jax.lax.stop_gradient(rounded(scale, jnp.float16) - scale)
 
 
 def spread_scale(scale: Scale, shape: tuple[int, ...]) -> Float[Array, "N K"]:
@@ -115,7 +115,7 @@ def straight_through_signs(
 
     Args:
       weight: latent weights.
-      scale: of the weight.
+      scale: as `ternary_signs` takes it.
       axes: the logical names of the weight's dimensions. Each device takes its part of the
         gradient.
       gather: whether devices that share the weight by `fsdp` exchange their parts, as packed codes

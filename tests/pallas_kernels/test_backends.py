@@ -45,6 +45,7 @@ def _triton_is_there(monkeypatch):
         (gpu("8.6"), BF16, BF16, 8, "triton"),
         (gpu("8.9"), BF16, BF16, 16, "triton"),
         (gpu("10.0"), BF16, BF16, 8, "triton"),
+        (gpu("9.0", cores=None), BF16, BF16, 8, "triton"),
         (gpu("7.5"), BF16, BF16, 8, "jax"),
         (gpu("gfx942"), BF16, BF16, 8, "jax"),
         (CPU, BF16, BF16, 8, "jax"),
@@ -57,6 +58,7 @@ def test_the_first_that_can_run(device, x_dtype, out_dtype, bits, expected):
 @pytest.mark.parametrize(
     ("backend", "device", "x_dtype", "bits", "message"),
     [
+        ("mosaic", gpu("9.0", cores=None), BF16, 8, "needs to know how many multiprocessors"),
         ("mosaic", CPU, BF16, 8, "'mosaic' cannot run.*needs an NVIDIA GPU, got the cpu device"),
         ("mosaic", gpu("8.6"), BF16, 8, r"compute capability 9.x \(Hopper\), got 8.6"),
         ("triton", gpu("7.5"), BF16, 8, "compute capability 8.0 or more, got 7.5"),

@@ -156,3 +156,16 @@ def test_kernel_rounds_where_plain_jax_does(dtype, lengths, heads, width):
         allow_int=True,
     )(projections)
     assert jnp.isfinite(grad[0].array.astype(jnp.float32)).all()
+
+
+@pytest.mark.gpu
+def test_scales_of_other_types():
+    """Those of one projection in float32, of the other as the tokens: one kernel's pointers."""
+    projections, cos, sin = inputs((5, 9), width=64, dtype="bfloat16")
+    if reason := heads_module.why_not(projections[0].array, cos):
+        pytest.skip(reason)
+    wide = projections[0]._replace(q_scale=projections[0].q_scale.astype(jnp.float32))
+    found = attention_heads([wide, projections[1]], cos, sin, heads=3, backend="triton")
+    wanted = attention_heads(projections, cos, sin, heads=3, backend="triton")
+    for one, other in zip(found, wanted, strict=True):
+        assert jnp.array_equal(one, other)

@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import (
     Columns,
     group_count,
     normalize_and_quantize,
     pack_codes,
+    packed_width,
     quantize_activations,
     quantize_columns,
     ternary_matmul,
 )
-from pallas_kernels.arguments import check_matmul, check_modulation
+from pallas_kernels.arguments import INT8_INPUTS, check_matmul, check_modulation
 from pallas_kernels.reference import float_product, signed_product
 
 GRANULARITIES = ("tensor", "channel", "group")
@@ -492,3 +494,26 @@ def test_gradients_in_float16_do_not_vanish():
     of_x, of_weight = pull(jnp.full((2, 32), 1e-8, jnp.float32))
     assert of_x.dtype == of_weight.dtype == jnp.float16
     np.testing.assert_allclose(np.asarray(of_x, np.float64), 32e-8, rtol=0.1)
+
+
+def test_sums_that_32_bits_may_not_hold_are_refused():
+    k = INT8_INPUTS + 1
+    x, packed = jnp.zeros((1, k)), jnp.zeros((1, packed_width(k)), jnp.uint8)
+    with pytest.raises(ValueError, match=f"at most {INT8_INPUTS} inputs .* got {k}"):
+        ternary_matmul(x, packed, jnp.ones(()), activation_bits=8)
+    assert ternary_matmul(x, packed, jnp.ones(()), activation_bits=16).shape == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_rows_that_lie_on_several_devices_stay_there(dtype):
+    """Merged, the axes of a mesh would be gathered."""
+    mesh = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+    place = NamedSharding(mesh, PartitionSpec("data", "sequence", None))
+    x = jax.device_put(jnp.ones((2, 4, 128), dtype), place)
+    signs, scales = jnp.ones((8, 128), dtype), jnp.ones((2, 4))
+    tokens = jax.device_put(scales, NamedSharding(mesh, PartitionSpec("data", "sequence")))
+    compiled = jax.jit(signed_product).lower(x, signs, jnp.ones(8), jnp.ones(8), tokens).compile()
+    assert "all-gather" not in compiled.as_text()
+    y = compiled(x, signs, jnp.ones(8), jnp.ones(8), tokens)
+    assert y.sharding.is_equivalent_to(place, y.ndim)
+    np.testing.assert_array_equal(np.asarray(y), 129.0)

@@ -170,6 +170,16 @@ def test_every_parameter_learns():
         assert np.asarray(grad).any(), name
 
 
+def test_a_learned_scale_that_vanishes_goes_on_learning():
+    fake = FakeTernaryLinear.from_linear(linear(), QuantConfig(learned_scale=True))
+    fake.log_scale[...] = jnp.full_like(fake.log_scale[...], -40.0)
+    rebuild, flat = split_flat(fake)
+    np.testing.assert_array_equal(np.asarray(fake.freeze().scale[...], np.float32), 2.0**-24)
+    grads = jax.grad(lambda flat: jnp.sum(jnp.sin(rebuild(flat)(activations()))))(flat)
+    assert np.asarray(grads["weight"]).any()
+    assert np.asarray(grads["log_scale"]).any()
+
+
 def test_latent_gradient_is_that_of_a_dense_weight():
     """Straight through: `dw = dy.T @ x`, also for weights beyond the scale."""
     fake = FakeTernaryLinear.from_linear(linear(), QuantConfig())

@@ -95,11 +95,17 @@ def test_weights_of_zero(granularity):
     assert np.isfinite(np.asarray(jax.grad(lambda w: fake_quantize(w, scale).sum())(w))).all()
 
 
-def test_scale_is_rounded_as_it_is_stored():
-    scale = round_scale(jnp.asarray([0.1, 0.02345]))
-    np.testing.assert_array_equal(
-        np.asarray(scale), np.asarray([0.1, 0.02345], np.float16).astype(np.float32)
-    )
+@pytest.mark.parametrize("where", ["anywhere", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_scale_is_rounded_as_it_is_stored(where):
+    """Compiled too: XLA for a GPU takes a conversion to float16 and back out of a program."""
+    assert where in ("anywhere", jax.default_backend())
+    scales = np.asarray([0.1, 0.02345, 3e-5, 2.0**-24], np.float32)
+    for compute in (round_scale, jax.jit(round_scale)):
+        found = np.asarray(compute(jnp.asarray(scales)))
+        np.testing.assert_array_equal(found, scales.astype(np.float16).astype(np.float32))
+    w = weight()
+    scale = np.asarray(fit_scale(w, "channel"))
+    np.testing.assert_array_equal(scale, scale.astype(np.float16).astype(np.float32))
     assert float(jax.grad(lambda s: round_scale(s).sum())(jnp.float32(0.1))) == 1.0
 
 
