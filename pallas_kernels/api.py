@@ -52,7 +52,8 @@ def ternary_matmul(
 
     Some kernels with 16-bit activations sum twice the products: beyond 1.7e38 x becomes inf.
     Every backend takes every kind of scale and every option, any M, N and K (of 8-bit activations
-    up to 264,208). Results have 16 or 32 bits; other types only in plain JAX. A scale per group costs Mosaic most of what int8 gains.
+    up to 264,208). Results have 16 or 32 bits; other types only in plain JAX. A scale per group
+    costs Mosaic most of what int8 gains.
 
     Differentiable in everything floating. The gradient is that of the product with 16-bit
     activations: the rounding to int8 counts as the identity. Under `vmap`, a batch of x,

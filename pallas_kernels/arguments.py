@@ -53,8 +53,8 @@ def check_matmul(
     _check_width(x)
     if activation_bits == 8 and columns > INT8_INPUTS:
         raise ValueError(
-            f"x must have at most {INT8_INPUTS} inputs with 8-bit activations, whose sums are of 32 "
-            f"bits, got {columns}"
+            f"x must have at most {INT8_INPUTS} inputs with 8-bit activations, whose sums are of "
+            f"32 bits, got {columns}"
         )
     if packed.shape[1] != packed_width(columns):
         raise ValueError(
