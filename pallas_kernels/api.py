@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 from pallas_kernels import reference
 from pallas_kernels.arguments import check_columns, check_matmul, check_modulation
 from pallas_kernels.backends import choose, describe, device_of, is_spread
+from pallas_kernels.operands import PER_ROW, PER_RUN, Operands
 from pallas_kernels.reference import Activations, Columns, Quantized, Scale
 from pallas_kernels.tile_table import Device
 from pallas_kernels.transforms import differentiable, foldable
@@ -107,8 +108,8 @@ def ternary_matmul(
     out_dtype = jnp.dtype(out_dtype)
     device = device_of(x)
     u, v = low_rank or (None, None)
-    arrays = (x, packed, scale, bias, token_scale, row_sum, gate, residual, u, v)
-    if backend is None and is_spread(*arrays):
+    operands = Operands(scale, bias, token_scale, row_sum, gate, residual, u, v)
+    if backend is None and is_spread(x, packed, *operands):
         name = "jax"
     else:
         name = choose(backend, device, x.dtype, out_dtype, activation_bits)
@@ -118,21 +119,13 @@ def ternary_matmul(
     product = _product(name, activation_bits, out_dtype, gelu, describe(device))
     rows, outputs = math.prod(x.shape[:-1]), packed.shape[0]
 
-    def flat(value: Any, *shape: int) -> Any:
-        return None if value is None else value.reshape(*shape)
+    def flat(value: Any) -> Any:
+        leading = x.ndim - 1
+        return None if value is None else value.reshape(rows, *value.shape[leading:])
 
-    y = product(
-        x.reshape(rows, x.shape[-1]),
-        packed,
-        scale,
-        bias,
-        flat(token_scale, rows),
-        _stacked(gate),
-        flat(residual, rows, outputs),
-        None if u is None else u.reshape(rows, u.shape[-1]),
-        v,
-        flat(row_sum, rows),
-    )
+    flattened = {name: flat(getattr(operands, name)) for name in PER_ROW}
+    operands = operands._replace(**flattened, gate=_stacked(gate))
+    y = product(flat(x), packed, *operands)
     return y.reshape(*x.shape[:-1], outputs)
 
 
@@ -242,27 +235,33 @@ def _backend_of_rows(arrays: Sequence[Any], backend: str | None) -> tuple[str, D
 
 @functools.cache
 def _product(backend: str, activation_bits: int, out_dtype: Any, gelu: bool, device: Device) -> Any:
-    """The product of x (M, K) on one backend, with its gradient and its rule for vmap."""
+    """The product of x (M, K), packed and `Operands`, one by one, on one backend.
+
+    With its gradient and its rule for vmap.
+    """
     bits: dict[str, Any] = {"activation_bits": activation_bits, "gelu": gelu}
 
-    def plain(*arrays: Any) -> Any:
-        return reference.ternary_matmul(*arrays[:-1], **bits).astype(out_dtype)
+    def plain(x: Any, packed: Any, *others: Any) -> Any:
+        return reference.ternary_matmul(x, packed, Operands(*others), **bits).astype(out_dtype)
 
-    def kernel(*arrays: Any) -> Any:
+    def kernel(x: Any, packed: Any, *others: Any) -> Any:
         if backend == "triton":
             from pallas_kernels import triton_matmul as module
         else:
             from pallas_kernels import mosaic as module
-        return module.ternary_matmul(*arrays, **bits, out_dtype=out_dtype, device=device)
+        settings = {**bits, "out_dtype": out_dtype, "device": device}
+        return module.ternary_matmul(x, packed, Operands(*others), **settings)
 
-    def straight_through(x: Any, *others: Any) -> Any:
+    def straight_through(x: Any, packed: Any, *others: Any) -> Any:
         through = 8 if x.dtype == jnp.int8 else 16
-        y = reference.ternary_matmul(x, *others[:-1], activation_bits=through, gelu=gelu)
-        return y.astype(out_dtype)
+        settings = {"activation_bits": through, "gelu": gelu}
+        return reference.ternary_matmul(x, packed, Operands(*others), **settings).astype(out_dtype)
 
-    # x, token_scale, residual, u and row_sum have rows, and gates runs of them. Plain JAX is
-    # batched by JAX.
-    fold = functools.partial(foldable, per_row=(0, 4, 6, 7, 9), per_run=(5,))
+    def places(names: Sequence[str]) -> tuple[int, ...]:
+        return tuple(2 + Operands._fields.index(name) for name in names)
+
+    # Plain JAX is batched by JAX.
+    fold = functools.partial(foldable, per_row=(0, *places(PER_ROW)), per_run=places(PER_RUN))
     compute = plain if backend == "jax" else _lowered_once(fold(kernel))
     return differentiable(compute, straight_through)
 

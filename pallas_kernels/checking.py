@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import reference
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import GROUP, group_count, pack_codes
 from pallas_kernels.tile_table import Device
 from pallas_kernels.tiles import Tile
@@ -273,6 +274,12 @@ def poison(shape: tuple[int, ...], dtype: str) -> None:
     jax.block_until_ready(full)
 
 
+def arguments(arrays: Arrays) -> tuple[Any, Any, Operands]:
+    """x, packed and the rest, as the backends take them, of `make`'s arrays but the codes."""
+    others = {name: value for name, value in arrays.items() if name not in ("x", "packed")}
+    return arrays["x"], arrays["packed"], Operands(**others)
+
+
 def public_op(backend: str) -> Callable[..., Any]:
     """`ternary_matmul` on one backend, as `check` wants it."""
     from pallas_kernels.api import ternary_matmul
@@ -313,7 +320,7 @@ def interpreted_mosaic() -> Callable[..., Any]:
             # Rows of inf and NaN, for NumPy, which multiplies in the place of the tensor cores.
             warnings.filterwarnings("ignore", "invalid value", RuntimeWarning)
             y = mosaic.ternary_matmul(
-                **arrays,
+                *arguments(arrays),
                 activation_bits=case.activation_bits,
                 out_dtype=case.out_dtype,
                 gelu=case.gelu,

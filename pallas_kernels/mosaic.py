@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import reference
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import BLOCK_CODES, GROUP, packed_width
 from pallas_kernels.reference import Activations, Columns, Quantized, Scale
 from pallas_kernels.tile_table import Device, mosaic_tile
@@ -44,14 +45,7 @@ def _in_32_bits(function: Callable[..., Any]) -> Callable[..., Any]:
 def ternary_matmul(
     x: Activations,
     packed: UInt8[Array, "N Kp"],
-    scale: Scale,
-    bias: Float[Array, " N"] | None = None,
-    token_scale: Float[Array, " M"] | None = None,
-    gate: Float[Array, "B N"] | None = None,
-    residual: Float[Array, "M N"] | None = None,
-    u: Float[Array, "M R"] | None = None,
-    v: Float[Array, "N R"] | None = None,
-    row_sum: Int32[Array, " M"] | None = None,
+    operands: Operands,
     *,
     activation_bits: int,
     out_dtype: Any,
@@ -71,26 +65,31 @@ def ternary_matmul(
       (M, N) of `out_dtype`.
     """
     from pallas_kernels.mosaic_direct import product_direct
-    from pallas_kernels.mosaic_epilogue import Operands
     from pallas_kernels.mosaic_few import product_few
     from pallas_kernels.mosaic_matmul import decodes_to, product
 
     (m, k), n = x.shape, packed.shape[0]
-    grouped = scale.ndim == 2
-    if activation_bits == 8 and token_scale is None:
+    grouped = operands.scale.ndim == 2
+    if activation_bits == 8 and operands.token_scale is None:
         whole = [Columns(x, 0, k)]
         x, token_scale, row_sum = quantize(whole, device=device, interpret=interpret)
+        operands = operands._replace(token_scale=token_scale, row_sum=row_sum)
     chosen = tile or mosaic_tile(Problem(m, n, k, activation_bits, grouped), device)
+    u, gate = operands.u, operands.gate
     branch = u is not None and not takes_branch(chosen, u, activation_bits)
     # A tile has one gate, and the few rows' kernel reads a residual by pairs of outputs.
     gates = gate is not None and len(gate) > 1 and m // len(gate) % chosen.tokens
-    odd = residual is not None and isinstance(chosen, DirectTile) and n % 2
+    odd = operands.residual is not None and isinstance(chosen, DirectTile) and n % 2
     if branch or gates or odd:
         # XLA multiplies and adds.
+        later = Operands(gate=gate, residual=operands.residual)
+        now = operands._replace(gate=None, residual=None)
+        if branch:
+            later, now = later._replace(u=u, v=operands.v), now._replace(u=None, v=None)
         y = ternary_matmul(
-            *(x, packed, scale, bias, token_scale, None, None),
-            *((None, None) if branch else (u, v)),
-            row_sum,
+            x,
+            packed,
+            now,
             activation_bits=activation_bits,
             out_dtype=jnp.float32,
             device=device,
@@ -98,18 +97,12 @@ def ternary_matmul(
             interpret=interpret,
             tile=tile,
         )
-        if branch:
-            return reference.finished(y, gate, residual, u, v, gelu=gelu).astype(out_dtype)
-        return reference.add_gated(y, gate, residual).astype(out_dtype)
-    tile = chosen
-    operands = Operands(
-        scale=kernel_scale(scale, n, k),
-        bias=bias,
+        return reference.finished(y, later, gelu=gelu and branch).astype(out_dtype)
+    tile, row_sum, token_scale = chosen, operands.row_sum, operands.token_scale
+    operands = operands._replace(
+        scale=kernel_scale(operands.scale, n, k),
         token_scale=None if token_scale is None else token_scale.astype(jnp.float32),
-        gate=gate,
-        residual=residual,
-        u=u,
-        v=v,
+        row_sum=None,
     )
     settings = {"out_dtype": jnp.dtype(out_dtype), "gelu": gelu, "interpret": interpret}
     if isinstance(tile, DirectTile):

@@ -19,7 +19,6 @@ from pallas_kernels.mosaic_api import pl, plgpu, product_kernel, read
 from pallas_kernels.mosaic_decode import decode_plane, unscaled
 from pallas_kernels.mosaic_epilogue import (
     LAYOUT,
-    Operands,
     Window,
     activated,
     add_residual,
@@ -33,6 +32,7 @@ from pallas_kernels.mosaic_warp import (
     write_partial_sums,
     write_result,
 )
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 from pallas_kernels.tiles import SHARED, TOP, DirectTile, shared_row
 

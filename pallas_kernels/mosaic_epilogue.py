@@ -8,69 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_api import load, pl, plgpu, read, transpose_ref
+from pallas_kernels.operands import Operands
 from pallas_kernels.reference import GELU_CUBIC, GELU_SLOPE
 
 LAYOUT = plgpu.Layout.WGMMA
-
-
-class Operands(NamedTuple):
-    """Arrays outside of a kernel, references to them inside; None for what there is not.
-
-    Attributes:
-      scale: (N,), or (G, N) for a scale per group.
-      bias: (N,).
-      token_scale: (M,) float32, of int8 activations.
-      row_sum: (M,) int32, the sums of int8 activations; if the weight is decoded to codes.
-      gate: (B, N), a factor for each of B equal runs of tokens.
-      residual: (M, N), a summand.
-      u, v: (M, R) and (N, R) bfloat16; `u @ v.T` is a summand beside the bias.
-    """
-
-    scale: Any = None
-    bias: Any = None
-    token_scale: Any = None
-    row_sum: Any = None
-    gate: Any = None
-    residual: Any = None
-    u: Any = None
-    v: Any = None
-
-    def given(self) -> list[Any]:
-        """What there is, in order."""
-        return [value for value in self if value is not None]
-
-    def take(self, refs: list[Any]) -> Operands:
-        """References in place of what there is; they are removed from the front of `refs`."""
-        return Operands(*(None if value is None else refs.pop(0) for value in self))
-
-    def run(self, tokens: int) -> int:
-        """How many of `tokens` share a gate."""
-        return tokens if self.gate is None else tokens // len(self.gate)
-
-    def padded(self, tokens: int, outputs: int) -> Operands:
-        """With zeros up to `tokens` and `outputs`: kernels read whole tiles of these.
-
-        But of u and v, which the copy engine reads.
-        """
-
-        def pad(value: Any, *sizes: int) -> Any:
-            if value is None:
-                return None
-            first = value.ndim - len(sizes)
-            more = [(0, 0)] * first + [
-                (0, max(size - old, 0))
-                for size, old in zip(sizes, value.shape[first:], strict=True)
-            ]
-            return jnp.pad(value, more) if any(after for _, after in more) else value
-
-        return self._replace(
-            scale=pad(self.scale, outputs),
-            bias=pad(self.bias, outputs),
-            token_scale=pad(self.token_scale, tokens),
-            row_sum=pad(self.row_sum, tokens),
-            gate=pad(self.gate, outputs),
-            residual=pad(self.residual, tokens, outputs),
-        )
 
 
 class Window(NamedTuple):

@@ -29,12 +29,12 @@ from pallas_kernels.mosaic_api import (
 from pallas_kernels.mosaic_decode import decode_plane, packed_layout, unscaled
 from pallas_kernels.mosaic_epilogue import (
     LAYOUT,
-    Operands,
     Window,
     activated,
     add_residual,
     scaled,
 )
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 from pallas_kernels.tiles import TOP, FewTile
 

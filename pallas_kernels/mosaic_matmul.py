@@ -19,7 +19,7 @@ from pallas_kernels.mosaic_api import (
     whole,
     whole_tiles,
 )
-from pallas_kernels.mosaic_epilogue import Operands, Window, activated, add_residual, scaled
+from pallas_kernels.mosaic_epilogue import Window, activated, add_residual, scaled
 from pallas_kernels.mosaic_pipeline import (
     COMPUTE,
     COMPUTE_REGISTERS,
@@ -30,6 +30,7 @@ from pallas_kernels.mosaic_pipeline import (
     grouped_sums,
     sums,
 )
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 from pallas_kernels.tiles import CODE, LOW_RANK, SIGN, Tile, fit_store
 

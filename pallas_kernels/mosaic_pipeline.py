@@ -22,7 +22,8 @@ from jax import lax
 
 from pallas_kernels.mosaic_api import accumulator, multiply, multiply_onto, pl, plgpu, read
 from pallas_kernels.mosaic_decode import decode_plane, packed_layout, unscaled
-from pallas_kernels.mosaic_epilogue import LAYOUT, Operands, Window
+from pallas_kernels.mosaic_epilogue import LAYOUT, Window
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import BLOCK_BYTES, BLOCK_CODES
 from pallas_kernels.tiles import LOW_RANK, Tile, low_rank_rows, low_rank_stages
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import GROUP, unpack_codes
 
 Signed = Float[Array, "N K"] | Int8[Array, "N K"]
@@ -219,38 +220,27 @@ def _grouped(x: Array, signs: Array, scale: Array) -> Array:
 def ternary_matmul(
     x: Float[Array, "M K"] | Int8[Array, "M K"],
     packed: UInt8[Array, "N Kp"],
-    scale: Scale,
-    bias: Float[Array, " N"] | None = None,
-    token_scale: Float[Array, " M"] | None = None,
-    gate: Float[Array, "B N"] | None = None,
-    residual: Float[Array, "M N"] | None = None,
-    u: Float[Array, "M R"] | None = None,
-    v: Float[Array, "N R"] | None = None,
+    operands: Operands,
     *,
     activation_bits: int,
     gelu: bool = False,
 ) -> Float[Array, "M N"]:
     """`pallas_kernels.ternary_matmul` before its last rounding, from checked arguments: float32."""
-    codes = unpack_codes(packed, x.shape[-1])
+    codes, token_scale = unpack_codes(packed, x.shape[-1]), operands.token_scale
     if activation_bits == 8 and token_scale is None:
         x, token_scale, _ = quantize_activations(x)
-    y = signed_product(x, codes.astype(x.dtype) - 1, scale, bias, token_scale)
-    return finished(y, gate, residual, u, v, gelu=gelu)
+    signs = codes.astype(x.dtype) - 1
+    y = signed_product(x, signs, operands.scale, operands.bias, token_scale)
+    return finished(y, operands, gelu=gelu)
 
 
 def finished(
-    y: Float[Array, "M N"],
-    gate: Float[Array, "B N"] | None,
-    residual: Float[Array, "M N"] | None,
-    u: Float[Array, "M R"] | None = None,
-    v: Float[Array, "N R"] | None = None,
-    *,
-    gelu: bool = False,
+    y: Float[Array, "M N"], operands: Operands, *, gelu: bool = False
 ) -> Float[Array, "M N"]:
-    """`residual + gate * gelu(y + u @ v.T)` in float32, with what is given."""
-    if u is not None and v is not None:
-        y = y + float_product(u, v)
-    return add_gated(tanh_gelu(y) if gelu else y, gate, residual)
+    """`residual + gate * gelu(y + u @ v.T)` in float32, with what is given of these."""
+    if operands.u is not None:
+        y = y + float_product(operands.u, operands.v)
+    return add_gated(tanh_gelu(y) if gelu else y, operands.gate, operands.residual)
 
 
 def add_gated(

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int8, UInt8
 
 from pallas_kernels import reference
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import BLOCK_BYTES
-from pallas_kernels.reference import Activations, Scale
+from pallas_kernels.reference import Activations
 from pallas_kernels.tile_table import Device, triton_tile
 from pallas_kernels.tiles import Problem, TritonTile
 
@@ -59,14 +60,7 @@ def settings(
 def product(
     x: Float[Array, "M K"] | Int8[Array, "M K"],
     packed: UInt8[Array, "N Kp"],
-    scale: Float[Array, " N"] | Float[Array, "N G"],
-    bias: Float[Array, " N"] | None = None,
-    token_scale: Float[Array, " M"] | None = None,
-    row_sum: Int32[Array, " M"] | None = None,
-    gate: Float[Array, "B N"] | None = None,
-    residual: Float[Array, "M N"] | None = None,
-    u: Float[Array, "M R"] | None = None,
-    v: Float[Array, "N R"] | None = None,
+    operands: Operands,
     *,
     out_dtype: Any,
     tile: TritonTile,
@@ -76,9 +70,8 @@ def product(
 
     Args:
       x: int8 with `token_scale`, or 16-bit; K is four times Kp.
-      scale: float32; per group with two columns for each block of 256 inputs.
-      row_sum: of int8 x; with it codes are decoded, without it signs.
-      u, v: of one 16-bit type.
+      operands: the scale float32 (N,), or (N, G) with two columns for each block of 256 inputs;
+        with `row_sum` codes are decoded, without it signs; u and v of one 16-bit type.
       out_dtype: of the result.
       tile: how the product is cut up.
       gelu: GELU in its tanh form, before the gate.
@@ -93,13 +86,12 @@ def product(
 
     m, (n, width) = x.shape[0], packed.shape
     # Triton wants a pointer where there is nothing to read.
-    given = (bias, token_scale, row_sum, gate, residual, u, v)
-    others = [scale if array is None else array for array in given]
+    scale = operands.scale
+    pointers = [scale if array is None else array for array in operands]
     return jax_triton.triton_call(
         x,
         packed,
-        scale,
-        *others,
+        *pointers,
         m,
         width // BLOCK_BYTES,
         kernel=triton_kernels.multiply_few if tile.split else triton_kernels.multiply_many,
@@ -112,13 +104,13 @@ def product(
             n=n,
             width=width,
             exact=x.dtype == jnp.int8,
-            codes=row_sum is not None,
+            codes=operands.row_sum is not None,
             grouped=scale.ndim == 2,
-            bias=bias is not None,
-            rank=0 if u is None else u.shape[1],
+            bias=operands.bias is not None,
+            rank=0 if operands.u is None else operands.u.shape[1],
             gelu=gelu,
-            gates=0 if gate is None else len(gate),
-            residual=residual is not None,
+            gates=0 if operands.gate is None else len(operands.gate),
+            residual=operands.residual is not None,
         ),
     )
 
@@ -126,14 +118,7 @@ def product(
 def ternary_matmul(
     x: Activations,
     packed: UInt8[Array, "N Kp"],
-    scale: Scale,
-    bias: Float[Array, " N"] | None = None,
-    token_scale: Float[Array, " M"] | None = None,
-    gate: Float[Array, "B N"] | None = None,
-    residual: Float[Array, "M N"] | None = None,
-    u: Float[Array, "M R"] | None = None,
-    v: Float[Array, "N R"] | None = None,
-    row_sum: Int32[Array, " M"] | None = None,
+    operands: Operands,
     *,
     activation_bits: int,
     out_dtype: Any,
@@ -147,10 +132,11 @@ def ternary_matmul(
       device: what the tile is chosen for.
       tile: None takes the table's, or what the rules say.
     """
-    (m, k), (n, width) = x.shape, packed.shape
+    (m, k), (n, width), scale = x.shape, packed.shape, operands.scale
     tile = tile or triton_tile(Problem(m, n, k, activation_bits, scale.ndim == 2), device)
-    if activation_bits == 8 and token_scale is None:
+    if activation_bits == 8 and operands.token_scale is None:
         x, token_scale, row_sum = reference.quantize_activations(x)
+        operands = operands._replace(token_scale=token_scale, row_sum=row_sum)
     if k < width * 4:
         # Rows of whole blocks: their ends need no mask, and each begins where wide loads may.
         x = jnp.pad(x, ((0, 0), (0, width * 4 - k)))
@@ -159,15 +145,14 @@ def ternary_matmul(
         scale = jnp.broadcast_to(scale.reshape(-1), (n,))
     else:
         scale = jnp.pad(scale, ((0, 0), (0, width // 32 - scale.shape[1])))
-    if token_scale is not None:
-        token_scale = token_scale.astype(jnp.float32)
-    if scale.ndim == 2:
         # The sums of its groups are not known.
-        row_sum = None
-    first = (x, packed, scale, bias, token_scale, row_sum)
-    if u is None or v is None or u.dtype.itemsize == 2:
-        options: dict[str, Any] = {"out_dtype": out_dtype, "tile": tile, "gelu": gelu}
-        return product(*first, gate, residual, u, v, **options)
+        operands = operands._replace(row_sum=None)
+    if operands.token_scale is not None:
+        operands = operands._replace(token_scale=operands.token_scale.astype(jnp.float32))
+    operands = operands._replace(scale=scale)
+    if operands.u is None or operands.u.dtype.itemsize == 2:
+        return product(x, packed, operands, out_dtype=out_dtype, tile=tile, gelu=gelu)
     # XLA multiplies and adds: the kernel takes 16 bits.
-    y = product(*first, out_dtype=jnp.float32, tile=tile)
-    return reference.finished(y, gate, residual, u, v, gelu=gelu).astype(out_dtype)
+    now = operands._replace(gate=None, residual=None, u=None, v=None)
+    y = product(x, packed, now, out_dtype=jnp.float32, tile=tile)
+    return reference.finished(y, operands, gelu=gelu).astype(out_dtype)

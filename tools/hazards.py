@@ -160,29 +160,30 @@ def _compile(tile: Any, bits: int, grouped: bool, rank: int, device: Any, card: 
     from jax.sharding import SingleDeviceSharding
 
     from pallas_kernels import mosaic
+    from pallas_kernels.operands import Operands
     from pallas_kernels.packing import GROUP
 
     m, n, k = 40 if not hasattr(tile, "rows") else 2500, 4000, 1024
     shapes = {
-        "x": ((m, k), jnp.bfloat16),
-        "packed": ((n, k // 4), jnp.uint8),
         "scale": ((n, k // GROUP) if grouped else (n,), jnp.float16),
         "bias": ((n,), jnp.bfloat16),
     }
     if rank:
         shapes |= {"u": ((m, rank), jnp.bfloat16), "v": ((n, rank), jnp.bfloat16)}
     place = SingleDeviceSharding(card)
-    arguments = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-        for name, (shape, dtype) in shapes.items()
-    }
 
-    def product(arguments: dict[str, Any]) -> Any:
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    operands = Operands(**{name: array(*shape) for name, shape in shapes.items()})
+    arguments = array((m, k), jnp.bfloat16), array((n, k // 4), jnp.uint8), operands
+
+    def product(*arguments: Any) -> Any:
         return mosaic.ternary_matmul(
-            **arguments, activation_bits=bits, out_dtype="bfloat16", device=device, tile=tile
+            *arguments, activation_bits=bits, out_dtype="bfloat16", device=device, tile=tile
         )
 
-    jax.jit(product).trace(arguments).lower(lowering_platforms=("cuda",)).compile()
+    jax.jit(product).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
 
 
 def main() -> None:

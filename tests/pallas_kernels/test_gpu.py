@@ -23,7 +23,7 @@ from pallas_kernels import (
     tile_table,
 )
 from pallas_kernels.backends import describe, device_of, why_not
-from pallas_kernels.checking import CASES, Case, check, make, public_op
+from pallas_kernels.checking import CASES, Case, arguments, check, make, public_op
 from pallas_kernels.tiles import (
     CODE,
     LATE,
@@ -84,7 +84,7 @@ def test_as_exact_as_the_roundings(backend, case):
 def with_tile(tile, device):
     def multiply(case, **arrays):
         return mosaic.ternary_matmul(
-            **arrays,
+            *arguments(arrays),
             activation_bits=case.activation_bits,
             out_dtype=case.out_dtype,
             gelu=case.gelu,

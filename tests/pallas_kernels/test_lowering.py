@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import mosaic, packed_width
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import group_count
 from pallas_kernels.reference import Columns
 from pallas_kernels.tile_table import Device
@@ -33,7 +34,9 @@ def lower_product(
 
     def product(x, packed, scale, bias, gate, residual, u, v):
         return mosaic.ternary_matmul(
-            *(x, packed, scale, bias, None, gate, residual, u, v),
+            x,
+            packed,
+            Operands(scale, bias, gate=gate, residual=residual, u=u, v=v),
             activation_bits=bits,
             out_dtype=out,
             device=H200,

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic, pack_codes, quantize_activations, reference
-from pallas_kernels.checking import SMALL_CASES, Case, check, interpreted_mosaic
+from pallas_kernels.checking import SMALL_CASES, Case, arguments, check, interpreted_mosaic
 from pallas_kernels.mosaic_api import interpret_params
 from pallas_kernels.mosaic_direct import product_direct
-from pallas_kernels.mosaic_epilogue import Operands
 from pallas_kernels.mosaic_few import product_few
 from pallas_kernels.mosaic_matmul import decodes_to, product
 from pallas_kernels.mosaic_quantize import Modulation, quantize_rows
+from pallas_kernels.operands import Operands
 from pallas_kernels.reference import Columns
 from pallas_kernels.tile_table import Device
 from pallas_kernels.tiles import CODE, SIGN, DirectTile, FewTile, Tile
@@ -127,7 +127,7 @@ def test_stages_of_a_low_rank_branch(bits, tile, k):
 
     def multiply(case, **arrays):
         return mosaic.ternary_matmul(
-            **arrays,
+            *arguments(arrays),
             activation_bits=bits,
             out_dtype=case.out_dtype,
             device=Device(kind="interpreted", multiprocessors=2),
@@ -158,10 +158,11 @@ def test_activations_that_are_quantised_already():
         "device": Device(kind="interpreted", multiprocessors=1),
         "interpret": interpret_params(),
     }
-    scale = jnp.float32(0.1)
-    whole = mosaic.ternary_matmul(x, packed, scale, **settings)
+    operands = Operands(jnp.float32(0.1))
+    whole = mosaic.ternary_matmul(x, packed, operands, **settings)
     q, token_scale, _ = quantize_activations(x)
-    parts = mosaic.ternary_matmul(q, packed, scale, None, token_scale, **settings)
+    operands = operands._replace(token_scale=token_scale)
+    parts = mosaic.ternary_matmul(q, packed, operands, **settings)
     np.testing.assert_array_equal(np.asarray(parts), np.asarray(whole))
 
 

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import api, mosaic, pack_codes, reference, ternary_matmul
+from pallas_kernels.operands import Operands
 from pallas_kernels.tile_table import Device
 
 N, K, R = 24, 300, 6
@@ -17,9 +18,9 @@ def op(monkeypatch):
     """The op as on the Mosaic backend, with plain JAX in the place of the kernel."""
     shapes = []
 
-    def fake(*arrays, activation_bits, gelu, out_dtype, device):
-        shapes.append(arrays[0].shape)
-        y = reference.ternary_matmul(*arrays[:-1], activation_bits=activation_bits, gelu=gelu)
+    def fake(x, *others, activation_bits, gelu, out_dtype, device):
+        shapes.append(x.shape)
+        y = reference.ternary_matmul(x, *others, activation_bits=activation_bits, gelu=gelu)
         return y.astype(out_dtype)
 
     monkeypatch.setattr(mosaic, "ternary_matmul", fake)
@@ -31,7 +32,8 @@ def op(monkeypatch):
     ):
         compute = api._product("mosaic", bits, jnp.dtype(jnp.float32), gelu, device)
         gate = None if gate is None else gate[None]
-        return compute(x, packed, scale, bias, None, gate, residual, u, v, None)
+        operands = Operands(scale, bias, gate=gate, residual=residual, u=u, v=v)
+        return compute(x, packed, *operands)
 
     product.shapes = shapes
     return product
@@ -126,9 +128,8 @@ def test_gradients_are_those_of_16_bit_activations(op, arrays, gelu):
         return jnp.sum(weights * op(x, packed, scale, None, gate, residual, gelu=gelu))
 
     def dense(x, scale, gate, residual):
-        y = reference.ternary_matmul(
-            x, packed, scale, None, None, gate[None], residual, activation_bits=16, gelu=gelu
-        )
+        operands = Operands(scale, gate=gate[None], residual=residual)
+        y = reference.ternary_matmul(x, packed, operands, activation_bits=16, gelu=gelu)
         return jnp.sum(weights * y)
 
     places = (0, 1, 2, 3)

@@ -21,7 +21,7 @@ import numpy as np
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from pallas_kernels import triton_heads, triton_matmul
-from pallas_kernels.checking import Case, check
+from pallas_kernels.checking import Case, arguments, check
 from pallas_kernels.heads import Projection, plain
 from pallas_kernels.tile_table import Device
 from pallas_kernels.tiles import TritonTile
@@ -122,7 +122,7 @@ def with_tile(tile: TritonTile) -> Callable[..., Any]:
         if case.rank:
             arrays |= {name: arrays[name].astype(jnp.float16) for name in ("u", "v")}
         return triton_matmul.ternary_matmul(
-            **arrays,
+            *arguments(arrays),
             activation_bits=case.activation_bits,
             out_dtype=jnp.dtype(case.out_dtype),
             gelu=case.gelu,
