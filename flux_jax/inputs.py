@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,10 @@ def modulate(
 
 
 def add_gated(
-    x: Float[Array, "B L C"], gate: Float[Array, "B C"], y: Float[Array, "B L C"]
-) -> Float[Array, "B L C"]:
-    """`x + gate * y`."""
-    return x + gate[:, None, :] * y
+    x: Float[Array, "B *L C"], gate: Float[Array, "B C"], y: Float[Array, "B *L C"]
+) -> Float[Array, "B *L C"]:
+    """`x + gate * y`, of any number of axes between the first and the last."""
+    return x + gate.reshape(gate.shape[0], *[1] * (y.ndim - 2), -1) * y
 
 
 def gelu(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
@@ -162,8 +163,27 @@ def surround(
     residual: Float[Array, "*L N"] | None,
 ) -> Float[Array, "*L N"]:
     """`residual + gate * y`, in y's dtype, where they are given."""
+    check_gated(gate, residual)
     if gate is None or residual is None:
-        if gate is not None or residual is not None:
-            raise ValueError("gate and residual go together: give both, or neither")
         return y
     return add_gated(residual, gate, checkpoint_name(y, GATED))
+
+
+def check_gated(gate: Any, residual: Any) -> None:
+    """Raises ValueError if only one of the two is given."""
+    if (gate is None) != (residual is None):
+        raise ValueError("gate and residual go together: give both, or neither")
+
+
+def check_width(x: Input, in_features: int) -> None:
+    """Raises ValueError if x has not as many inputs as its linear."""
+    if isinstance(x, Modulated):
+        width = x.x.shape[-1]
+    elif isinstance(x, Hidden):
+        width = x.array.shape[-1] - x.start
+    elif isinstance(x, Joined):
+        width = x.first.shape[-1] + x.hidden.array.shape[-1] - x.hidden.start
+    else:
+        width = x.shape[-1] if x.ndim else 0
+    if width != in_features:
+        raise ValueError(f"expected {in_features} inputs in the last axis, got {width}")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flux_jax.inputs import Branch, Hidden, Input, dense, layer_norm, surround
+from flux_jax.inputs import Branch, Hidden, Input, check_width, dense, layer_norm, surround
 from flux_jax.partition import product_on_mesh
 
 Axes = tuple[str | None, ...]
@@ -161,6 +161,7 @@ class Linear(AnyLinear):
             return jax.lax.dot_general(x, weight[outputs], (((x.ndim - 1,), (1,)), ((), ())))
 
         weight = self.weight[...]
+        check_width(x, weight.shape[1])
         y = product_on_mesh(product, x.astype(weight.dtype), weight, weight_axes(self.weight))
         if self.bias is not None:
             y = y + along_last(self.bias[...][outputs], y.ndim)

@@ -26,7 +26,7 @@ def to_flat(module: nnx.Module) -> Flat:
     # Not `nnx.to_flat_state`, nor a filter: both leave reference cycles, which would keep the
     # arrays of a module that is dropped until the garbage collector comes by.
     found = _variables(nnx.state(module), ())
-    return {parameter_path(path): v.get_value() for path, v in found if isinstance(v, nnx.Param)}
+    return {parameter_path(path): v.get_value() for path, v in found}
 
 
 def _variables(

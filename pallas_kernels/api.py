@@ -56,11 +56,11 @@ def ternary_matmul(
     up to 264,208). Results have 16 or 32 bits; other types only in plain JAX. A scale per group
     costs Mosaic most of what int8 gains.
 
-    Differentiable in everything floating. The gradient is that of the product with 16-bit
-    activations: the rounding to int8 counts as the identity. Under `vmap`, a batch of x,
-    `token_scale`, `gate`, `residual` and u becomes more rows; a batch of weights is a loop. An
-    array that is spread over several devices is left to plain JAX, which XLA partitions: use
-    `jax.shard_map` for kernels on each.
+    Differentiable in everything floating, in reverse mode (no `jvp`). The gradient is that of the
+    product with 16-bit activations: the rounding to int8 counts as the identity. Under `vmap`, a
+    batch of x, `token_scale`, `gate`, `residual` and u becomes more rows; a batch of weights is a
+    loop. An array that is spread over several devices is left to plain JAX, which XLA partitions:
+    use `jax.shard_map` for kernels on each.
 
     Args:
       x: (..., K), floating; at least one axis. Or int8, already quantised, with `token_scale`.

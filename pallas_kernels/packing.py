@@ -59,12 +59,21 @@ def pack_codes(codes: Codes | HostCodes) -> Packed | HostPacked:
     """Codes to packed bytes.
 
     Args:
-      codes: (N, K) uint8, each 0, 1 or 2. Values are not looked at here.
+      codes: (N, K) uint8, each 0, 1 or 2: the sign of a weight, and 1. Values are not looked at
+        here.
 
     Returns:
       (N, `packed_width(K)`) uint8.
+
+    Raises:
+      ValueError: another dtype, such as that of signs, or no matrix.
     """
     xp: Any = jnp if isinstance(codes, jax.Array) else np
+    if codes.dtype != jnp.uint8 or codes.ndim != 2:
+        raise ValueError(
+            "codes must be a uint8 matrix (N, K) of signs + 1, got "
+            f"{codes.dtype} of shape {codes.shape}"
+        )
     rows, columns = codes.shape
     width = packed_width(columns)
     filled = xp.pad(codes, ((0, 0), (0, 4 * width - columns)), constant_values=1)

@@ -192,9 +192,13 @@ def _float_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Arr
     too_small = jnp.finfo(x.dtype).minexp > jnp.finfo(jnp.float32).minexp
     kind = jnp.float32 if too_small else x.dtype
     a, b, g = (array.astype(kind) for array in (x, weight, grad))
-    leading = range(a.ndim - 1)
-    of_x = _contract(g, b, [g.ndim - 1], [0], kind)
-    of_weight = _contract(g, a, leading, leading, kind)
+
+    def product(a: Array, b: Array) -> Array:
+        return _contract(a, b, [a.ndim - 1], [1], kind)
+
+    # By JAX's rules: they know what is to be summed over devices, and where results belong.
+    (of_x,) = jax.linear_transpose(lambda a: product(a, b), a)(g)
+    (of_weight,) = jax.linear_transpose(lambda b: product(a, b), b)(g)
     return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
 
 
@@ -209,12 +213,14 @@ def _grouped(x: Array, signs: Array, scale: Array) -> Array:
         jnp.pad(a, fill).reshape(a.shape[0], groups, GROUP).swapaxes(0, 1) for a in (x, signs)
     )
 
-    def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def scaled(part: tuple[Array, Array, Array]) -> Array:
         x_part, signs_part, scale_part = part
-        return total + _product(x_part, signs_part) * scale_part.reshape((1, -1)), None
+        return _product(x_part, signs_part) * scale_part.reshape((1, -1))
 
-    start = jnp.zeros((x.shape[0], signs.shape[0]), jnp.float32)
-    return jax.lax.scan(add, start, (x_parts, signs_parts, scale.T))[0]
+    # From the first group on, not from zeros: under `shard_map` these would be of another type.
+    parts = (x_parts, signs_parts, scale.T)
+    first, rest = (jax.tree.map(lambda part, of=of: part[of], parts) for of in (0, slice(1, None)))
+    return jax.lax.scan(lambda y, part: (y + scaled(part), None), scaled(first), rest)[0]
 
 
 def ternary_matmul(

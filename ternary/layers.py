@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from flux_jax.inputs import Branch, Hidden, Input, dense, joined, surround
+from flux_jax.inputs import (
+    Branch,
+    Hidden,
+    Input,
+    check_gated,
+    check_width,
+    dense,
+    joined,
+    surround,
+)
 from flux_jax.layers import AnyLinear, Axes, DType, Linear, weight_axes
 from flux_jax.partition import is_gathered, product_on_mesh
 from pallas_kernels import pack_codes, packed_width, unpack_codes
@@ -36,8 +45,8 @@ from ternary.quantize import (
 _SMALLEST = 2.0**-24
 
 
-class PackedParam(nnx.Param):
-    """Packed codes: stored and placed as a parameter, but nothing that a gradient could reach."""
+class PackedCodes(nnx.Variable):
+    """Stored and placed as parameters; to `nnx.grad` and optimisers none: they have no gradient."""
 
 
 class TernaryLinear(AnyLinear):
@@ -72,15 +81,19 @@ class TernaryLinear(AnyLinear):
         shape = scale_shape(config.granularity, out_features, in_features)
         width = packed_width(in_features)
         # Every code 1: weight 0.
-        self.packed = PackedParam(jnp.full((out_features, width), 0b01010101, jnp.uint8), axes=axes)
+        self.packed = PackedCodes(jnp.full((out_features, width), 0b01010101, jnp.uint8), axes=axes)
         scale_axes = (axes[0], None)[: len(shape)]
         self.scale = nnx.Param(jnp.zeros(shape, jnp.float16), axes=scale_axes)
         self.bias = nnx.Param(jnp.zeros(out_features, dtype), axes=axes[:1]) if bias else None
         self.low_rank_a, self.low_rank_b = _branch(in_features, out_features, config, axes, dtype)
 
     @classmethod
-    def from_linear(cls, linear: Linear, config: QuantConfig) -> TernaryLinear:
-        """Round a linear's weight, without training."""
+    def from_linear(cls, linear: Linear | nnx.Linear, config: QuantConfig) -> TernaryLinear:
+        """Round a linear's weight, without training.
+
+        Raises:
+          TypeError: no such linear.
+        """
         return FakeTernaryLinear.from_linear(linear, config).freeze()
 
     def dense_weight(self) -> Float[Array, "N K"]:
@@ -139,6 +152,8 @@ class TernaryLinear(AnyLinear):
         gelu: bool = False,
         outputs: slice = slice(None),
     ) -> Array:
+        check_width(x, self.in_features)
+        check_gated(gate, residual)
         branch = joined(_own_branch(self), branch)
         return product(
             x,
@@ -205,21 +220,33 @@ class FakeTernaryLinear(AnyLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: Linear, config: QuantConfig, *, master_dtype: DType = jnp.float32
+        cls, linear: Linear | nnx.Linear, config: QuantConfig, *, master_dtype: DType = jnp.float32
     ) -> FakeTernaryLinear:
-        """Start from a linear's weight.
+        """Start from a linear's weight, in whose type the new layer computes.
 
         The scale is the fit of `config`; the low-rank branch starts at the singular value
         decomposition of what the ternary weight leaves.
+
+        Raises:
+          TypeError: neither a linear of this project nor Flax's.
         """
-        weight = linear.weight[...]
+        axes: Axes = (None, None)
+        if isinstance(linear, nnx.Linear):
+            weight = linear.kernel[...].T
+        elif isinstance(linear, Linear):
+            weight, axes = linear.weight[...], weight_axes(linear.weight)
+        else:
+            raise TypeError(
+                "expected a flux_jax.layers.Linear or a flax.nnx.Linear, got "
+                f"{type(linear).__name__}"
+            )
         rows, columns = weight.shape
         new = cls(
             columns,
             rows,
             config,
             bias=linear.bias is not None,
-            axes=weight_axes(linear.weight),
+            axes=axes,
             dtype=weight.dtype,
             master_dtype=master_dtype,
         )
@@ -255,6 +282,7 @@ class FakeTernaryLinear(AnyLinear):
         branch: Branch | None = None,
     ) -> Float[Array, "*L N"]:
         """As `TernaryLinear`, differentiable in all its floating parameters and in x."""
+        check_width(x, self.in_features)
         branch = joined(_own_branch(self), branch)
         if self.config.activation_bits == 8:
             # As the packed layer does it: rounded to int8 alone, not to 16 bits before.

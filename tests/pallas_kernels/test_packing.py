@@ -1,5 +1,7 @@
 """The 2-bit planar layout."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,3 +62,10 @@ def test_unpack_refuses_another_width():
 
 def test_group_count():
     assert [packing.group_count(k) for k in (1, 128, 129, 3072)] == [1, 1, 2, 24]
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 8), np.int8), np.zeros(8, np.uint8)], ids=str)
+def test_signs_and_vectors_are_no_codes(wrong):
+    with pytest.raises(ValueError, match=r"codes must be a uint8 matrix .* got (u?int8) of shape"):
+        # Without the types that the tests check.
+        inspect.unwrap(packing.pack_codes)(wrong)

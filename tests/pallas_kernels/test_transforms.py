@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import api, mosaic, pack_codes, reference, ternary_matmul
 from pallas_kernels.operands import Operands
@@ -165,3 +165,45 @@ def test_shard_map(op, arrays, check_vma):
     y = jax.jit(sharded)(x)
     want = ternary_matmul(x, packed, scale, activation_bits=8, backend="jax")
     np.testing.assert_allclose(np.asarray(y), np.asarray(want), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("scales", ["channel", "group"])
+def test_gradients_under_shard_map(arrays, check_vma, bits, scales):
+    """Rows over devices, weights on all: what each finds of a scale's gradient is summed."""
+    mesh = Mesh(np.asarray(jax.devices()[:3]), ("data",))
+    packed, scale = arrays["packed"], arrays["scale"]
+    scale = jnp.stack([scale, 2 * scale, -scale], 1) if scales == "group" else scale
+    x, v = arrays["x"].reshape(15, K), arrays["v"]
+
+    def op(x, u, scale, v):
+        settings = {"low_rank": (u, v), "activation_bits": bits, "backend": "jax"}
+        return jnp.sin(ternary_matmul(x, packed, scale, **settings))
+
+    rows, every = PartitionSpec("data"), PartitionSpec()
+    specs = {"in_specs": (rows, rows, every, every), "out_specs": rows}
+    sharded = jax.shard_map(op, mesh=mesh, **specs, check_vma=check_vma)
+    given = (x, arrays["u"].reshape(15, R), scale, v)
+    gradients = [
+        jax.jit(jax.grad(lambda *given, f=f: f(*given).sum(), (0, 1, 2, 3)))(*given)
+        for f in (sharded, op)
+    ]
+    for found, want in zip(*gradients, strict=True):
+        np.testing.assert_allclose(np.asarray(found), np.asarray(want), rtol=1e-4, atol=2e-4)
+
+
+def test_gradients_of_arrays_whose_types_name_a_mesh(arrays):
+    """`jax.make_mesh`'s own kind of axes: JAX asks where a sum over a split axis is to go."""
+    mesh = jax.make_mesh((3,), ("data",), axis_types=(AxisType.Explicit,))
+    packed, scale, x = arrays["packed"], arrays["scale"], arrays["x"].reshape(15, K)
+
+    def loss(x, scale):
+        return jnp.sum(jnp.sin(ternary_matmul(x, packed, scale, backend="jax")))
+
+    want = jax.grad(loss, (0, 1))(x, scale)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", None)))
+        found = jax.grad(loss, (0, 1))(placed, scale)
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=2e-4)

@@ -14,7 +14,7 @@ from flux_jax.lora import LoRALinear
 from flux_jax.tree import split_flat, to_flat
 from ternary import layers
 from ternary.config import GRANULARITIES, QuantConfig
-from ternary.layers import FakeTernaryLinear, PackedParam, TernaryLinear
+from ternary.layers import FakeTernaryLinear, PackedCodes, TernaryLinear
 from ternary.policy import Policy, select
 from tests.random_module import random_module
 
@@ -242,7 +242,7 @@ def test_axes_follow_the_weight():
 
 def test_packed_codes_are_their_own_kind_of_parameter():
     state = nnx.state(TernaryLinear.from_linear(linear(), QuantConfig()))
-    _, rest = nnx.split_state(state, PackedParam, ...)
+    _, rest = nnx.split_state(state, PackedCodes, ...)
     assert set(rest) == {"scale", "bias"}
 
 
