@@ -247,7 +247,7 @@ def flat_shardings(
       mesh: the device mesh.
       rules: logical name to mesh axis.
     """
-    tree = shardings(nnx.state(module, nnx.Param), mesh, rules)
+    tree = shardings(nnx.state(module), mesh, rules)
     return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(tree)}
 
 
@@ -258,7 +258,7 @@ def place_shapes(module: nnx.Module, mesh: Mesh | None) -> None:
       module: from `nnx.eval_shape`; it is changed.
       mesh: the device mesh; None for the first device.
     """
-    state = nnx.state(module, nnx.Param)
+    state = nnx.state(module)
     one = SingleDeviceSharding(jax.local_devices()[0])
     places = jax.tree.map(lambda _: one, state) if mesh is None else shardings(state, mesh)
     placed = jax.tree.map(
