@@ -194,7 +194,7 @@ def tune(
         tile_table.read_entries(path, device.kind)
     entries, failures, without = [], [], []
     problems = [
-        Problem(m, n, k, width, grouped)
+        Problem(m=m, n=n, k=k, activation_bits=width, grouped=grouped)
         for m, k, n in shapes_of(shape, few=False)
         for width in bits or (8, 16)
     ]

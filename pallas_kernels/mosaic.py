@@ -74,7 +74,9 @@ def ternary_matmul(
         whole = [Columns(x, 0, k)]
         x, token_scale, row_sum = quantize(whole, device=device, interpret=interpret)
         operands = operands._replace(token_scale=token_scale, row_sum=row_sum)
-    chosen = tile or mosaic_tile(Problem(m, n, k, activation_bits, grouped), device)
+    chosen = tile or mosaic_tile(
+        Problem(m=m, n=n, k=k, activation_bits=activation_bits, grouped=grouped), device
+    )
     u, gate = operands.u, operands.gate
     branch = u is not None and not takes_branch(chosen, u, activation_bits)
     # A tile has one gate, and the few rows' kernel reads a residual by pairs of outputs.

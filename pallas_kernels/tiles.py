@@ -30,7 +30,7 @@ SHARED_BYTES = 226 * 1024
 FEW_ROWS, DIRECT_ROWS = 64, 16
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
     """What decides about the tile: y (m, n) from x (m, k).
 

@@ -133,7 +133,9 @@ def ternary_matmul(
       tile: None takes the table's, or what the rules say.
     """
     (m, k), (n, width), scale = x.shape, packed.shape, operands.scale
-    tile = tile or triton_tile(Problem(m, n, k, activation_bits, scale.ndim == 2), device)
+    tile = tile or triton_tile(
+        Problem(m=m, n=n, k=k, activation_bits=activation_bits, grouped=scale.ndim == 2), device
+    )
     if activation_bits == 8 and operands.token_scale is None:
         x, token_scale, row_sum = reference.quantize_activations(x)
         operands = operands._replace(token_scale=token_scale, row_sum=row_sum)

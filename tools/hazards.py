@@ -137,7 +137,7 @@ def compiled_tiles(folder: Path) -> Iterator[tuple[str, str]]:
         if isinstance(entry.tile, Tile | FewTile):
             tiles[entry.tile, entry.problem.activation_bits, entry.problem.grouped] = None
     for bits in (8, 16):
-        tiles[few_tile(Problem(40, 4000, 1024, bits)), bits, False] = None
+        tiles[few_tile(Problem(m=40, n=4000, k=1024, activation_bits=bits)), bits, False] = None
     for (tile, bits, grouped), rank in [(key, rank) for key in tiles for rank in (0, 64)]:
         if rank and isinstance(tile, FewTile):
             continue

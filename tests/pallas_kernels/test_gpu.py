@@ -114,7 +114,10 @@ def test_every_tile_of_16_bit_activations(hopper, tile):
 def test_every_tile_of_few_rows(hopper, tokens, bits):
     for groups, stages in ((4, 2), (2, 3), (1, 4)):
         tile = FewTile(tokens=tokens, groups=groups, stages=stages)
-        if shared_bytes(tile, Problem(tokens, 264, 1040, bits)) > SHARED_BYTES:
+        if (
+            shared_bytes(tile, Problem(m=tokens, n=264, k=1040, activation_bits=bits))
+            > SHARED_BYTES
+        ):
             continue
         case = Case(m=tokens - 1, n=264, k=1040, activation_bits=bits)
         outcome = check(case, "mosaic", with_tile(tile, hopper))
@@ -134,7 +137,7 @@ def test_every_tile_of_fewest_rows(hopper, tokens, bits):
     )
     for tile in tiles:
         for n, k in ((264, 1040), (1, 256), (130, 4096)):
-            if shared_bytes(tile, Problem(tokens, n, k, bits)) > SHARED_BYTES:
+            if shared_bytes(tile, Problem(m=tokens, n=n, k=k, activation_bits=bits)) > SHARED_BYTES:
                 continue
             case = Case(m=tokens, n=n, k=k, activation_bits=bits, extras=True)
             outcome = check(case, "mosaic", with_tile(tile, hopper))

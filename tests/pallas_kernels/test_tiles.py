@@ -34,7 +34,7 @@ from pallas_kernels.tiles import (
 
 H200 = Device(kind="NVIDIA H200", multiprocessors=132)
 PROBLEMS = [
-    Problem(m, n, k, bits, grouped)
+    Problem(m=m, n=n, k=k, activation_bits=bits, grouped=grouped)
     for m in (1, 9, 64, 65, 512, 4608, 100_000)
     for n, k in ((3072, 3072), (21504, 3072), (8, 256))
     for bits in (8, 16)
@@ -75,7 +75,7 @@ def test_what_is_tried_fits(problem):
 @pytest.mark.parametrize("m", [100, 512, 4096, 4608])
 def test_a_low_rank_branch_finds_room_in_the_rules_tiles(bits, m):
     for n, k, grouped in ((3072, 3072, False), (9216, 3072, False), (3072, 15360, True)):
-        tile = mosaic_rule(Problem(m, n, k, bits, grouped), 132)
+        tile = mosaic_rule(Problem(m=m, n=n, k=k, activation_bits=bits, grouped=grouped), 132)
         assert isinstance(tile, Tile)
         assert low_rank_stages(tile, bits)
 
@@ -88,7 +88,10 @@ def test_a_low_rank_branch_finds_room_in_the_table():
 
 
 def test_shared_memory_is_counted():
-    many, few = Problem(4608, 3072, 3072, 8), Problem(16, 9216, 3072, 16)
+    many, few = (
+        Problem(m=4608, n=3072, k=3072, activation_bits=8),
+        Problem(m=16, n=9216, k=3072, activation_bits=16),
+    )
     # 4 stages of 128 x 256, 4 of 256 x 64, and 2 x 2 buffers of 32 x 128 16-bit results.
     assert shared_bytes(Tile(), many) == 131_072 + 65_536 + 32_768
     # 8 stages of 16 x 256 16-bit inputs and 64 x 64 codes, three sums of 64 x 16, and the result.
@@ -119,7 +122,7 @@ def test_shared_memory_of_the_fewest_rows_is_what_is_asked_for(tokens, activatio
     if activations != SHARED:
         # Pallas has no empty arrays.
         asked[-1] = 0
-    assert sum(asked) == shared_bytes(tile, Problem(tokens, 9216, 1040, bits))
+    assert sum(asked) == shared_bytes(tile, Problem(m=tokens, n=9216, k=1040, activation_bits=bits))
 
 
 def test_rows_that_are_read_together_come_from_different_banks():
@@ -156,7 +159,7 @@ def test_a_tile_that_writes_what_is_being_read_is_refused():
 
 def test_fewer_tokens_are_cut_into_more_tiles():
     """512 tokens of the largest tile would leave most multiprocessors without work."""
-    tile = mosaic_rule(Problem(512, 3072, 3072, 8), 132)
+    tile = mosaic_rule(Problem(m=512, n=3072, k=3072, activation_bits=8), 132)
     assert tile.rows * tile.tokens < 128 * 128
 
 
@@ -173,13 +176,16 @@ def test_the_table_comes_before_the_rules():
 
 
 def test_triton_without_an_entry():
-    problem = Problem(4608, 8, 256, 16)
+    problem = Problem(m=4608, n=8, k=256, activation_bits=16)
     assert tile_table.triton_tile(problem, H200) == triton_rule(problem)
 
 
 def test_writing_replaces_and_keeps(tmp_path):
     path = tmp_path / "gpu.json"
-    first, second = Problem(4608, 8, 256, 8), Problem(1, 8, 256, 16)
+    first, second = (
+        Problem(m=4608, n=8, k=256, activation_bits=8),
+        Problem(m=1, n=8, k=256, activation_bits=16),
+    )
     when = {"jax": "0.0.0", "date": "2026-01-31"}
     entries = [
         Entry(backend="mosaic", problem=first, tile=Tile(along_n=True), ms=2.0, **when),
@@ -278,7 +284,7 @@ sys.stdin.readline()
 for n in range(100):
     entry = tile_table.Entry(
         backend="triton",
-        problem=Problem(int(sys.argv[1]), n, 256, 8),
+        problem=Problem(m=int(sys.argv[1]), n=n, k=256, activation_bits=8),
         tile=TritonTile(),
         ms=1.0,
         jax="0",
@@ -318,7 +324,7 @@ def test_two_processes_write_one_table(tmp_path):
 
 
 def test_the_fastest_trial_is_kept():
-    problem = Problem(1, 8, 256, 8)
+    problem = Problem(m=1, n=8, k=256, activation_bits=8)
     trials = [
         tuning.Trial(tile=FewTile(tokens=8), ms=2.0),
         tuning.Trial(tile=FewTile(tokens=8, groups=2), ms=1.0),
@@ -329,7 +335,7 @@ def test_the_fastest_trial_is_kept():
 
 
 def test_a_tile_that_cannot_run_does_not_stop_the_search(monkeypatch):
-    problem = Problem(4, 8, 256, 8)
+    problem = Problem(m=4, n=8, k=256, activation_bits=8)
 
     def multiplier(backend, problem, device, tile):
         def run(x, packed, scale, bias, token_scale, row_sum):
@@ -352,7 +358,7 @@ def test_what_is_timed_has_the_sums_of_int8_activations(monkeypatch, bits):
     """Without them the kernel would decode signs, whatever the tile says."""
     given = {}
     monkeypatch.setattr(tuning.mosaic, "ternary_matmul", lambda *arrays, **named: given | named)
-    problem = Problem(70, 8, 256, bits)
+    problem = Problem(m=70, n=8, k=256, activation_bits=bits)
     arrays = tuning.arguments(problem)[0]
     named = tuning.multiplier("mosaic", problem, H200, Tile())(*arrays)
     assert named["tile"] == Tile()

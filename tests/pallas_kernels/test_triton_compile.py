@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install 'flux-jax[triton
 def test_nothing_is_spilled_and_shared_memory_suffices(
     capability, m, bits, grouped, record_property
 ):
-    problem = Problem(m, 3072, 3072, bits, grouped)
+    problem = Problem(m=m, n=3072, k=3072, activation_bits=bits, grouped=grouped)
     took = compile_for(capability, triton_rule(problem), problem)
     kind = f"A{bits}{' grouped' * grouped}"
     record_property(
@@ -34,7 +34,7 @@ def test_nothing_is_spilled_and_shared_memory_suffices(
 @pytest.mark.parametrize("m", [1, 64, 4608])
 @pytest.mark.parametrize("capability", [80, 89, pytest.param(90, marks=pytest.mark.long)])
 def test_a_low_rank_branch_finds_room(capability, m, bits, rank):
-    problem = Problem(m, 3072, 3072, bits)
+    problem = Problem(m=m, n=3072, k=3072, activation_bits=bits)
     took = compile_for(capability, triton_rule(problem), problem, rank=rank)
     assert took.stack == 0
     assert took.shared <= SHARED_BYTES[capability]
@@ -44,7 +44,7 @@ def test_a_low_rank_branch_finds_room(capability, m, bits, rank):
 @pytest.mark.parametrize("m", [1, 4608])
 def test_operands_are_copied_in_wide_pieces_while_others_are_multiplied(m, bits):
     """No weight or activation passes through a load that the multiplication waits for."""
-    problem = Problem(m, 3072, 3072, bits)
+    problem = Problem(m=m, n=3072, k=3072, activation_bits=bits)
     ptx = compile_for(80, triton_rule(problem), problem).ptx
     assert "cp.async.cg.shared.global" in ptx
     assert set(re.findall(r"cp\.async\.\w+\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)) == {
@@ -56,13 +56,13 @@ def test_operands_are_copied_in_wide_pieces_while_others_are_multiplied(m, bits)
 
 @pytest.mark.parametrize("m", [1, 300])
 def test_integers_that_are_one_are_constants(m):
-    problem = Problem(m, 3072, 256, 8)
+    problem = Problem(m=m, n=3072, k=256, activation_bits=8)
     assert compile_for(80, triton_rule(problem), problem, gates=m).stack == 0
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_hopper_multiplies_with_its_own_instructions(bits):
-    problem = Problem(4608, 3072, 3072, bits)
+    problem = Problem(m=4608, n=3072, k=3072, activation_bits=bits)
     assert "wgmma.mma_async" in compile_for(90, triton_rule(problem), problem).ptx
 
 
