@@ -75,10 +75,11 @@ def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], boo
     if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         return
     if not force:
-        raise UserError(f"{target}: exists already; --force replaces it")
+        raise UserError(f"{target}: exists already; --force replaces it (in Python, force=True)")
     if target.is_symlink() or not replaceable(target):
         raise UserError(
-            f"{target}: exists and is no checkpoint that --force would replace; remove it yourself"
+            f"{target}: exists and is no checkpoint that --force would replace, or has other files "
+            "in it; remove it yourself"
         )
 
 
@@ -134,7 +135,9 @@ def _put_in_place(made: Path, target: Path, *, force: bool) -> None:
     if not target.exists():
         made.rename(target)
     elif not force:
-        raise UserError(f"{target}: appeared during the conversion; --force replaces it")
+        raise UserError(
+            f"{target}: appeared during the conversion; --force replaces it (in Python, force=True)"
+        )
     elif not _exchange(made, target):
         # No atomic exchange on this system. A run killed between these lines leaves the old one
         # under its new name, which no later run removes.

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import atomic, hub, single_file, tables
-from convert.files import finish, read_json
-from convert.flax_config import FORMAT
-from convert.safetensors_header import SUFFIX, read_header
-from convert.safetensors_read import SafetensorsReader
-from convert.single_file import CONFIG_KEY
-from convert.source import PIPELINES, Parameters, Source, open_source, parameters
+from convert import atomic, hub
+from convert.files import finish
+from convert.replaceable import is_checkpoint
+from convert.safetensors_header import SUFFIX
+from convert.source import Parameters, Source, open_source, parameters
 from convert.targets import OnComponentBlock, write_bfl, write_diffusers, write_flax
 from convert.tensors import BFLOAT16, FLOAT16, FLOAT32, as_bytes, blocks, total_bytes
 from flux_jax.errors import UserError
@@ -145,71 +143,6 @@ def convert(
             verified = _verify(stage, checksums, list(parts), on_bytes) if verify else 0
     dropped = tuple((name, *entry) for name, part in parts.items() for entry in part.dropped)
     return Summary(dst, tuple(parts), nbytes, dropped, verified, unpacked)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path holds what a conversion makes, and so may replace.
-
-    That is a file of FLUX.1's weights, a pipeline of FLUX.1 or a Flax checkpoint of ours with
-    nothing else in the folder but latent weights of ours, or a folder of single files that all
-    carry our note: anybody may keep others in one folder.
-    """
-    try:
-        if path.is_file():
-            return path.suffix == SUFFIX and _is_single_file(path)
-        names = {entry.name for entry in path.iterdir()}
-        if (path / _LATENTS).is_dir() and _are_latents(path / _LATENTS):
-            names.remove(_LATENTS)
-        if names & {"model_index.json", "config.json"} and not names <= _IN_A_PIPELINE:
-            return False
-        if (path / "model_index.json").is_file():
-            return read_json(path / "model_index.json").get("_class_name") in PIPELINES
-        if (path / "config.json").is_file():
-            return read_json(path / "config.json").get("format") == FORMAT
-        return all(
-            entry.suffix == SUFFIX and CONFIG_KEY in read_header(entry).metadata
-            for entry in path.iterdir()
-        )
-    except UserError:
-        return False
-
-
-# What `ternary calibrate` leaves beside the pipeline.
-_LATENTS = "latents"
-# What a pipeline's folder has in it, of whichever layout.
-_IN_A_PIPELINE = {
-    *("model_index.json", "config.json", "scheduler"),
-    *(*tables.COMPONENTS, *tables.TOKENIZERS),
-}
-
-
-def _are_latents(folder: Path) -> bool:
-    """Whether a folder holds latent weights of ours, and nothing else.
-
-    Raises:
-      UserError: its index cannot be read.
-    """
-    # Late: without such a folder nothing of `ternary` is needed.
-    from ternary.storage.latents import FORMAT as LATENTS_FORMAT
-    from ternary.storage.latents import INDEX
-
-    index = folder / INDEX
-    if not index.is_file() or read_json(index).get("format") != LATENTS_FORMAT:
-        return False
-    return all(entry.name == INDEX or entry.suffix == SUFFIX for entry in folder.iterdir())
-
-
-def _is_single_file(path: Path) -> bool:
-    """Whether it is one that is read: ours, or with tensors that are known.
-
-    Raises:
-      UserError: it is none.
-    """
-    reader = SafetensorsReader.open_file(path)
-    try:
-        return bool(single_file.split(reader, what=str(path)))
-    finally:
-        reader.close()
 
 
 def _write(

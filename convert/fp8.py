@@ -14,7 +14,6 @@ multiplies in fp8, so they are left out.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import NamedTuple
 
@@ -32,6 +31,7 @@ from convert.tensors import (
     read_whole,
 )
 from flux_jax.errors import UserError
+from flux_jax.json_values import parse_json
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
@@ -165,10 +165,11 @@ def _read_scale(source: Reader, name: str, what: str) -> np.ndarray:
 
 def _check_note(source: Reader, name: str, what: str) -> None:
     """ComfyUI's note on a layer: JSON in bytes, naming the layer's format."""
-    try:
-        note = json.loads(read_whole(source, name).tobytes().decode("utf-8"))
-        kind = str(note["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{what}: tensor `{name}` is no readable quantisation note") from error
+    where = f"{what}: tensor `{name}`"
+    unreadable = f"{where} is no readable quantisation note"
+    note = parse_json(read_whole(source, name).tobytes(), unreadable)
+    kind = note.get("format") if isinstance(note, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(f"{unreadable}: it names no format")
     if not kind.startswith("float8"):
-        raise UserError(f"{what}: tensor `{name}` says format {kind!r}, only float8 is read here")
+        raise UserError(f"{where} says format {ascii(kind)[:40]}, only float8 is read here")

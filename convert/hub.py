@@ -8,7 +8,7 @@ from pathlib import Path
 
 from convert.problems import first_line
 from convert.safetensors_header import SUFFIX
-from convert.tables import COMPONENTS, TOKENIZERS, check_components
+from convert.tables import COMPONENTS, TOKENIZER_FILES, TOKENIZERS, check_components
 from flux_jax import assets
 from flux_jax.errors import UserError
 
@@ -16,7 +16,6 @@ from flux_jax.errors import UserError
 PEFT_FILES = (f"adapter_model{SUFFIX}", "adapter_config.json")
 # As diffusers saves a LoRA.
 _LORA_FILE = f"pytorch_lora_weights{SUFFIX}"
-_TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 
 def resolve(
@@ -57,7 +56,7 @@ def patterns(components: Sequence[str] | None) -> list[str]:
     """The files of a repository that a conversion needs."""
     names = COMPONENTS if components is None else tuple(components)
     weights = [f"{name}/*{suffix}" for name in names for suffix in (".json", ".safetensors")]
-    texts = [f"{n}/{f}" for n in TOKENIZERS for f in _TOKENIZER_FILES]
+    texts = [f"{n}/{f}" for n in TOKENIZERS for f in TOKENIZER_FILES]
     return ["model_index.json", "scheduler/*.json", *texts, *weights]
 
 

@@ -19,7 +19,7 @@ from convert.source import Component, Parameters, open_source, parameters
 from convert.tensors import Reader, read_whole
 from flux_jax.components import Config, abstract_module
 from flux_jax.configs import SchedulerConfig
-from flux_jax.sharding import DEFAULT_RULES, Rules, flat_shardings
+from flux_jax.sharding import default_device, flat_shardings
 from flux_jax.tree import split_flat, to_flat
 
 # Host copies that may be waiting for their transfer to a device.
@@ -49,7 +49,6 @@ def load(
     components: Sequence[str] | None = None,
     dtype: Any,
     mesh: Mesh | None = None,
-    rules: Rules | None = None,
 ) -> Loaded:
     """Load components, tensor by tensor.
 
@@ -57,15 +56,15 @@ def load(
       path: anything that `convert.source.open_source` opens.
       components: which; None for all that are there.
       dtype: of the parameters.
-      mesh: devices to spread over by `rules`; None for the first device.
-      rules: see `flux_jax.sharding`.
+      mesh: devices to spread over, by the rules of `flux_jax.sharding`; None for the default
+        device.
 
     Raises:
       UserError: see `open_source` and `parameters`.
     """
     with open_source(path, components) as source:
         modules = {
-            name: load_component(name, component, dtype=dtype, mesh=mesh, rules=rules)
+            name: load_component(name, component, dtype=dtype, mesh=mesh)
             for name, component in source.components.items()
         }
         configs = {name: component.config for name, component in source.components.items()}
@@ -88,14 +87,7 @@ def open_parameters(path: Path, name: str, dtype: Any) -> Iterator[Parameters]:
         yield parameters(name, source.components[name], np.dtype(dtype))
 
 
-def load_component(
-    name: str,
-    source: Component,
-    *,
-    dtype: Any,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
-) -> Any:
+def load_component(name: str, source: Component, *, dtype: Any, mesh: Mesh | None = None) -> Any:
     """One component on its devices.
 
     On the host there is one tensor at a time, and those whose transfer is not done: at most 0.5 GB.
@@ -103,7 +95,7 @@ def load_component(
     Args:
       name: of the component.
       source: where it is.
-      dtype, mesh, rules: as for `load`.
+      dtype, mesh: as for `load`.
 
     Raises:
       UserError: see `parameters`.
@@ -112,11 +104,11 @@ def load_component(
     # A quantised component makes its module itself; its dense weights are never there.
     load_module = getattr(source.stored, "load_module", None)
     if load_module is not None:
-        return load_module(dtype, lambda module: _shardings(module, mesh, rules))
+        return load_module(dtype, lambda module: _shardings(module, mesh))
     ours = parameters(name, source, dtype)
     abstract = abstract_module(name, source.config, dtype)
     rebuild, flat = split_flat(abstract)
-    places = _shardings(abstract, mesh, rules)
+    places = _shardings(abstract, mesh)
     # Orbax's own cast makes infinities of what float16 cannot hold; ours refuses it.
     narrows = dtype == np.float16 and any(
         spec.dtype != dtype for spec in source.stored.specs.values()
@@ -131,14 +123,11 @@ def load_component(
     return rebuild(_transfer(ours.reader, places))
 
 
-def _shardings(
-    module: nnx.Module, mesh: Mesh | None, rules: Rules | None
-) -> Mapping[str, jax.sharding.Sharding]:
+def _shardings(module: nnx.Module, mesh: Mesh | None) -> Mapping[str, jax.sharding.Sharding]:
     """Where each parameter goes, by dotted path."""
     if mesh is None:
-        one = SingleDeviceSharding(jax.local_devices()[0])
-        return dict.fromkeys(to_flat(module), one)
-    return flat_shardings(module, mesh, DEFAULT_RULES if rules is None else rules)
+        return dict.fromkeys(to_flat(module), SingleDeviceSharding(default_device()))
+    return flat_shardings(module, mesh)
 
 
 def _transfer(reader: Reader, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:

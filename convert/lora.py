@@ -18,7 +18,6 @@ rows of several of theirs (q, k and v), their products stand one below the other
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import re
@@ -41,6 +40,7 @@ from convert.transforms import Run
 from flux_jax import arguments
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
+from flux_jax.json_values import parse_json
 from flux_jax.lora import LoRA, LowRank, linear_shapes
 
 logger = logging.getLogger(__name__)
@@ -314,10 +314,7 @@ def _stored_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     beside = path.with_name(PEFT_FILES[1])
     if path.name == PEFT_FILES[0] and beside.is_file():
         return read_json(beside)
-    try:
-        found = json.loads(metadata.get(_SETTINGS, "{}"))
-    except ValueError:
-        found = None
+    found = parse_json(metadata.get(_SETTINGS, "{}"), f"its metadata `{_SETTINGS}`")
     if not isinstance(found, dict):
         raise UserError(f"its metadata `{_SETTINGS}` is no JSON object")
     if any("." in key for key in found):

@@ -26,6 +26,22 @@ _CACHE_BYTES = 256 << 20  # decoded chunks: a block is less than a chunk
 _RESTORE_GB = 2  # on the host at a time, on their way to the devices
 
 
+def array_names(folder: Path) -> list[str]:
+    """Dotted paths of an Orbax checkpoint's arrays, as its metadata lists them.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    metadata = folder / "_METADATA"
+    try:
+        return [
+            ".".join(str(key["key"]) for key in entry["key_metadata"])
+            for entry in read_json(metadata)["tree_metadata"].values()
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{metadata}: not the metadata of an Orbax checkpoint") from error
+
+
 class OrbaxReader:
     """Reader of the arrays of an Orbax checkpoint, by dotted path.
 
@@ -48,15 +64,8 @@ class OrbaxReader:
         metadata = folder / "_METADATA"
         if not metadata.is_file():
             raise UserError(f"{folder}: no Orbax checkpoint (no _METADATA in it)")
-        content = read_json(metadata)
-        try:
-            names = [
-                ".".join(str(key["key"]) for key in entry["key_metadata"])
-                for entry in content["tree_metadata"].values()
-            ]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{metadata}: not the metadata of an Orbax checkpoint") from error
-        self._stores = self._open(sorted(names), zarr3=bool(content.get("use_zarr3")))
+        zarr3 = bool(read_json(metadata).get("use_zarr3"))
+        self._stores = self._open(sorted(array_names(folder)), zarr3=zarr3)
         self.specs = {
             name: Spec(tuple(store.shape), np.dtype(store.dtype.numpy_dtype))
             for name, store in self._stores.items()

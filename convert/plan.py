@@ -25,7 +25,7 @@ class Assembly:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TensorPlan:
     """What a conversion will do: the tensors to write, and what is left out.
 
     Attributes:
@@ -41,7 +41,7 @@ class Plan:
 
 def forward_plan(
     table: Map, sources: Mapping[str, Shape], targets: Mapping[str, Shape], *, what: str
-) -> Plan:
+) -> TensorPlan:
     """Plan the conversion of `sources` (another ecosystem's) into `targets` (ours).
 
     Args:
@@ -77,7 +77,7 @@ def forward_plan(
     ]
     if problems:
         raise refusal(what, problems)
-    return Plan(tuple(assemblies), tuple(dropped), tuple(ties))
+    return TensorPlan(tuple(assemblies), tuple(dropped), tuple(ties))
 
 
 def _without_prefixes(
@@ -96,7 +96,7 @@ def _without_prefixes(
 def _set_aside(
     table: Map, stored: dict[str, str]
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Takes what is ignored out of `stored`; returns `Plan.dropped` and `Plan.ties`.
+    """Takes what is ignored out of `stored`; returns `TensorPlan.dropped` and `TensorPlan.ties`.
 
     A tensor that repeats another which is not there takes its place.
     """
@@ -148,7 +148,7 @@ def _why_unexpected(table: Map, bare: str) -> str:
     return f" (it would be `{hit[0]}`, which the model of this config does not have)"
 
 
-def backward_plan(table: Map, targets: Mapping[str, Shape]) -> Plan:
+def backward_plan(table: Map, targets: Mapping[str, Shape]) -> TensorPlan:
     """Plan the export of our `targets` under the names of the map's ecosystem.
 
     Args:
@@ -175,4 +175,4 @@ def backward_plan(table: Map, targets: Mapping[str, Shape]) -> Plan:
             assemblies[piece.source] = Assembly(
                 name, piece.source_shape, (Piece(target, shape, runs),)
             )
-    return Plan(tuple(assemblies.values()))
+    return TensorPlan(tuple(assemblies.values()))

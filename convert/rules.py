@@ -14,118 +14,85 @@ from typing import NamedTuple
 
 from convert.transforms import IDENTITY, Run, Shape, Transform
 
-_GROUP = re.compile(r"\(([^()]*)\)")
-_BACKREFERENCE = re.compile(r"\\(\d)")
-_METACHARACTERS = set(".^$*+?{}[]|()\\")
-
-
-def _literal(pattern: str, whole: str) -> str:
-    """Undo the escapes of a pattern's literal stretch; refuse anything that is not literal."""
-    text, i = [], 0
-    while i < len(pattern):
-        char = pattern[i]
-        if char == "\\" and i + 1 < len(pattern) and not pattern[i + 1].isalnum():
-            i += 1
-            char = pattern[i]
-        elif char in _METACHARACTERS:
-            raise ValueError(
-                f"rule pattern {whole!r} cannot be inverted: {char!r} outside a capture group; "
-                "write escaped literals and simple capture groups only"
-            )
-        text.append(char)
-        i += 1
-    return "".join(text)
+_PLACE = re.compile(r"\{([^{}]*)\}")
+_KINDS = {"i": r"\d+", "j": r"\d+", "p": "weight|bias", "name": ".+"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    r"""One line of a map: sources that fullmatch `pattern` fill `target` through `transform`.
+    """One line of a map: a source of this name fills `target` through `transform`.
+
+    Both names are templates, of literal text and of places that stand for the same on either side:
+    `{i}` and `{j}` for numbers, `{p}` for `weight` or `bias`, `{a|b}` for one of the words in it,
+    and `{name}` for anything.
 
     Attributes:
-      pattern: regular expression on the source name, restricted so that it can be inverted:
-        literal text with escapes (`\.`) and capture groups without nesting (`(\d+)`,
-        `(weight|bias)`).
-      target: our name; `\1`... stand for the groups, each used at least once.
+      source: the other ecosystem's name.
+      target: ours, with the same places.
       transform: placement of the source's rows in the target.
     """
 
-    pattern: str
+    source: str
     target: str
     transform: Transform = IDENTITY
 
     def __post_init__(self):
-        # Both compiled forms are built now, so that a table with a mistake fails where it is made.
-        for built in (self._source_parts, self._source_regex, self._target_regex):
-            del built
-
-    @functools.cached_property
-    def _groups(self) -> list[str]:
-        return [m.group(1) for m in _GROUP.finditer(self.pattern)]
-
-    @functools.cached_property
-    def _source_regex(self) -> re.Pattern[str]:
-        return re.compile(self.pattern)
-
-    @functools.cached_property
-    def _source_parts(self) -> list[str]:
-        """Literal stretches of the pattern, one more than it has groups."""
-        return [_literal(part, self.pattern) for part in _GROUP.split(self.pattern)[::2]]
-
-    @functools.cached_property
-    def _target_regex(self) -> re.Pattern[str]:
-        seen: set[int] = set()
-        out = []
-        for i, piece in enumerate(_BACKREFERENCE.split(self.target)):
-            if i % 2 == 0:
-                out.append(re.escape(piece))
-                continue
-            number = int(piece)
-            if not 1 <= number <= len(self._groups):
-                raise ValueError(
-                    f"target {self.target!r} uses \\{number}, pattern {self.pattern!r} "
-                    f"has {len(self._groups)} groups"
-                )
-            if number in seen:
-                out.append(f"(?P=g{number})")
-            else:
-                out.append(f"(?P<g{number}>{self._groups[number - 1]})")
-            seen.add(number)
-        if len(seen) != len(self._groups):
+        if set(_PLACE.findall(self.source)) != set(_PLACE.findall(self.target)):
             raise ValueError(
-                f"rule {self.pattern!r} -> {self.target!r} cannot be inverted: every group of the "
-                "pattern must be used in the target"
+                f"rule {self.source!r} -> {self.target!r} cannot be inverted: a place is on one "
+                "side alone"
             )
-        return re.compile("".join(out))
+        # Now, so that a table with a mistake fails where it is made.
+        for template in (self.source, self.target):
+            _regex(template)
 
     def target_of(self, source: str) -> str | None:
         """Our name for `source`, or None when the rule is not about it."""
-        match = self._source_regex.fullmatch(source)
-        if match is None:
-            return None
-        return _BACKREFERENCE.sub(lambda ref: match.group(int(ref.group(1))), self.target)
+        return _renamed(source, self.source, self.target)
 
     def source_of(self, target: str) -> str | None:
         """The source name that fills our `target`, or None when the rule is not about it."""
-        match = self._target_regex.fullmatch(target)
-        if match is None:
-            return None
-        out = [self._source_parts[0]]
-        for number, part in enumerate(self._source_parts[1:], start=1):
-            out += [match.group(f"g{number}"), part]
-        return "".join(out)
+        return _renamed(target, self.target, self.source)
+
+
+def _renamed(name: str, template: str, other: str) -> str | None:
+    """A name of one template under the other; None if it is not of the template."""
+    match = _regex(template).fullmatch(name)
+    if match is None:
+        return None
+    found = dict(zip(_PLACE.findall(template), match.groups(), strict=True))
+    return _PLACE.sub(lambda place: found[place[1]], other)
+
+
+@functools.cache
+def _regex(template: str) -> re.Pattern[str]:
+    """What a name of a template looks like, with a group for each place."""
+    literals, places = _PLACE.split(template)[::2], _PLACE.findall(template)
+    unknown = [place for place in places if "|" not in place and place not in _KINDS]
+    if unknown or len(set(places)) < len(places) or any(set("{}") & set(t) for t in literals):
+        raise ValueError(
+            f"template {template!r}: a place is one of {', '.join(_KINDS)} or words as a|b, each "
+            "once"
+        )
+    kinds = [_KINDS.get(p) or "|".join(map(re.escape, p.split("|"))) for p in places]
+    groups = [f"({kind})" for kind in kinds]
+    rest = zip(groups, literals[1:], strict=True)
+    return re.compile(
+        re.escape(literals[0]) + "".join(group + re.escape(literal) for group, literal in rest)
+    )
 
 
 class Ignored(NamedTuple):
     """A source tensor that is not converted, and why.
 
     Attributes:
-      pattern: regular expression, fullmatched on the source name.
+      source: its name.
       reason: told to the user.
       same_as: source tensor that this one repeats (tied weights). When both are present their
         bytes must agree; when only this one is, it is read in the other's place.
     """
 
-    pattern: str
+    source: str
     reason: str
     same_as: str | None = None
 
@@ -166,10 +133,7 @@ class Map:
 
     def ignored_entry(self, source: str) -> Ignored | None:
         """Why a (prefix-free) source name is not converted; None if it is."""
-        for entry in self.ignored:
-            if re.fullmatch(entry.pattern, source):
-                return entry
-        return None
+        return next((entry for entry in self.ignored if entry.source == source), None)
 
     def target_of(self, source: str) -> tuple[str, Rule] | None:
         """Our name for a (prefix-free) source name and the one rule that says so.
@@ -181,7 +145,7 @@ class Map:
         if len(hits) > 1:
             raise ValueError(
                 f"{self.name}: {source!r} matches {len(hits)} rules: "
-                f"{', '.join(repr(rule.pattern) for _, rule in hits)}; exactly one may"
+                f"{', '.join(repr(rule.source) for _, rule in hits)}; exactly one may"
             )
         return hits[0] if hits else None
 

@@ -18,6 +18,8 @@ from convert.targets import copy_tokenizers
 from convert.tensors import Spec
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
+from flux_jax.layers import AnyLinear, Linear
+from flux_jax.linears import linears
 from flux_jax.tree import to_flat
 
 
@@ -67,8 +69,17 @@ def _check_loadable(name: str, module: nnx.Module, config: Any) -> None:
     """Refuses a module that a checkpoint of dense weights could not give back.
 
     Raises:
-      UserError: its parameters have other names or shapes than its config says.
+      UserError: a linear that is not dense, or parameters of other names or shapes than its config
+        says.
     """
+    # First: the latent weights of a student have the names and shapes of dense ones.
+    for path, linear in linears(module, AnyLinear).items():
+        if not isinstance(linear, Linear):
+            raise UserError(
+                f"{name}: its linears, as `{path}`, a {type(linear).__name__}, are not those of a "
+                f"dense {name}, as which it would be loaded again; `ternary.save_checkpoint` "
+                "writes a ternary one"
+            )
     shapes = {key: tuple(array.shape) for key, array in to_flat(module).items()}
     expected = tables.our_shapes(name, config)
     wrong = sorted(

@@ -6,7 +6,6 @@ as one file each, or everything in one file, each component under a prefix.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from convert.tensors import Spec, StoredReader
 from convert.transforms import Shape
 from flux_jax.components import Config
 from flux_jax.errors import UserError
+from flux_jax.json_values import parse_json
 
 # In `__metadata__`: the config of a file that we wrote, so that nothing has to be guessed.
 CONFIG_KEY = "flux_jax.config"
@@ -170,10 +170,7 @@ def _config(
 ) -> Config:
     """A component's config: from our note in the file, or guessed."""
     if CONFIG_KEY in metadata:
-        try:
-            configs = json.loads(metadata[CONFIG_KEY])
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{what}: `{CONFIG_KEY}` in its metadata is not JSON") from error
+        configs = parse_json(metadata[CONFIG_KEY], f"{what}: `{CONFIG_KEY}` in its metadata")
         if isinstance(configs, dict) and component in configs:
             return config_from_json(component, configs[component], what=f"{what}: {component}")
     return config_from_shapes(component, shapes, what=what)

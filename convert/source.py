@@ -30,13 +30,14 @@ from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 
 # Pipelines of diffusers that hold an unchanged FLUX.1; the transformer's config is checked besides.
-PIPELINES = (
-    "FluxPipeline",
-    "FluxImg2ImgPipeline",
-    "FluxInpaintPipeline",
-    "FluxKontextPipeline",
-)
+PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+# The first that a name begins with. Kontext's weights have FLUX.1's shapes: only the name tells.
 _OTHER_PIPELINES = {
+    "FluxKontext": "FLUX.1-Kontext, which edits a given image",
+    "FluxFill": "FLUX.1-Fill, which fills in a given image",
+    "FluxPriorRedux": "FLUX.1-Redux, which varies a given image",
+    "FluxControlNet": "FLUX.1 with a ControlNet",
+    "FluxControl": "FLUX.1-Canny or -Depth, which follows a given image",
     "StableDiffusion3": "Stable Diffusion 3",
     "StableDiffusionXL": "Stable Diffusion XL",
     "StableDiffusion": "Stable Diffusion",

@@ -26,9 +26,10 @@ _TABLES: dict[str, Any] = {
 COMPONENTS = tuple(_TABLES)
 # Folders of a pipeline beside those of its components.
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 # Of tensors that have our names already.
-IDENTITY_MAP = Map(name="Flax", rules=(Rule("(.+)", r"\1"),))
+IDENTITY_MAP = Map(name="Flax", rules=(Rule("{name}", "{name}"),))
 
 # File stems and class names of diffusers folders.
 STEMS = {

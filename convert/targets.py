@@ -7,7 +7,6 @@ caller's.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,21 +62,29 @@ def write_flax(
 
 
 def copy_tokenizers(tokenizers: Mapping[str, Path], folder: Path) -> None:
-    """Copy tokenizer folders; the hub's cache has symbolic links, which become files.
+    """Copy the files of tokenizers; the hub's cache has symbolic links, which become files.
 
     Raises:
-      UserError: a file cannot be copied.
+      UserError: a file cannot be copied, or is a link that leads elsewhere.
     """
     for name, source in tokenizers.items():
-        try:
-            shutil.copytree(source, folder / name)
-            # Modes are copied too: what may not be written to could not be removed either.
-            for place, _, _ in os.walk(folder / name):
-                Path(place).chmod(0o755)
-        except shutil.Error as error:
-            # Its text is a list of all files that failed.
-            file, _, reason = error.args[0][0]
-            raise UserError(f"{file}: cannot be copied: {reason}") from error
+        # A checkpoint of a stranger's could have private files of this machine copied.
+        here = source.parent.resolve() / source.name
+        allowed = [here]
+        if here.parent.parent.name == "snapshots":
+            allowed.append(here.parent.parent.parent / "blobs")
+        (folder / name).mkdir()
+        files = {file for pattern in tables.TOKENIZER_FILES for file in source.glob(pattern)}
+        for file in sorted(files):
+            real = file.resolve()
+            if real.exists() and not any(real.is_relative_to(place) for place in allowed):
+                raise UserError(f"{file}: a link leads out of its folder, which is not followed")
+            if file.is_dir():
+                continue
+            try:
+                shutil.copyfile(file, folder / name / file.name)
+            except OSError as error:
+                raise UserError(f"{file}: cannot be copied: {error.strerror or error}") from error
 
 
 def _exported(part: Parameters, table: Map, what: str) -> Assembled:

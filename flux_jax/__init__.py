@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from flux_jax.pipeline import FluxPipeline as FluxPipeline
     from flux_jax.prompts import PromptEmbeds as PromptEmbeds
     from flux_jax.prompts import TextEncoders as TextEncoders
+    from flux_jax.rope import image_ids as image_ids
+    from flux_jax.rope import text_ids as text_ids
     from flux_jax.sharding import flat_shardings as flat_shardings
     from flux_jax.sharding import make_mesh as make_mesh
     from flux_jax.t5 import T5Encoder as T5Encoder
@@ -51,6 +53,7 @@ _HOME = {
     "TextEncoders": "prompts",
     "UserError": "errors",
     "flat_shardings": "sharding",
+    "image_ids": "rope",
     "inspect_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "load_lora": "checkpoint",
@@ -58,6 +61,7 @@ _HOME = {
     "read_png": "metadata",
     "save_checkpoint": "checkpoint",
     "save_png": "metadata",
+    "text_ids": "rope",
 }
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

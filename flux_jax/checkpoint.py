@@ -23,7 +23,6 @@ from flux_jax.components import Config, abstract_module
 from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.layers import DType
 from flux_jax.lora import LoRA, check_no_lora
-from flux_jax.sharding import Rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,29 +48,33 @@ class Checkpoint:
 def load_checkpoint(
     path_or_repo_id: str | Path,
     *,
-    components: Sequence[str] | None = None,
+    components: str | Sequence[str] | None = None,
     dtype: DType = jnp.bfloat16,
     mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Load components from any layout, straight onto their devices.
 
     Args:
       path_or_repo_id: a Flax checkpoint that `python -m convert` or `save_checkpoint` wrote, a
         diffusers folder or hub id, or a Black Forest Labs single file.
-      components: which; None for all that are there. An empty sequence gives the configs of the
-        scheduler and the tokenizers alone.
+      components: which one, or which several; None for all that are there. An empty sequence gives
+        the configs of the scheduler and the tokenizers alone.
       dtype: of the parameters.
-      mesh: devices to spread over; None puts everything on the first device.
-      rules: logical axis to mesh axis; None for `flux_jax.sharding.DEFAULT_RULES`.
+      mesh: devices to spread over, by `flux_jax.sharding.DEFAULT_RULES`; None puts everything on
+        JAX's default device.
+      revision: branch, tag or commit of a hub id.
 
     Raises:
-      UserError: no such path or repository, another architecture, or damaged or missing weights.
+      UserError: no such path, repository or revision, another architecture, or damaged or missing
+        weights.
     """
-    from convert import hub, load
+    from convert import load
 
-    path = hub.resolve(path_or_repo_id, components)
-    loaded = load.load(path, components=components, dtype=dtype, mesh=mesh, rules=rules)
+    # A text is a sequence of texts too, its letters.
+    components = [components] if isinstance(components, str) else components
+    path = resolve_checkpoint(path_or_repo_id, components, revision=revision)
+    loaded = load.load(path, components=components, dtype=dtype, mesh=mesh)
     return Checkpoint(
         path=path,
         configs=loaded.configs,
@@ -124,9 +127,9 @@ def stored_component(
     Raises:
       UserError: as for `load_checkpoint`.
     """
-    from convert import hub, load
+    from convert import load
 
-    path = hub.resolve(path_or_repo_id, [name])
+    path = resolve_checkpoint(path_or_repo_id, [name])
     with load.open_parameters(path, name, dtype) as parameters:
         nbytes = sum(spec.nbytes for spec in parameters.reader.specs.values())
         return StoredComponent(
@@ -173,15 +176,38 @@ class Contents:
     tokenizer_paths: dict[str, Path]
 
 
-def inspect_checkpoint(path_or_repo_id: str | Path) -> Contents:
+def resolve_checkpoint(
+    path_or_repo_id: str | Path,
+    components: str | Sequence[str] | None = None,
+    *,
+    revision: str | None = None,
+) -> Path:
+    """The local folder or file of a checkpoint; a hub id is downloaded.
+
+    Args:
+      path_or_repo_id, components, revision: as for `load_checkpoint`.
+
+    Raises:
+      UserError: no such path, repository or revision.
+    """
+    from convert import hub
+
+    components = [components] if isinstance(components, str) else components
+    return hub.resolve(path_or_repo_id, components, revision=revision)
+
+
+def inspect_checkpoint(path_or_repo_id: str | Path, *, revision: str | None = None) -> Contents:
     """What is in a checkpoint, without reading a weight (a hub id is downloaded whole).
+
+    Args:
+      path_or_repo_id, revision: as for `load_checkpoint`.
 
     Raises:
       UserError: as for `load_checkpoint`.
     """
-    from convert import hub, source
+    from convert import source
 
-    path = hub.resolve(path_or_repo_id)
+    path = resolve_checkpoint(path_or_repo_id, revision=revision)
     with source.open_source(path) as opened:
         components = {}
         for name, component in opened.components.items():

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -95,9 +95,7 @@ def relative_error(ours: Any, theirs: Any) -> float:
 
 def psnr(ours: Any, theirs: Any) -> float:
     """Peak signal-to-noise ratio of two 8-bit images in dB; 99 for equal ones."""
-    # As one image, whatever their shape: the error is a mean over all pixels.
-    pair = (np.asarray(x, np.float64).reshape(1, 1, 1, -1) / 255 for x in (ours, theirs))
-    return float(images.psnr(*pair)[0])
+    return float(images.psnr(np.asarray(ours)[None] / 255, np.asarray(theirs)[None] / 255)[0])
 
 
 def check_installed() -> None:
@@ -170,8 +168,8 @@ def compare(
     theirs = Reference(path, dtype)
     embeds = yield from _compare_text(path, checkpoint, theirs, settings)
     yield from _compare_schedule(theirs, settings)
-    latents = yield from _compare_transformer(path, checkpoint, theirs, settings, embeds)
-    yield from _compare_vae(vae, theirs, settings, *latents)
+    ends = yield from _compare_transformer(path, checkpoint, theirs, settings, embeds)
+    yield from _compare_vae(vae, theirs, settings, ends)
 
 
 def format_line(finding: Finding) -> str:
@@ -205,12 +203,21 @@ def report(model: str, dtype: str, findings: Sequence[Finding]) -> dict[str, Any
     }
 
 
-Both = tuple[Any, Any]
-Findings = Iterator[Finding]
+T = TypeVar("T")
 
 
-def _compare_text(path: str | Path, checkpoint: Checkpoint, theirs: Any, settings: Settings) -> Any:
-    """Yields findings, returns (ours, theirs): each side's image starts from its own embeddings."""
+@dataclasses.dataclass(frozen=True)
+class Sides(Generic[T]):
+    """What each side computed, from which it goes on by itself."""
+
+    ours: T
+    theirs: T
+
+
+def _compare_text(
+    path: str | Path, checkpoint: Checkpoint, theirs: Any, settings: Settings
+) -> Generator[Finding, None, Sides[PromptEmbeds]]:
+    """Yields findings, returns the embeddings."""
 
     def ours(name: str, ids: np.ndarray) -> jax.Array:
         modules = load_checkpoint(path, components=[name], dtype=jnp.dtype(settings.dtype)).modules
@@ -226,13 +233,15 @@ def _compare_text(path: str | Path, checkpoint: Checkpoint, theirs: Any, setting
     ids = tokenize(tokenizer_2, prompts, max_length(tokenizer_2), encoder="T5")
     states = ours("text_encoder_2", ids), theirs.t5(ids)
     yield Finding("text_encoder_2 (T5)", relative_error(*states), limit)
-    return tuple(
-        PromptEmbeds(prompts=(PROMPT,), prompt_embeds=t5, pooled_prompt_embeds=clip)
-        for t5, clip in zip(map(jnp.asarray, states), map(jnp.asarray, pooled), strict=True)
+    return Sides(
+        *(
+            PromptEmbeds(prompts=(PROMPT,), prompt_embeds=t5, pooled_prompt_embeds=clip)
+            for t5, clip in zip(map(jnp.asarray, states), map(jnp.asarray, pooled), strict=True)
+        )
     )
 
 
-def _compare_schedule(theirs: Any, settings: Settings) -> Findings:
+def _compare_schedule(theirs: Any, settings: Settings) -> Iterator[Finding]:
     tokens = settings.grid[0] * settings.grid[1]
     expected = theirs.sigmas(settings.schedule.num_steps, tokens)
     error = float(np.abs(settings.schedule.sigmas - expected).max())
@@ -244,16 +253,16 @@ def _compare_transformer(
     checkpoint: Checkpoint,
     theirs: Any,
     settings: Settings,
-    embeds: tuple[PromptEmbeds, PromptEmbeds],
-) -> Any:
-    """Yields findings, returns (ours, theirs): the latents that each side's sampling ended in."""
+    embeds: Sides[PromptEmbeds],
+) -> Generator[Finding, None, Sides[Any]]:
+    """Yields findings, returns the latents that sampling ended in."""
     rows, columns = settings.grid
     channels = checkpoint.modules["vae"].config.latent_channels
     start = noise(settings.key, rows * PATCH, columns * PATCH, channels)[None]
     velocities, their_latents = theirs.transformer(
         np.asarray(start),
         settings.grid,
-        *(np.asarray(x, np.float32) for x in _arrays(embeds[1])),
+        *(np.asarray(x, np.float32) for x in _arrays(embeds.theirs)),
         times=TIMES,
         guidance=GUIDANCE,
         steps=settings.schedule.num_steps,
@@ -263,7 +272,7 @@ def _compare_transformer(
     transformer = loaded.modules["transformer"]
     guidance = GUIDANCE if transformer.config.guidance_embed else None
     velocity = _VELOCITY.bind(transformer)
-    txt, pooled = _arrays(embeds[1])
+    txt, pooled = _arrays(embeds.theirs)
     ids = image_ids(rows, columns), text_ids(txt.shape[1])
     for time, expected in zip(TIMES, velocities, strict=True):
         scale = None if guidance is None else np.full(1, guidance, np.float32)
@@ -271,31 +280,29 @@ def _compare_transformer(
         name, limit = f"transformer, t = {time}", LIMITS[settings.dtype]
         yield Finding(name, relative_error(found, expected), limit)
     *_, (our_latents, _) = denoise(
-        transformer, settings.schedule, start, settings.grid, embeds[0], guidance_scale=guidance
+        transformer, settings.schedule, start, settings.grid, embeds.ours, guidance_scale=guidance
     )
     yield Finding("latents of the image", relative_error(our_latents, their_latents), None)
-    return our_latents, their_latents
+    return Sides(our_latents, their_latents)
 
 
-def _compare_vae(
-    vae: Any, theirs: Any, settings: Settings, our_latents: Any, their_latents: Any
-) -> Findings:
+def _compare_vae(vae: Any, theirs: Any, settings: Settings, ends: Sides[Any]) -> Iterator[Finding]:
     rows, columns = settings.grid
     size = (rows * PATCH, columns * PATCH)
-    latents = np.asarray(unpack(jnp.asarray(their_latents), *size))
+    latents = np.asarray(unpack(jnp.asarray(ends.theirs), *size))
     image = _test_image(rows * settings.side, columns * settings.side)
     their_mean, their_image = theirs.vae(image, latents)
     limit = LIMITS[settings.dtype]
     yield Finding("vae, encode", relative_error(_ENCODE.bind(vae)(image), their_mean), limit)
     yield Finding("vae, decode", relative_error(DECODE.bind(vae)(latents), their_image), limit)
-    our_picture = to_uint8(decode(vae, our_latents, settings.grid, tiled=False))
+    our_picture = to_uint8(decode(vae, ends.ours, settings.grid, tiled=False))
     their_picture = to_uint8(to_unit_range(their_image))
     # In bfloat16 each side rounds the latents of every step its own way.
     limit = PSNR_LIMIT if settings.dtype == "float32" else None
-    yield Finding("image", psnr(our_picture, their_picture), limit, "dB")
+    yield Finding("image", psnr(our_picture[0], their_picture[0]), limit, "dB")
 
 
-def _arrays(embeds: PromptEmbeds) -> Both:
+def _arrays(embeds: PromptEmbeds) -> tuple[Any, Any]:
     return embeds.prompt_embeds, embeds.pooled_prompt_embeds
 
 

@@ -24,15 +24,16 @@ def default_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "flux_jax" / "compiled"
 
 
-def enable_compilation_cache() -> Path | None:
+def enable_compilation_cache() -> Path | str | None:
     """Turn on JAX's persistent compilation cache for every program, however fast it compiled.
 
     JAX's own thresholds leave out what compiles within a second, which is most of a pipeline. A
     cache that JAX was already told of (`JAX_COMPILATION_CACHE_DIR`, or `jax.config`) is kept;
-    `FLUX_JAX_COMPILATION_CACHE` names another folder, or turns the cache off.
+    `FLUX_JAX_COMPILATION_CACHE` names another folder, or turns the cache off. Lowered programs are
+    kept beside it only in a folder of this machine's, and not in a bucket ("gs://...").
 
     Returns:
-      The folder in use, or None if off or if the folder cannot be made.
+      The folder in use, or the bucket's address; None if off or if the folder cannot be made.
     """
     wanted = os.environ.get(VARIABLE, "")
     config: Any = jax.config
@@ -40,18 +41,22 @@ def enable_compilation_cache() -> Path | None:
         jax.config.update("jax_compilation_cache_dir", None)
         _enabled.clear()
         return None
-    configured = config.jax_compilation_cache_dir
-    folder = Path(wanted or configured or default_folder()).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        # A read-only home is no reason not to draw.
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    named = wanted or config.jax_compilation_cache_dir or default_folder()
+    if "://" in str(named):
+        place = str(named)
+        _enabled.clear()
+    else:
+        place = Path(named).expanduser()
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            # A read-only home is no reason not to draw.
+            return None
+        _enabled[:] = [place]
+    jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    _enabled[:] = [folder]
-    return folder
+    return place
 
 
 def lowered_folder() -> Path | None:

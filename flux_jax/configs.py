@@ -8,8 +8,51 @@ encoders and the autoencoder follow transformers' `T5Config` and `CLIPTextConfig
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
+from collections.abc import Container
+from typing import Any
 
 from flux_jax.errors import UserError
+
+
+def _check_numbers(
+    config: Any, *, may_be_zero: Container[str] = (), positive: Container[str] = ()
+) -> None:
+    """See that a configuration's numbers are some that a model can have.
+
+    Args:
+      config: its integers must be whole and at least 1, its floats finite.
+      may_be_zero: integers that are at least 0.
+      positive: floats that are above 0.
+
+    Raises:
+      UserError: one is not.
+    """
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        least = 0 if name in may_be_zero else 1
+        if field.type == "int" and not _is_whole(value, least):
+            raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if field.type == "tuple[int, ...]" and not (value and all(_is_whole(v, 1) for v in value)):
+            raise UserError(f"{name} must be whole numbers of at least 1, got {value!r}")
+        if field.type == "float" and not _is_finite(value, above_zero=name in positive):
+            above = " above 0" if name in positive else ""
+            raise UserError(f"{name} must be a finite number{above}, got {value!r}")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    # JSON's 10000.0 is whole.
+    return _is_number(value) and value >= least and value % 1 == 0
+
+
+def _is_finite(value: Any, *, above_zero: bool) -> bool:
+    return _is_number(value) and math.isfinite(value) and (value > 0 or not above_zero)
+
+
+def _is_number(value: Any) -> bool:
+    # Python's True is one.
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +87,7 @@ class FluxConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        _check_numbers(self, may_be_zero=("depth", "depth_single_blocks"), positive=("mlp_ratio",))
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"hidden_size must be a multiple of num_heads, got {self.hidden_size} and "
@@ -116,6 +160,7 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
+        _check_numbers(self, positive=("layer_norm_epsilon",))
         # Of the buckets of one side, half are of one distance each; the others reach farther.
         exact = self.relative_attention_num_buckets // 4
         if not 0 < exact < self.relative_attention_max_distance:
@@ -161,6 +206,9 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 2
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, may_be_zero=("eos_token_id",), positive=("layer_norm_eps",))
 
     @classmethod
     def large(cls) -> CLIPTextConfig:
@@ -208,6 +256,7 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        _check_numbers(self, positive=("scaling_factor",))
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         if bad:
             raise UserError(
@@ -259,6 +308,7 @@ class SchedulerConfig:
     time_shift_type: str = "exponential"
 
     def __post_init__(self) -> None:
+        _check_numbers(self, positive=("shift",))
         if self.base_image_seq_len == self.max_image_seq_len:
             raise UserError(
                 "base_image_seq_len and max_image_seq_len must differ, for the shift is "

@@ -162,18 +162,22 @@ def denoise(
 
     def predict(latents: Array, prompt: tuple[tuple[Any, ...], list[Array]], step: int) -> Array:
         inputs, chunks = prompt
-        return velocity(latents, *inputs, _at(chunks[step // CHUNK], np.int32(step % CHUNK)))
+        mods = _at(chunks[step // CHUNK], jax.device_put(np.int32(step % CHUNK)))
+        return velocity(latents, *inputs, mods)
 
     with contextlib.nullcontext() if waiting is None else waiting.on_device():
         positive = conditions(embeds)
         opposite = None if negative is None else conditions(negative)
         if waiting is not None:
             jax.block_until_ready((positive, opposite))
+    # Placed explicitly, for who forbids other transfers (`jax_transfer_guard`).
+    sigmas = [jax.device_put(sigma) for sigma in schedule.sigmas]
+    scale = jax.device_put(np.float32(true_cfg_scale))
     for step in range(schedule.num_steps):
         v = predict(latents, positive, step)
         if opposite is not None:
-            v = _guide(v, predict(latents, opposite, step), np.float32(true_cfg_scale))
-        latents, clean = _update(latents, v, schedule.sigmas[step], schedule.sigmas[step + 1])
+            v = _guide(v, predict(latents, opposite, step), scale)
+        latents, clean = _update(latents, v, sigmas[step], sigmas[step + 1])
         yield latents, clean
 
 

@@ -147,9 +147,11 @@ class _Wanted:
             "negative_prompt": self._negative,
             "true_cfg_scale": 1.0 if self._negative is None else plan.true_cfg_scale,
             "dtype": str(pipe.transformer.dtype),
-            # Of LoRAs too, however their paths are spelled.
-            "fingerprint": pipe.fingerprint(),
+            "kernels": pipe.kernels,
+            "attention": pipe.attention,
         }
+        # Of LoRAs too, however their paths are spelled.
+        self._fingerprints = pipe.fingerprints()
 
     def is_drawn(self, path: Path, job: Job, replace: bool, remedy: str) -> bool:
         """Whether the file is the image; a file that is cut off is not.
@@ -160,13 +162,17 @@ class _Wanted:
         check_png_path(path)
         if not path.is_file():
             return False
-        expected = {"prompt": job.prompt, "seed": job.seed, **self._shared}
+        model = self._fingerprints.model
+        expected = {"prompt": job.prompt, "seed": job.seed, **self._shared, "fingerprint": model}
         try:
             record = read_png(path, pixels=False)
         except UserError:
             if is_cut_off_png(path):
                 return False
             raise
+        if record.fingerprint == self._fingerprints.weights:
+            # Drawn by a version that did not look at the model's settings.
+            record = dataclasses.replace(record, fingerprint=model)
         differs = [name for name, value in expected.items() if getattr(record, name) != value]
         if differs and not replace:
             name = differs[0]
@@ -182,7 +188,7 @@ class _Wanted:
         negative = encode([self._negative]) if jobs and self._negative is not None else None
         size = self._plan.batch_size
         chunk = math.ceil(ENCODED_TOGETHER / size) * size
-        writing: list[Future[None]] = []
+        saving: list[Future[None]] = []
         # An image is compressed while the next ones are drawn.
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(jobs), chunk):
@@ -197,26 +203,26 @@ class _Wanted:
                         progress=False,
                         **self._settings,
                     )
-                    _finish(writing)
-                    writing = [
+                    _finish(saving)
+                    saving = [
                         pool.submit(save_png, image, out / encoded[row].file, self._record(record))
                         for row, image, record in zip(
                             rows, output.images, output.records, strict=True
                         )
                     ]
                     yield
-            _finish(writing)
+            _finish(saving)
 
     def _encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         length = self._plan.max_sequence_length
         return self._pipe.encode_prompt(prompts, max_sequence_length=length)
 
     def _record(self, record: GenerationRecord) -> GenerationRecord:
-        return dataclasses.replace(record, fingerprint=self._shared["fingerprint"])
+        return dataclasses.replace(record, fingerprint=self._fingerprints.model)
 
 
-def _finish(writing: list[Future[None]]) -> None:
-    for future in writing:
+def _finish(saving: list[Future[None]]) -> None:
+    for future in saving:
         future.result()
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from flux_jax.components import abstract_module
 from flux_jax.configs import T5Config
-from flux_jax.fingerprint import Checksum, checksum, digest, digest_of_sums
+from flux_jax.fingerprint import Checksum, checksum, checksums, digest_of_sums
 from flux_jax.functional import BoundFunction, ModuleFunction
 from flux_jax.layers import Embedding
 from flux_jax.sharding import mesh_of, place_shapes
@@ -135,7 +135,7 @@ class StreamedT5:
           open_weights: gives, for the length of a block, a function from a parameter's dotted path
             to its values in host memory, of `dtype`. The function is called from several threads.
           dtype: of the parameters, hence of the computation.
-          mesh: devices to spread each block over; without one, the first device.
+          mesh: devices to spread each block over; without one, the default device.
         """
         self.config = config
         self._open = open_weights
@@ -202,11 +202,11 @@ class StreamedT5:
             return [norm(x) for x in states]
 
     def digest(self, name: str) -> str:
-        """As `flux_jax.fingerprint.component_digest` of the whole encoder."""
-        if self._sums is not None:
-            return digest_of_sums(name, self._sums)
-        with self._open() as read:
-            return digest(name, ((path, read(path)) for path in self._paths()))
+        """As `flux_jax.fingerprint.component_digest` of the whole encoder; it is read once."""
+        if self._sums is None:
+            with self._open() as read:
+                self._sums = checksums((path, read(path)) for path in self._paths())
+        return digest_of_sums(name, self._sums)
 
     def _fetch(
         self, pool: ThreadPoolExecutor, read: Read, layer: int, sums: Sums | None

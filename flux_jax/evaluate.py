@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from flux_jax.composition.prompts import CATEGORIES, EvalPrompt, load_prompts
 from flux_jax.composition.score import Scores, score_images
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
 from flux_jax.files import write_whole
-from flux_jax.metadata import GenerationRecord, read_png
+from flux_jax.metadata import GenerationRecord, read_picture
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import PromptEmbeds
 
@@ -149,6 +148,17 @@ def evaluate(
 
 
 def _read_all(out: Path, count: int) -> tuple[list[np.ndarray], tuple[GenerationRecord, ...]]:
-    paths = [out / file_name(index) for index in range(count)]
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-    return images, tuple(read_png(path) for path in paths)
+    """The pictures in a folder and their records.
+
+    Raises:
+      UserError: one is damaged inside, which only decoding it finds.
+    """
+    images, records = [], []
+    for path in (out / file_name(index) for index in range(count)):
+        try:
+            image, record = read_picture(path)
+        except UserError as error:
+            raise UserError(f"{error}; remove it and give the command again") from error
+        images.append(np.asarray(image.convert("RGB")))
+        records.append(record)
+    return images, tuple(records)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,8 +50,11 @@ def writing(place: Path, kept: str = "") -> Iterator[None]:
         raise UserError(f"{place}: cannot be written: {error.strerror or error}{kept}") from error
 
 
-# What `write_whole` names a file first, and the process. Earlier versions put no process.
-_PARTIAL = re.compile(r"\.(.+)\.partial(?:-(\d+))?")
+# What `write_whole` names a file first: the process, and digits of the write's own. Earlier
+# versions put no digits, or no process either.
+_PARTIAL = re.compile(r"\.(.+)\.partial(?:-(\d+)(-[0-9a-f]{8})?)?")
+# Names of those that this process is writing.
+_under_way: set[str] = set()
 
 
 def partial_paths(path: Path) -> set[Path]:
@@ -67,7 +71,11 @@ def clear_partials(folder: Path) -> None:
     """
     for file in folder.iterdir():
         partial = _PARTIAL.fullmatch(file.name)
-        if partial is not None and partial[2] and not _is_alive(int(partial[2])):
+        if partial is None or not partial[2]:
+            continue
+        # In a container each run has the same number: ours does not mean that it is ours.
+        ours = int(partial[2]) == os.getpid() and partial[3] is not None
+        if file.name not in _under_way if ours else not _is_alive(int(partial[2])):
             with contextlib.suppress(OSError):
                 file.unlink()
 
@@ -86,7 +94,7 @@ def _is_alive(process: int) -> bool:
 def write_whole(path: Path, content: bytes, kept: str = "") -> None:
     """Write a file and wait until the disk has it: whole or, if it fails or is killed, as before.
 
-    Of several processes that write it at a time, one's is there in the end, whole.
+    Of several threads, processes or hosts that write it at a time, one's is there in the end.
 
     Args:
       path: its folder exists.
@@ -96,19 +104,34 @@ def write_whole(path: Path, content: bytes, kept: str = "") -> None:
     Raises:
       UserError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    _under_way.add(partial.name)
     with writing(path, kept):
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+            _sync_folder(path.parent)
         except BaseException:
             # An interrupt leaves nothing either.
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+        finally:
+            _under_way.discard(partial.name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in a folder."""
+    # Some network disks do that for no folder.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
-"""A short name for a set of weights: equal weights, equal fingerprint, wherever they came from.
+"""A short name for a model: equal weights and settings, equal fingerprint, whatever their source.
 
-Computed from the arrays in memory and not from files, so that a diffusers folder, a single file and
-a converted checkpoint of the same weights agree; floats are compared as bfloat16, so that the
-dtype they were loaded in does not matter either. It tells checkpoints apart, it does not
-authenticate them.
+Computed from the arrays and configurations in memory and not from files, so that a diffusers
+folder, a single file and a converted checkpoint of the same model agree; floats are compared as
+bfloat16, so that the dtype they were loaded in does not matter either. It tells models apart, it
+does not authenticate them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt32
 
-from flux_jax.tree import to_flat
+from flux_jax.tree import parameter_path, to_flat
 
 DIGITS = 16
 
@@ -71,7 +73,7 @@ def component_digest(name: str, module: nnx.Module) -> str:
       name: of the component.
       module: its arrays may be on devices, sharded, or on the host.
     """
-    return digest(name, to_flat(module).items())
+    return digest_of_sums(name, checksums(to_flat(module).items()))
 
 
 class Checksum(NamedTuple):
@@ -93,15 +95,15 @@ def checksum(array: jax.Array | np.ndarray) -> Checksum:
     return Checksum(array.shape, value)
 
 
-def digest(name: str, parameters: Iterable[tuple[str, jax.Array | np.ndarray]]) -> str:
-    """As `component_digest`, of (dotted path, array) in any order, each looked at once."""
+def checksums(parameters: Iterable[tuple[str, jax.Array | np.ndarray]]) -> dict[str, Checksum]:
+    """The checksums of (dotted path, array) in any order, each looked at once."""
     sums = {}
     for path, array in parameters:
         sums[path] = checksum(array)
         if isinstance(array, np.ndarray):
             # What was copied for it leaves the device before the next one arrives.
             jax.block_until_ready(sums[path].value)
-    return digest_of_sums(name, sums)
+    return sums
 
 
 def digest_of_sums(name: str, sums: Mapping[str, Checksum]) -> str:
@@ -113,14 +115,77 @@ def digest_of_sums(name: str, sums: Mapping[str, Checksum]) -> str:
     return found.hexdigest()
 
 
-def fingerprint(digests: Mapping[str, str]) -> str:
-    """The fingerprint of a model.
+# Fields of configurations that no picture depends on: what an image's own record says instead.
+_RECORDED = ("sample_size",)
+
+
+def component_settings(module: Any) -> str:
+    """What a component computes with, beside its weights.
+
+    Args:
+      module: with a `config`; the layers of an nnx module may have `activation_bits`, their own or
+        those of their `config`.
+    """
+    lines = [config_settings(module.config)]
+    if isinstance(module, nnx.Module):
+        for path, layer in nnx.iter_modules(module):
+            bits = getattr(layer, "activation_bits", None)
+            bits = bits or getattr(getattr(layer, "config", None), "activation_bits", None)
+            if bits is not None:
+                lines.append(f"{parameter_path(path)} activation_bits={bits}")
+    return " ".join(sorted(lines))
+
+
+def config_settings(config: Any) -> str:
+    """A configuration's fields in one line; numbers are equal whatever their type.
+
+    What has its default is left out: a field that a later version adds changes no fingerprint.
+    """
+    fields = sorted(dataclasses.fields(config), key=lambda field: field.name)
+    values = [(field.name, getattr(config, field.name), field.default) for field in fields]
+    return " ".join(
+        f"{name}={_plain(value)!r}"
+        for name, value, default in values
+        if name not in _RECORDED and value != default
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    # JSON has 10000 or 10000.0.
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if is_number else value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fingerprints:
+    """The fingerprints of a model, 16 hexadecimal digits each.
+
+    Attributes:
+      model: of its weights and settings.
+      weights: of its weights alone, which is what earlier versions put into an image.
+    """
+
+    model: str
+    weights: str
+
+    def __contains__(self, found: object) -> bool:
+        """Whether what an image carries is one of them."""
+        return found in (self.model, self.weights)
+
+
+def fingerprints(digests: Mapping[str, str], settings: Mapping[str, str]) -> Fingerprints:
+    """The fingerprints of a model.
 
     Args:
       digests: component name to `component_digest`.
-
-    Returns:
-      16 hexadecimal digits.
+      settings: name to `component_settings`, and those of the scheduler.
     """
-    joined = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
-    return hashlib.sha256(joined.encode()).hexdigest()[:DIGITS]
+    weights = [f"{name} {digest}" for name, digest in sorted(digests.items())]
+    others = [f"{name} {line}" for name, line in sorted(settings.items())]
+    return Fingerprints(model=_short([*weights, *others]), weights=_short(weights))
+
+
+def _short(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:DIGITS]

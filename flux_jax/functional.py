@@ -14,11 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from flux_jax.compile_cache import lowered_folder
 from flux_jax.partition import mesh_in_scope
-from flux_jax.sharding import axis_size
+from flux_jax.sharding import axis_size, default_device
 from flux_jax.stored import StoredProgram, has_own_name, is_ours
 
 Axes = tuple[str | None, ...]
-# The dimensions of arguments that a mesh may divide, and the axes of it that do.
+# The dimensions of arguments that a mesh may divide when it draws, and the axes of it that do.
+# For training `flux_jax.sharding.DEFAULT_RULES` says so, where `fsdp` divides examples too; when
+# drawing, it splits weights alone, as `tensor` does.
 SPLIT = {"batch": "data", "sequence": "sequence"}
 
 
@@ -40,6 +42,9 @@ class BoundFunction:
     arguments: tuple[Sharding, ...] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        if any(isinstance(arg, np.ndarray | np.generic) for arg in args):
+            # Explicitly, for who forbids other transfers (`jax_transfer_guard`).
+            args = self.place(*args)
         return self.program(self.leaves, args)
 
     def work_bytes(self, *args: Any) -> int:
@@ -51,9 +56,10 @@ class BoundFunction:
         return stats.temp_size_in_bytes + stats.output_size_in_bytes
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
-        """The program for `args`, traced and lowered; a later call finds it so, and compiled.
+        """The program for `args`, traced and lowered; a later call does not trace it again.
 
-        Of `args` and the bound module, shapes are enough.
+        Nor compile it, after `compile()` of what this returns. Of `args` and the bound module,
+        shapes are enough.
         """
         return self.program.lower(self.leaves, args)
 
@@ -183,35 +189,25 @@ class ModuleFunction:
         static: dict[str, Any],
         folder: Path | None,
     ) -> Any:
+        """The program of a structure and its place.
+
+        Args:
+          treedef: of the module.
+          sharding: of its arrays.
+          split: axes of the mesh that divide arguments.
+          static: keyword arguments of the function.
+          folder: of lowered programs; None to keep none.
+        """
+
         def call(leaves: list, args: tuple) -> Any:
             module = jax.tree.unflatten(treedef, leaves)
             return self._function(module, *args, **static)
 
         call.__name__ = getattr(self._function, "__name__", "call")
         if split and isinstance(sharding, NamedSharding):
-            places = self._places(sharding, split)
-            result = _place(sharding, self._result, split)
             if split & self._compiler_splits:
-
-                def scoped(leaves: list, args: tuple) -> Any:
-                    with mesh_in_scope(sharding.mesh):
-                        return call(leaves, args)
-
-                scoped.__name__ = call.__name__
-                return jax.jit(scoped, in_shardings=(None, places), out_shardings=result)
-            others = [a for a, size in sharding.mesh.shape.items() if size > 1 and a not in split]
-            part = jax.shard_map(
-                call,
-                mesh=sharding.mesh,
-                in_specs=(PartitionSpec(), tuple(place.spec for place in places)),
-                out_specs=result.spec,
-                # Where nothing is left to the compiler, it is told so: kernels want that.
-                axis_names=split if others else frozenset(sharding.mesh.axis_names),
-                # Kernels do not say over which axes their results vary.
-                check_vma=False,
-            )
-            part.__name__ = call.__name__
-            return jax.jit(part, in_shardings=(None, places), out_shardings=result)
+                return self._by_the_compiler(call, sharding, split)
+            return self._on_each_device(call, sharding, split)
         # Fixed placements keep one program per shape: jit compiles anew for an argument that is
         # committed elsewhere, or not yet committed at all.
         options: dict[str, Any] = {"in_shardings": (None, sharding), "out_shardings": sharding}
@@ -220,6 +216,50 @@ class ModuleFunction:
         made_of = (self._function.__module__, self._function.__qualname__)
         made_of += (treedef, sorted(static.items()))
         return StoredProgram(call, folder, made_of, **options)
+
+    def _by_the_compiler(
+        self, call: Callable[..., Any], sharding: NamedSharding, split: frozenset[str]
+    ) -> Any:
+        """A program that the compiler divides over the mesh, as the function says itself."""
+
+        def scoped(leaves: list, args: tuple) -> Any:
+            with mesh_in_scope(sharding.mesh):
+                return call(leaves, args)
+
+        scoped.__name__ = call.__name__
+        return self._jit_split(scoped, sharding, split)
+
+    def _on_each_device(
+        self, call: Callable[..., Any], sharding: NamedSharding, split: frozenset[str]
+    ) -> Any:
+        """A program that each device runs on its part of the arguments."""
+        mesh = sharding.mesh
+        others = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in split]
+        part = jax.shard_map(
+            call,
+            mesh=mesh,
+            in_specs=(
+                PartitionSpec(),
+                tuple(place.spec for place in self._places(sharding, split)),
+            ),
+            out_specs=_place(sharding, self._result, split).spec,
+            # Where nothing is left to the compiler, it is told so: kernels want that.
+            axis_names=split if others else frozenset(mesh.axis_names),
+            # Kernels do not say over which axes their results vary.
+            check_vma=False,
+        )
+        part.__name__ = call.__name__
+        return self._jit_split(part, sharding, split)
+
+    def _jit_split(
+        self, call: Callable[..., Any], sharding: NamedSharding, split: frozenset[str]
+    ) -> Any:
+        """`call` compiled for arguments and a result that lie divided over the mesh."""
+        return jax.jit(
+            call,
+            in_shardings=(None, self._places(sharding, split)),
+            out_shardings=_place(sharding, self._result, split),
+        )
 
 
 def _is_default(sharding: Sharding) -> bool:
@@ -241,10 +281,19 @@ def common_sharding(leaves: list[Any]) -> Sharding:
     """Where the inputs and outputs of a module go: its device, or replicated over its mesh.
 
     Shapes alone go to the default device. Arrays in host memory have no say.
+
+    Raises:
+      ValueError: all are in host memory.
     """
-    sharding = next(leaf.sharding for leaf in leaves if not isinstance(leaf, np.ndarray))
+    placed = next((leaf for leaf in leaves if not isinstance(leaf, np.ndarray)), None)
+    if placed is None:
+        raise ValueError(
+            f"all {len(leaves)} arrays of the module are in host memory: bring them to a device "
+            "first (`jax.device_put`)"
+        )
+    sharding = placed.sharding
     if sharding is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
+        return SingleDeviceSharding(default_device())
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return sharding

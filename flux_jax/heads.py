@@ -40,7 +40,7 @@ def attention_heads(
     num_heads: int,
     backend: HeadsBackend | None,
 ) -> Heads:
-    """Normalised and turned queries and keys, and values: `pallas_kernels.attention_heads`.
+    """Normalised, rotated (RoPE) queries and keys, and values: `pallas_kernels.attention_heads`.
 
     Args:
       streams: of each, joined in this order, a fused projection (B, tokens, W) whose rows begin

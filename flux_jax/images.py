@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
@@ -49,15 +51,16 @@ def decode(
 ) -> Float[np.ndarray, "B H W C"]:
     """Packed latents to images in [0, 1], float32.
 
-    A device decodes images together up to `WHOLE_DECODE_PIXELS` in all, and beyond it one by one.
+    A device decodes images together up to `WHOLE_DECODE_PIXELS` in all, as far as its free memory
+    goes, and beyond that one by one.
 
     Args:
       vae: the autoencoder.
       tokens: clean latents, packed.
       grid: image tokens (rows, columns).
       tiled: decode in overlapping tiles, which bounds memory and changes the image slightly; None
-        does so only for an image above `WHOLE_DECODE_PIXELS`, or one that the device has too
-        little free memory for.
+        does so only for an image above `WHOLE_DECODE_PIXELS`, or one that a device of the
+        autoencoder has too little free memory for.
 
     Raises:
       UserError: the result is not finite.
@@ -65,13 +68,13 @@ def decode(
     rows, columns = grid
     side = PATCH * vae.config.downscale
     pixels = rows * columns * side * side
-    if is_tiled_now(vae.config, pixels, tiled):
+    if is_tiled_now(vae, pixels, tiled):
         grid_latents = unpack(tokens, rows * PATCH, columns * PATCH)
         decoded = vae.decode_tiled(grid_latents, tile=TILE, overlap=OVERLAP)
     else:
         function = UNPACK_DECODE.bind(vae, rows=rows, columns=columns)
         each = math.ceil(len(tokens) / function.parts)
-        together = function.parts * min(each, max(1, WHOLE_DECODE_PIXELS // pixels))
+        together = function.parts * min(each, max(1, _fitting(vae, pixels)))
         on_host = np.asarray(tokens)
         parts = []
         for start in range(0, len(tokens), together):
@@ -89,14 +92,20 @@ def decode(
     return to_unit_range(decoded)
 
 
-def decode_bytes(config: AutoencoderConfig, pixels: int) -> int:
+def decode_bytes(config: AutoencoderConfig, pixels: int, dtype: Any = jnp.bfloat16) -> int:
     """What one whole decode takes beside the weights, about, in bytes.
 
     Its widest point is the first block at the image's own resolution: its input and the normalised
-    input in bfloat16 and float32, the result of its convolution and the shortcut.
+    input in `dtype`, that in float32, the result of its convolution and the shortcut.
+
+    Args:
+      config: of the autoencoder.
+      pixels: of all images that are decoded together.
+      dtype: of its weights.
     """
     out, into = (*config.block_out_channels, config.block_out_channels[-1])[:2]
-    return pixels * (8 * into + 4 * out)
+    size = jnp.dtype(dtype).itemsize
+    return pixels * ((2 * size + 4) * into + 2 * size * out)
 
 
 def is_tiled(pixels: int, tiled: bool | None) -> bool:
@@ -104,17 +113,25 @@ def is_tiled(pixels: int, tiled: bool | None) -> bool:
     return pixels > WHOLE_DECODE_PIXELS if tiled is None else tiled
 
 
-def is_tiled_now(config: AutoencoderConfig, pixels: int, tiled: bool | None) -> bool:
-    """Whether `decode` works in tiles with the memory that the device has left.
+def is_tiled_now(vae: Autoencoder, pixels: int, tiled: bool | None) -> bool:
+    """Whether `decode` works in tiles with the memory that the autoencoder's devices have left.
 
     Args:
-      config: of the autoencoder.
+      vae: the autoencoder.
       pixels: of the image.
       tiled: as `decode` takes it.
     """
-    memory = device_memory()
-    is_short = memory is not None and memory[1] < decode_bytes(config, pixels)
-    return True if tiled is None and is_short else is_tiled(pixels, tiled)
+    return _fitting(vae, pixels) < 1 if tiled is None else tiled
+
+
+def _fitting(vae: Autoencoder, pixels: int) -> int:
+    """How many images of so many pixels a device decodes together; 0 if one is too large."""
+    weight: Any = vae.decoder.conv_in.weight.get_value()
+    each = decode_bytes(vae.config, pixels, weight.dtype)
+    # On a mesh all run one program: the fullest device decides.
+    memories = map(device_memory, weight.sharding.addressable_devices)
+    rooms = [memory[1] // each for memory in memories if memory is not None]
+    return min([WHOLE_DECODE_PIXELS // pixels, *rooms])
 
 
 def to_unit_range(decoded: Float[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flux_jax.checkpoint import (
     inspect_checkpoint,
     load_checkpoint,
     load_lora,
+    resolve_checkpoint,
     stored_component,
 )
 from flux_jax.configs import SchedulerConfig
@@ -63,6 +64,7 @@ def check_request(
     num_images_per_prompt: int,
     mesh: jax.sharding.Mesh | None = None,
     loras: Sequence[str] = (),
+    revision: str | None = None,
 ) -> Request:
     """Check a call's arguments against a checkpoint's configurations, before any weight is read.
 
@@ -75,13 +77,15 @@ def check_request(
       num_images_per_prompt: images of each.
       mesh: the devices, if they are a mesh.
       loras: PATH or PATH:SCALE, as `flux_jax.lora.read_name` takes it. They are read.
+      revision: of a hub id, as for `FluxPipeline.from_pretrained`.
 
     Raises:
       UserError: an argument out of its range, a checkpoint that lacks a part of a pipeline, or a
         LoRA that cannot be read or does not fit.
     """
     name = assets.DEFAULT_MODEL if model is None else str(model)
-    found = inspect_checkpoint(assets.shipped_path(name) if model is None else model)
+    source = assets.shipped_path(name) if model is None else model
+    found = inspect_checkpoint(source, revision=revision)
     scheduler = check_whole(name, found)
     configs: dict[str, Any] = {name: part.config for name, part in found.components.items()}
     plan = make_plan(
@@ -125,7 +129,7 @@ def check_whole(name: str, found: Contents) -> SchedulerConfig:
 
 
 def lower_ahead(request: Request, dtype: Any, mesh: jax.sharding.Mesh | None = None) -> list[Any]:
-    """The programs of a request on the first device, before its weights are there.
+    """The programs of a request on the default device, before its weights are there.
 
     See `flux_jax.stages.lower_ahead`. Those of a mesh are left to its first call.
     """
@@ -141,8 +145,35 @@ def lower_ahead(request: Request, dtype: Any, mesh: jax.sharding.Mesh | None = N
     return stages.lower_ahead(models, request.plan)
 
 
+def local_folder(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    without: Collection[str] = (),
+    text_encoders: bool = True,
+) -> Path:
+    """Where a pipeline's files are, a hub id downloaded: once, for all that is then read of it.
+
+    Args:
+      path, revision: as for `FluxPipeline.from_pretrained`.
+      without: the transformer or the autoencoder, if it is not read.
+      text_encoders: whether they are read.
+
+    Raises:
+      UserError: no such path, repository or revision.
+    """
+    image = [name for name in _IMAGE if name not in without]
+    wanted = [*(_TEXT if text_encoders else ()), *image]
+    return resolve_checkpoint(path, wanted, revision=revision)
+
+
 def load_text_encoders(
-    path: str | Path, *, dtype: Any, mesh: jax.sharding.Mesh | None, placement: str
+    path: str | Path,
+    *,
+    dtype: Any,
+    mesh: jax.sharding.Mesh | None,
+    placement: str,
+    revision: str | None = None,
 ) -> TextEncoders:
     """Both text encoders with their tokenizers; arguments as for `TextEncoders.from_pretrained`.
 
@@ -153,6 +184,7 @@ def load_text_encoders(
     """
     arguments.choice("text_encoders", placement, PLACEMENTS)
     dtype = check_dtype(dtype)
+    path = resolve_checkpoint(path, _TEXT, revision=revision)
     streamed = {}
     if placement in (AUTO, STREAMED):
         stored = stored_component(path, "text_encoder_2", dtype=dtype)

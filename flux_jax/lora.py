@@ -28,7 +28,7 @@ from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import to_flat
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LowRank:
     """A change `b @ a` of one linear's weight.
 
@@ -130,8 +130,10 @@ def attach(transformer: FluxTransformer, lora: LoRA) -> None:
       lora: of a transformer of this configuration.
 
     Raises:
-      UserError: it changes a linear that is not there, or of another shape; nothing was changed.
+      UserError: it changes a linear that is not there, or of another shape, or by nothing; or its
+        scale is not finite. Nothing was changed.
     """
+    scale = arguments.finite("the scale of a LoRA", lora.scale)
     found = linears(transformer, AnyLinear)
     shapes = linear_shapes(transformer.config)
     for path, change in lora.layers.items():
@@ -141,6 +143,8 @@ def attach(transformer: FluxTransformer, lora: LoRA) -> None:
                 f"{lora.path}: changes {path} by {change.b.shape} x {change.a.shape}, here it is "
                 f"{'no linear' if path not in shapes else f'of shape {shapes[path]}'}"
             )
+        if change.a.shape[0] == 0:
+            raise UserError(f"{lora.path}: changes {path} by rank 0, which is no change")
     example = transformer.img_in.bias
     assert example is not None
     shapes_only = isinstance(example.get_value(), jax.ShapeDtypeStruct)
@@ -158,7 +162,7 @@ def attach(transformer: FluxTransformer, lora: LoRA) -> None:
 
     def beside(path: str, linear: AnyLinear) -> AnyLinear:
         change = lora.layers[path]
-        a, b = change.a, change.b * np.float32(lora.scale)
+        a, b = change.a, change.b * np.float32(scale)
         if isinstance(linear, LoRALinear):
             a = np.concatenate((_host(linear.lora_a), a))
             b = np.concatenate((_host(linear.lora_b), b), axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from flux_jax.errors import UserError
 from flux_jax.files import write_whole
+from flux_jax.json_values import fits, kind_name, parse_json
 
 FORMAT_VERSION = 1
 _CHUNK, _READABLE_CHUNK = "flux_jax", "parameters"
@@ -38,8 +40,11 @@ class GenerationRecord:
         short, or `FluxPipeline.vae_tiling` was set. None in records of earlier versions too.
       model: as it was named to `from_pretrained`.
       loras: beside its weights, each as PATH:SCALE.
+      kernels, attention: as named to `FluxPipeline.use_kernels`; None where the choice was left,
+        and in records of earlier versions.
       dtype: of the transformer's weights.
-      fingerprint: of the weights (`flux_jax.fingerprint`); None if not computed.
+      fingerprint: of the model (`flux_jax.fingerprint`), earlier of its weights alone; None if not
+        computed.
       version: of flux_jax.
       platform: the kind of device, "cpu" or "gpu".
     """
@@ -57,6 +62,8 @@ class GenerationRecord:
     tiled: bool | None = None
     model: str | None = None
     loras: tuple[str, ...] = ()
+    kernels: str | None = None
+    attention: str | None = None
     dtype: str = "bfloat16"
     fingerprint: str | None = None
     version: str = ""
@@ -104,6 +111,8 @@ def readable(record: GenerationRecord) -> str:
         "Model": record.model,
         "Model hash": record.fingerprint,
         "LoRAs": " ".join(record.loras) or None,
+        "Kernels": record.kernels,
+        "Attention": record.attention,
         "Version": f"flux_jax {record.version}",
     }
     lines = [record.prompt]
@@ -128,8 +137,9 @@ def save_png(image: Image.Image, path: str | Path, record: GenerationRecord | No
         # Without them, earlier versions read this record too.
         if not record.loras:
             del content["loras"]
-        if record.tiled is None:
-            del content["tiled"]
+        for name in ("tiled", "kernels", "attention"):
+            if content[name] is None:
+                del content[name]
         # JSON in ASCII survives every tool that rewrites text chunks.
         chunks.add_itxt(_CHUNK, json.dumps(content))
         # A path may be no UTF-8; only the JSON needs to say it exactly.
@@ -195,9 +205,23 @@ def read_png(path: str | Path, *, pixels: bool = True) -> GenerationRecord:
     Raises:
       UserError: no such file, not an image, no record in it, or one that cannot be understood.
     """
+    return _read(path, decode=pixels)[1]
+
+
+def read_picture(path: str | Path) -> tuple[Image.Image, GenerationRecord]:
+    """The image, decoded, and the record of a PNG that `save_png` wrote.
+
+    Raises:
+      UserError: as `read_png`.
+    """
+    return _read(path, decode=True)
+
+
+def _read(path: str | Path, *, decode: bool) -> tuple[Image.Image, GenerationRecord]:
+    """The image, its pixels there with `decode` alone, and its record."""
     try:
         with Image.open(path) as image:
-            if pixels:
+            if decode:
                 image.load()
             elif not is_whole_png(path):
                 raise SyntaxError("it is cut off")
@@ -210,45 +234,24 @@ def read_png(path: str | Path, *, pixels: bool = True) -> GenerationRecord:
         raise UserError(
             f"{path} carries no flux_jax metadata: not drawn by flux_jax, or a tool removed it"
         )
-    return _parse(str(text), path)
-
-
-# What each field's JSON value may be.
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "int | None": (int, type(None)),
-    "float | None": (int, float, type(None)),
-    "str | None": (str, type(None)),
-    "bool | None": (bool, type(None)),
-    "tuple[str, ...]": (list,),
-}
+    return image, _parse(str(text), path)
 
 
 def _parse(text: str, path: str | Path) -> GenerationRecord:
-    try:
-        content = json.loads(text)
-    # Of no JSON, or of a number that has more digits than Python reads.
-    except ValueError as error:
-        raise UserError(f"{path} has damaged flux_jax metadata: {error}") from error
+    content = parse_json(text, f"{path} has damaged flux_jax metadata")
     if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
         raise UserError(
             f"{path} has flux_jax metadata of an unknown format; this version reads "
             f"format_version {FORMAT_VERSION}"
         )
-    fields = {field.name: field for field in dataclasses.fields(GenerationRecord)}
+    kinds = typing.get_type_hints(GenerationRecord)
     for name, value in content.items():
         # Unknown fields would be settings that a replay silently lost.
-        if name not in fields:
+        if name not in kinds:
             raise UserError(f"{path} has flux_jax metadata with an unknown field {name!r}")
-        allowed = _JSON_TYPES[str(fields[name].type)]
-        texts = not isinstance(value, list) or all(isinstance(item, str) for item in value)
-        # Python's True is an int.
-        unlike = isinstance(value, bool) and bool not in allowed
-        if unlike or not isinstance(value, allowed) or not texts:
+        if not fits(value, kinds[name]):
             raise UserError(
-                f"{path} has flux_jax metadata whose {name} should be {fields[name].type}, "
+                f"{path} has flux_jax metadata whose {name} should be {kind_name(kinds[name])}, "
                 f"got {value!r}"
             )
     if "loras" in content:

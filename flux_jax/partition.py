@@ -62,7 +62,7 @@ def constrain(x: Shaped[Array, "*shape"], axes: tuple[str | None, ...]) -> Shape
 
 
 def is_gathered(x: Shaped[Array, "*B K"]) -> bool:
-    """Whether a weight that `fsdp` splits is brought together for a product with `x`.
+    """Whether a product with `x` all-gathers the weight over `fsdp`.
 
     For (B, L, K) tokens it is. (B, K) vectors, one for each example, are less to move than a
     weight, and each device computes some outputs of all of them.
@@ -101,10 +101,11 @@ def product_on_mesh(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(weight: Array, place: PartitionSpec) -> Array:
-    """A weight that lies at `place`, brought together over `fsdp`.
+    """A weight that lies at `place`, all-gathered over `fsdp`.
 
-    Its gradient is summed to where the weight lies. Of a constraint's own gradient it is said that
-    it be whole, and over `data` and `fsdp` whole gradients would be exchanged.
+    Its gradient is reduced to where the weight lies. A sharding constraint's own gradient would
+    have the constraint's sharding: whole, so that over `data` and `fsdp` whole gradients would be
+    exchanged.
     """
     return jax.lax.with_sharding_constraint(weight, without_axis(place, "fsdp"))
 

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.latents import PATCH
 from flux_jax.prompts import PromptEmbeds, TextEncoders
-from flux_jax.sharding import axis_size
+from flux_jax.sharding import MESH_AXES, axis_size
 from flux_jax.transformer import FluxTransformer
 
 
 def check_devices(mesh: jax.sharding.Mesh) -> None:
-    """See that all devices are this process's.
+    """See that a mesh has known axes, and devices of this process alone.
 
     Raises:
-      UserError: some are another's.
+      UserError: some are another's, or an axis that nothing is divided over: all of its devices
+        would do the same work.
     """
+    unknown = [str(axis) for axis in mesh.axis_names if axis not in MESH_AXES]
+    if unknown:
+        raise UserError(
+            f"a mesh's axes must be of {', '.join(MESH_AXES)} (`flux_jax.make_mesh`), got "
+            f"{', '.join(unknown)}"
+        )
     if {device.process_index for device in mesh.devices.flat} != {jax.process_index()}:
         raise UserError(
             "a pipeline draws on devices of its own process: give each process a mesh of its own, "
@@ -53,7 +64,7 @@ def check_widths(
 def check_embeds(
     name: str, embeds: PromptEmbeds, config: FluxConfig, mesh: jax.sharding.Mesh | None = None
 ) -> None:
-    """See that encoded prompts are as wide as the transformer reads them, and can be divided.
+    """See that encoded prompts are as wide as the transformer reads them, finite, and divisible.
 
     Args:
       name: of the argument.
@@ -62,7 +73,8 @@ def check_embeds(
       mesh: that it lies on, if it does.
 
     Raises:
-      UserError: they are of another model, or have tokens that the mesh cannot divide.
+      UserError: they are of another model, are not finite, or have tokens that the mesh cannot
+        divide.
     """
     found = embeds.prompt_embeds.shape[-1], embeds.pooled_prompt_embeds.shape[-1]
     expected = config.context_in_dim, config.vec_in_dim
@@ -72,6 +84,8 @@ def check_embeds(
             f"wide, this transformer's context_in_dim and vec_in_dim are {expected[0]} and "
             f"{expected[1]}"
         )
+    if not (_is_finite(embeds.prompt_embeds) and _is_finite(embeds.pooled_prompt_embeds)):
+        raise UserError(f"{name} must have finite embeddings, got NaN or infinity in them")
     tokens = embeds.prompt_embeds.shape[1]
     pieces = 1 if mesh is None else axis_size(mesh, "sequence")
     if tokens % pieces:
@@ -79,6 +93,11 @@ def check_embeds(
             f"the mesh's sequence={pieces} does not divide the {tokens} text tokens of {name}: "
             "encode it with another max_sequence_length"
         )
+
+
+@jax.jit
+def _is_finite(array: Float[Any, "P ..."]) -> Bool[Array, ""]:
+    return jnp.isfinite(array).all()
 
 
 def encoded_length(embeds: PromptEmbeds, requested: int | None) -> int:

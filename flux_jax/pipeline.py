@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 import flux_jax
@@ -18,7 +18,13 @@ from flux_jax import arguments, images
 from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import SchedulerConfig
 from flux_jax.denoise import denoise
-from flux_jax.fingerprint import component_digest, fingerprint
+from flux_jax.fingerprint import (
+    Fingerprints,
+    component_digest,
+    component_settings,
+    config_settings,
+    fingerprints,
+)
 from flux_jax.kernels import suit_mesh, use_kernels
 from flux_jax.lora import LoRA, attach, detach
 from flux_jax.metadata import GenerationRecord
@@ -31,7 +37,7 @@ from flux_jax.parts import (
     encoded_length,
 )
 from flux_jax.plan import Plan, initial_noise, make_plan, sequence_length
-from flux_jax.prompt_rows import Prompt, embed_rows, prompt_rows
+from flux_jax.prompt_rows import ImagePrompts, Prompt, embed_rows, prompt_rows
 from flux_jax.prompts import PromptEmbeds, TextEncoders
 from flux_jax.residence import AUTO, PLACEMENTS, HostWeights, modulation_layers
 from flux_jax.sharding import spread
@@ -78,8 +84,8 @@ class FluxPipeline:
             default the parts stay where they are.
 
         Raises:
-          UserError: parts whose widths do not fit together, or a mesh with other processes'
-            devices.
+          UserError: parts whose widths do not fit together, or a mesh with other axes or with
+            other processes' devices.
         """
         text_encoders = TextEncoders() if text_encoders is None else text_encoders
         check_widths(transformer, vae, text_encoders)
@@ -96,6 +102,8 @@ class FluxPipeline:
         self.vae_tiling = vae_tiling
         self.name = name
         self._loras: tuple[str, ...] = ()
+        self._kernels: str | None = None
+        self._attention: str | None = None
         self._waiting: HostWeights | None = None
         if offload_modulation:
             self._offload()
@@ -114,6 +122,8 @@ class FluxPipeline:
         vae: Autoencoder | None = None,
         kernels: str | None = None,
         attention: str | None = None,
+        name: str | None = None,
+        revision: str | None = None,
     ) -> FluxPipeline:
         """A pipeline from a checkpoint, its weights straight onto the device or mesh.
 
@@ -122,8 +132,8 @@ class FluxPipeline:
             Face repository id, or the name of a model that ships with the package: "tiny", or
             "tiny-ternary", its 1.58-bit student.
           dtype: of all weights and so of the computation: bfloat16 or float32.
-          mesh: devices to draw on, as for a pipeline of given parts; without one, the default
-            device alone.
+          mesh: devices to draw on, as for a pipeline of given parts; without one, JAX's default
+            device alone (`jax_default_device`, or the first).
           text_encoders: where they are: "resident" on the device, "offloaded" to host memory
             except while they encode, or "streamed" from the checkpoint's files, two blocks of T5
             on the device at a time; the image is the same, bit for bit. "auto" is "resident" where
@@ -134,13 +144,15 @@ class FluxPipeline:
           transformer, vae: used in place of the checkpoint's, which are then not read; moved to the
             mesh.
           kernels, attention: as in `use_kernels`.
+          name: see the class; by default `path`.
+          revision: branch, tag or commit of a hub repository: a commit's files never change.
 
         Raises:
           UserError: a checkpoint that cannot be loaded, a dtype that cannot be computed in, or
             another placement.
         """
         # Late: a pipeline of given parts does not need the readers of checkpoints.
-        from flux_jax.loading import load_image_parts
+        from flux_jax.loading import load_image_parts, local_folder
 
         if mesh is not None:
             check_devices(mesh)
@@ -154,17 +166,23 @@ class FluxPipeline:
                 spread(module, mesh)
             if isinstance(text_encoders, TextEncoders):
                 text_encoders.move_to(mesh)
-        parts = load_image_parts(path, dtype=dtype, mesh=mesh, given=models)
+        folder = local_folder(
+            path,
+            revision=revision,
+            without=models,
+            text_encoders=isinstance(text_encoders, str),
+        )
+        parts = load_image_parts(folder, dtype=dtype, mesh=mesh, given=models)
         if isinstance(text_encoders, str):
             # Last: "auto" looks at what memory is left.
             text_encoders = TextEncoders.from_pretrained(
-                path, dtype=dtype, mesh=mesh, placement=text_encoders
+                folder, dtype=dtype, mesh=mesh, placement=text_encoders
             )
         pipe = cls(
             text_encoders=text_encoders,
             offload_modulation=offload_modulation,
             vae_tiling=vae_tiling,
-            name=str(path),
+            name=str(path) if name is None else name,
             **parts,
         )
         pipe.use_kernels(kernels=kernels, attention=attention)
@@ -184,6 +202,17 @@ class FluxPipeline:
           UserError: no such name, or what it names cannot run here; says why.
         """
         use_kernels(self.transformer, kernels=kernels, attention_by=attention)
+        self._kernels, self._attention = kernels, attention
+
+    @property
+    def kernels(self) -> str | None:
+        """As named to `use_kernels`; None where the choice was left."""
+        return self._kernels
+
+    @property
+    def attention(self) -> str | None:
+        """As named to `use_kernels`; None where the choice was left."""
+        return self._attention
 
     def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:
         """Put a LoRA beside the transformer's weights, whatever kind they are, from now on.
@@ -258,14 +287,21 @@ class FluxPipeline:
         self.text_encoders.free()
 
     def fingerprint(self) -> str:
-        """A short name for the weights of all components; see `flux_jax.fingerprint`.
+        """A short name for the weights and settings of all components; see `flux_jax.fingerprint`.
 
         Reads every weight once. Text encoders that were freed before it was ever asked for are
         left out, which changes it.
         """
+        return self.fingerprints().model
+
+    def fingerprints(self) -> Fingerprints:
+        """As `fingerprint`, and that of the weights alone, which older images carry."""
         models = {"transformer": self.transformer, "vae": self.vae}
         digests = {name: component_digest(name, module) for name, module in models.items()}
-        return fingerprint({**digests, **self.text_encoders.digests()})
+        digests.update(self.text_encoders.digests())
+        settings = {name: component_settings(module) for name, module in models.items()}
+        settings["scheduler"] = config_settings(self.scheduler)
+        return fingerprints(digests, {**settings, **self.text_encoders.settings()})
 
     def plan(self, **settings: Any) -> Plan:
         """What a call with these arguments would do; they are checked, and nothing is computed.
@@ -314,7 +350,7 @@ class FluxPipeline:
         guidance_scale: float = 3.5,
         num_images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
-        seed: int | Sequence[int] | None = None,
+        seed: int | Sequence[int] | Int[Any, " N"] | None = None,
         key: Array | None = None,
         latents: Float[Any, "N I P"] | None = None,
         output_type: str = "pil",
@@ -342,7 +378,7 @@ class FluxPipeline:
           num_images_per_prompt: images of each prompt.
           max_sequence_length: T5 tokens of a prompt, padding included; the model's own by default,
             or as many as an encoded prompt has.
-          seed: one for all, or N; drawn at random by default. In [0, 2**32).
+          seed: one for all, or a list or array of N; drawn at random by default. In [0, 2**32).
           key: instead of a seed, one typed JAX key for all or N.
           latents: instead of either, the initial noise as packed tokens (N, I, P).
           output_type: "pil", "np" for a float array in [0, 1], or "latent".
@@ -380,40 +416,45 @@ class FluxPipeline:
             if isinstance(negative_prompt, PromptEmbeds):
                 check_same_length(plan.max_sequence_length, negative_prompt)
             wanted.append((negative_prompt, negative_rows))
-        embeds, *others = embed_rows(self.text_encoders, wanted, plan)
+        prompts, *others = embed_rows(self.text_encoders, wanted, plan)
         negative = others[0] if others else None
 
-        decoded, clean, tiled = [], [], []
-        for indices, tokens in self._drawn(noise, embeds, negative, plan, callback, progress):
+        # Pictures as bytes as soon as they are there: those of all images may be many.
+        pictures: list[Any] = []
+        clean, tiled = [], []
+        for indices, tokens in self._drawn(noise, prompts, negative, plan, callback, progress):
             if output_type != "latent":
                 pixels = plan.height * plan.width
                 # Once, for the record too: it depends on what memory is left.
-                in_tiles = images.is_tiled_now(self.vae.config, pixels, self.vae_tiling)
-                decoded.append(self._decode(tokens, plan, in_tiles)[: len(indices)])
+                in_tiles = images.is_tiled_now(self.vae, pixels, self.vae_tiling)
+                decoded = self._decode(tokens, plan, in_tiles)[: len(indices)]
+                pictures += images.to_pil(decoded) if output_type == "pil" else [decoded]
                 as_usual = in_tiles == images.is_tiled(pixels, None)
                 tiled += [None if as_usual else in_tiles] * len(indices)
             if return_latents or output_type == "latent":
                 clean.append(np.asarray(tokens)[: len(indices)])
         packed = np.concatenate(clean) if clean else None
-        pictures: Any = packed if output_type == "latent" else np.concatenate(decoded)
+        found: Any = pictures
+        if output_type != "pil":
+            found = packed if output_type == "latent" else np.concatenate(pictures)
         return FluxOutput(
-            images=images.to_pil(pictures) if output_type == "pil" else pictures,
+            images=found,
             latents=packed,
             seeds=seeds,
-            records=self._records(seeds, embeds, negative, plan, tiled or [None] * len(rows)),
+            records=self._records(seeds, prompts, negative, plan, tiled or [None] * len(rows)),
         )
 
     def _drawn(
         self,
         noise: Callable[[Sequence[int]], Array],
-        embeds: PromptEmbeds,
-        negative: PromptEmbeds | None,
+        prompts: ImagePrompts,
+        negative: ImagePrompts | None,
         plan: Plan,
         callback: Callback | None,
         progress: bool,
     ) -> Iterator[tuple[tuple[int, ...], Float[Array, "B I P"]]]:
         """Batch by batch, the indices of its images and their clean latents (and filling)."""
-        count, steps, size = len(embeds.prompts), plan.schedule.num_steps, plan.batch_size
+        count, steps, size = len(prompts.rows), plan.schedule.num_steps, plan.batch_size
         starts = range(0, count, size)
         with tqdm(total=steps * len(starts), disable=not progress, unit="step") as bar:
             for start in starts:
@@ -426,7 +467,7 @@ class FluxPipeline:
                     plan.schedule,
                     tokens,
                     plan.grid,
-                    embeds.take(filled),
+                    prompts.take(filled),
                     guidance_scale=plan.guidance_scale,
                     negative=None if negative is None else negative.take(filled),
                     true_cfg_scale=plan.true_cfg_scale,
@@ -457,26 +498,28 @@ class FluxPipeline:
     def _records(
         self,
         seeds: tuple[int | None, ...],
-        embeds: PromptEmbeds,
-        negative: PromptEmbeds | None,
+        prompts: ImagePrompts,
+        negative: ImagePrompts | None,
         plan: Plan,
         tiled: Sequence[bool | None],
     ) -> tuple[GenerationRecord, ...]:
         return tuple(
             GenerationRecord(
-                prompt=embeds.prompts[i],
+                prompt=prompts.text(i),
                 seed=seed,
                 num_inference_steps=plan.schedule.num_steps,
                 height=plan.height,
                 width=plan.width,
-                max_sequence_length=embeds.prompt_embeds.shape[1],
+                max_sequence_length=prompts.embeds.prompt_embeds.shape[1],
                 guidance_scale=plan.guidance_scale,
-                negative_prompt=None if negative is None else negative.prompts[i],
+                negative_prompt=None if negative is None else negative.text(i),
                 true_cfg_scale=1.0 if negative is None else plan.true_cfg_scale,
                 batch_size=plan.device_batch_size,
                 tiled=tiled[i],
                 model=self.name,
                 loras=self.loras,
+                kernels=self.kernels,
+                attention=self.attention,
                 dtype=str(self.transformer.dtype),
                 version=flux_jax.__version__,
                 platform=self.transformer.device.platform,

@@ -35,7 +35,7 @@ ARGUMENTS = (
 _noise = jax.jit(noise, static_argnums=(1, 2, 3))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """What all images of a call share.
 
@@ -179,10 +179,12 @@ def initial_noise(
         if seed is not None or key is not None:
             raise UserError("pass latents, or a seed or key to draw them from, not both")
         given = arguments.initial_latents(latents, (count, *plan.token_shape))
-        return (None,) * count, lambda indices: jnp.asarray(given[list(indices)])
+        return (None,) * count, lambda indices: jax.device_put(given[list(indices)])
     seeds, keys = arguments.seeds_and_keys(seed, key, count)
 
     def drawn(indices: Sequence[int]) -> Array:
-        return jnp.stack([_noise(keys[index], *plan.latent_shape) for index in indices])
+        # Once each: an image that fills up a batch has its key used already.
+        once = {index: _noise(keys[index], *plan.latent_shape) for index in dict.fromkeys(indices)}
+        return jnp.stack([once[index] for index in indices])
 
     return seeds, drawn

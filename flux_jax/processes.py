@@ -58,7 +58,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes what is written once."""
+        """Whether this one writes the files that all processes share."""
         return self.index == 0
 
     def wait(self, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,27 @@ from flux_jax.plan import Plan
 from flux_jax.prompts import PromptEmbeds, TextEncoders
 
 Prompt = str | Sequence[str] | PromptEmbeds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ImagePrompts:
+    """The prompts of a call's images, each prompt encoded once however many images it has.
+
+    Attributes:
+      embeds: the prompts.
+      rows: which of them each image takes.
+    """
+
+    embeds: PromptEmbeds
+    rows: Sequence[int]
+
+    def text(self, image: int) -> str:
+        """The prompt of an image."""
+        return self.embeds.prompts[self.rows[image]]
+
+    def take(self, images: Sequence[int]) -> PromptEmbeds:
+        """A row for each of some images."""
+        return self.embeds.take([self.rows[image] for image in images])
 
 
 def prompt_rows(
@@ -35,8 +57,8 @@ def prompt_rows(
 
 def embed_rows(
     encoders: TextEncoders, wanted: Sequence[tuple[Prompt, Sequence[int]]], plan: Plan
-) -> list[PromptEmbeds]:
-    """A row for each image; all texts are encoded together, in one pass over T5's weights.
+) -> list[ImagePrompts]:
+    """The prompts of all images; texts are encoded together, in one pass over T5's weights.
 
     Args:
       encoders: used if any of the prompts is not encoded yet.
@@ -46,24 +68,28 @@ def embed_rows(
     Raises:
       UserError: a prompt that is no text, or encoders that are not there.
     """
-    texts: list[str] = []
-    for prompt, _ in wanted:
-        if not isinstance(prompt, PromptEmbeds):
-            texts += arguments.texts("prompt", prompt)
+    texts = [
+        text
+        for prompt, _ in wanted
+        if not isinstance(prompt, PromptEmbeds)
+        for text in arguments.texts("prompt", prompt)
+    ]
+    unique = list(dict.fromkeys(texts))
+    row_of = {text: row for row, text in enumerate(unique)}
     encoded: Any = None
-    if texts:
+    if unique:
         encoded = encoders.encode(
-            texts,
+            unique,
             max_sequence_length=plan.max_sequence_length,
             batch_size=plan.device_batch_size,
         )
-    found, start = [], 0
+    found = []
     for prompt, rows in wanted:
         if isinstance(prompt, PromptEmbeds):
-            found.append(prompt.take(rows))
+            found.append(ImagePrompts(embeds=prompt, rows=rows))
             continue
-        found.append(encoded.take([start + row for row in rows]))
-        start += _length("prompt", prompt)
+        places = [row_of[text] for text in arguments.texts("prompt", prompt)]
+        found.append(ImagePrompts(embeds=encoded, rows=[places[row] for row in rows]))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from flux_jax import arguments
 from flux_jax.clip import CLIPTextEncoder
 from flux_jax.encoding import StreamedT5, t5_states
 from flux_jax.errors import UserError
-from flux_jax.fingerprint import component_digest
+from flux_jax.fingerprint import component_digest, component_settings
 from flux_jax.functional import ModuleFunction
 from flux_jax.residence import AUTO, OFFLOADED, RESIDENT, STREAMED, HostWeights
 from flux_jax.sharding import spread
@@ -27,9 +28,12 @@ from flux_jax.t5 import T5Encoder
 from flux_jax.tokenization import max_length, tokenize
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PromptEmbeds:
     """Encoded prompts, accepted by the pipeline wherever a prompt is.
+
+    A pytree of the two arrays, for `jax.jit` and `jax.grad`; the texts are part of its structure.
 
     Attributes:
       prompts: the P texts, at least one.
@@ -37,7 +41,7 @@ class PromptEmbeds:
       pooled_prompt_embeds: (P, V) from CLIP.
 
     Raises:
-      UserError: no prompt, or another number of rows than of prompts.
+      UserError: no prompt, another number of rows than of prompts, or arrays of another rank.
     """
 
     prompts: tuple[str, ...]
@@ -45,6 +49,8 @@ class PromptEmbeds:
     pooled_prompt_embeds: Float[Array, "P V"]
 
     def __post_init__(self) -> None:
+        arguments.check_shapes(vars(self), {"prompt_embeds": ("prompts", "tokens", "width")})
+        arguments.check_shapes(vars(self), {"pooled_prompt_embeds": ("prompts", "width")})
         rows = len(self.prompt_embeds), len(self.pooled_prompt_embeds)
         if not self.prompts or rows != (len(self.prompts), len(self.prompts)):
             raise UserError(
@@ -52,14 +58,40 @@ class PromptEmbeds:
                 f"at least one; got {len(self.prompts)}, {rows[0]} and {rows[1]}"
             )
 
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
+        """As JAX takes a pytree apart."""
+        names = ("prompt_embeds", "pooled_prompt_embeds")
+        keys = map(jax.tree_util.GetAttrKey, names)
+        return tuple(zip(keys, map(vars(self).get, names), strict=True)), self.prompts
+
+    @classmethod
+    def tree_unflatten(cls, prompts: tuple[str, ...], arrays: Sequence[Any]) -> PromptEmbeds:
+        """As JAX puts it together, of anything: nothing is checked."""
+        embeds = object.__new__(cls)
+        named = {"prompt_embeds": arrays[0], "pooled_prompt_embeds": arrays[1]}
+        vars(embeds).update(prompts=prompts, **named)
+        return embeds
+
     def take(self, rows: Sequence[int]) -> PromptEmbeds:
         """The prompts at `rows`, in that order."""
-        index = np.asarray(rows)
+        index = np.asarray(rows, np.int32)
         return PromptEmbeds(
             prompts=tuple(self.prompts[row] for row in rows),
-            prompt_embeds=self.prompt_embeds[index],
-            pooled_prompt_embeds=self.pooled_prompt_embeds[index],
+            prompt_embeds=_rows(self.prompt_embeds, index),
+            pooled_prompt_embeds=_rows(self.pooled_prompt_embeds, index),
         )
+
+
+@jax.jit
+def _gather(array: Array, index: Array) -> Array:
+    return array[index]
+
+
+def _rows(array: Any, index: Int[np.ndarray, " R"]) -> Any:
+    """Rows of an array where it is, with no transfer that is not asked for."""
+    if isinstance(array, np.ndarray):
+        return array[index]
+    return _gather(array, jax.device_put(index))
 
 
 def _clip(encoder: CLIPTextEncoder, ids: Int[Array, "B T"]) -> Float[Array, "B V"]:
@@ -80,7 +112,12 @@ def in_batches(
     filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])
     outputs = function(np.split(filled, len(filled) // size))
     whole = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
-    return whole[: len(rows)]
+    return whole if len(whole) == len(rows) else _rows(whole, np.arange(len(rows), dtype=np.int32))
+
+
+# A tokenizer of transformers keeps how it was last called: in two threads at once, one would pad as
+# the other asked it to.
+_TOKENIZING = threading.Lock()
 
 
 class TextEncoders:
@@ -121,6 +158,7 @@ class TextEncoders:
         self.tokenizer_2 = tokenizer_2
         self.placement = placement
         self._digests: dict[str, str] = {}
+        self._settings: dict[str, str] = {}
         self._waiting = None if placement == RESIDENT else HostWeights(self._arrays())
 
     @classmethod
@@ -131,6 +169,7 @@ class TextEncoders:
         dtype: Any = jnp.bfloat16,
         mesh: jax.sharding.Mesh | None = None,
         placement: str = AUTO,
+        revision: str | None = None,
     ) -> TextEncoders:
         """The text encoders of a checkpoint alone.
 
@@ -138,7 +177,7 @@ class TextEncoders:
         the two instead of their sum.
 
         Args:
-          path, dtype, mesh: as for `FluxPipeline.from_pretrained`.
+          path, dtype, mesh, revision: as for `FluxPipeline.from_pretrained`.
           placement: as its `text_encoders`. "streamed", T5 is read from the checkpoint's files at
             each call and takes no host memory in between.
 
@@ -152,7 +191,9 @@ class TextEncoders:
         # Late: an encoder of given parts does not need the readers of checkpoints.
         from flux_jax.loading import load_text_encoders
 
-        return load_text_encoders(path, dtype=dtype, mesh=mesh, placement=placement)
+        return load_text_encoders(
+            path, dtype=dtype, mesh=mesh, placement=placement, revision=revision
+        )
 
     def modules(self) -> dict[str, CLIPTextEncoder | T5Encoder | StreamedT5]:
         """The encoders that are there, by component name."""
@@ -160,16 +201,24 @@ class TextEncoders:
         return {name: module for name, module in named.items() if module is not None}
 
     def digests(self) -> dict[str, str]:
-        """Each encoder's `component_digest`; once computed, kept beyond `free`."""
+        """Each encoder's `component_digest`; of one that is freed, if it was asked for before."""
         for name, module in self.modules().items():
-            if name not in self._digests:
-                streamed = isinstance(module, StreamedT5)
-                found = module.digest(name) if streamed else component_digest(name, module)
-                self._digests[name] = found
+            # Each time: weights may have been written to.
+            streamed = isinstance(module, StreamedT5)
+            found = module.digest(name) if streamed else component_digest(name, module)
+            self._digests[name] = found
+            self._settings[name] = component_settings(module)
         return dict(self._digests)
+
+    def settings(self) -> dict[str, str]:
+        """The `component_settings` of those encoders that `digests` knows."""
+        return dict(self._settings)
 
     def free(self) -> None:
         """Drop both encoders and their memory."""
+        if self._digests:
+            # What stays known of them is how they are now.
+            self.digests()
         self.text_encoder = self.text_encoder_2 = self._waiting = None
 
     def move_to(self, mesh: jax.sharding.Mesh) -> None:
@@ -218,11 +267,12 @@ class TextEncoders:
             )
         unique = list(dict.fromkeys(texts))
         clip_length = clip.config.max_position_embeddings
-        clip_ids = tokenize(self.tokenizer, unique, clip_length, encoder="CLIP")
         length = max_length(self.tokenizer_2)
         if max_sequence_length is not None:
             length = arguments.integer("max_sequence_length", max_sequence_length)
-        t5_ids = tokenize(self.tokenizer_2, unique, length, encoder="T5")
+        with _TOKENIZING:
+            clip_ids = tokenize(self.tokenizer, unique, clip_length, encoder="CLIP")
+            t5_ids = tokenize(self.tokenizer_2, unique, length, encoder="T5")
         t5_batches = functools.partial(_t5_states, t5, for_digests=for_digests)
         with contextlib.nullcontext() if self._waiting is None else self._waiting.on_device():
             clip_states = CLIP.bind(clip)

@@ -2,20 +2,40 @@
 
 Used by `compare` alone. torch is no dependency of this package: it is imported by name, when a
 `Reference` is made. Everything goes in and comes out as NumPy, and a model is gone when its
-function returns.
+function has returned.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float, Int
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _freeing(method: Method) -> Method:
+    """The method; what it made is gone when it has returned, though models are in cycles."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch: Any = import_module("torch")
+        try:
+            with torch.no_grad():
+                return method(*args, **kwargs)
+        finally:
+            gc.collect()
+            # torch keeps freed memory of a GPU for itself, which the other side needs.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    return cast(Method, call)
 
 
 class Reference:
@@ -40,30 +60,28 @@ class Reference:
         self.transformers.utils.logging.set_verbosity_error()
         self.transformers.utils.logging.disable_progress_bar()
 
-    @contextmanager
-    def _model(self, model_class: Any, component: str) -> Iterator[Any]:
+    def _model(self, model_class: Any, component: str) -> Any:
         name = "dtype" if model_class.__module__.startswith("transformers") else "torch_dtype"
         model = model_class.from_pretrained(
             self.path / component, local_files_only=True, **{name: self.dtype}
         )
-        with self.torch.no_grad():
-            yield model.to(self.device).eval()
-        del model
-        gc.collect()
+        return model.to(self.device).eval()
 
     def _tensor(self, array: np.ndarray) -> Any:
         tensor = self.torch.from_numpy(np.array(array)).to(self.device)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
+    @_freeing
     def clip(self, ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B V"]:
         """CLIP's pooled embedding."""
-        with self._model(self.transformers.CLIPTextModel, "text_encoder") as model:
-            return _numpy(model(self._tensor(ids.astype(np.int64))).pooler_output)
+        model = self._model(self.transformers.CLIPTextModel, "text_encoder")
+        return _numpy(model(self._tensor(ids.astype(np.int64))).pooler_output)
 
+    @_freeing
     def t5(self, ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T C"]:
         """T5's last hidden states."""
-        with self._model(self.transformers.T5EncoderModel, "text_encoder_2") as model:
-            return _numpy(model(self._tensor(ids.astype(np.int64))).last_hidden_state)
+        model = self._model(self.transformers.T5EncoderModel, "text_encoder_2")
+        return _numpy(model(self._tensor(ids.astype(np.int64))).last_hidden_state)
 
     def sigmas(self, steps: int, image_tokens: int) -> Float[np.ndarray, " S"]:
         """The noise levels, set as `diffusers.FluxPipeline` sets them."""
@@ -75,6 +93,7 @@ class Reference:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         return scheduler.sigmas.numpy()
 
+    @_freeing
     def transformer(
         self,
         noise: Float[np.ndarray, "B I P"],
@@ -105,46 +124,47 @@ class Reference:
         txt_ids = np.zeros((prompt_embeds.shape[1], 3), np.float32)
         prompt = self._tensor(prompt_embeds)
         pooled = self._tensor(pooled_prompt_embeds)
-        with self._model(self.diffusers.FluxTransformer2DModel, "transformer") as model:
-            guided = model.config.guidance_embeds
-            velocities = [
-                model(
-                    hidden_states=self._tensor(noise),
-                    encoder_hidden_states=prompt,
-                    pooled_projections=pooled,
-                    timestep=self.torch.full((len(noise),), time, device=self.device),
-                    guidance=self.torch.full((len(noise),), guidance, device=self.device)
-                    if guided
-                    else None,
-                    img_ids=self._tensor(ids.reshape(-1, 3)),
-                    txt_ids=self._tensor(txt_ids),
-                    return_dict=False,
-                )[0]
-                for time in times
-            ]
-            pipe = self.diffusers.FluxPipeline(
-                scheduler=self._scheduler(),
-                transformer=model,
-                vae=None,
-                text_encoder=None,
-                text_encoder_2=None,
-                tokenizer=None,
-                tokenizer_2=None,
-            )
-            pipe.vae_scale_factor = side // 2
-            pipe.set_progress_bar_config(disable=True)
-            latents = pipe(
-                prompt_embeds=prompt,
-                pooled_prompt_embeds=pooled,
-                latents=self._tensor(noise),
-                height=rows * side,
-                width=columns * side,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type="latent",
-            ).images
-            return [_numpy(velocity) for velocity in velocities], _numpy(latents)
+        model = self._model(self.diffusers.FluxTransformer2DModel, "transformer")
+        guided = model.config.guidance_embeds
+        velocities = [
+            model(
+                hidden_states=self._tensor(noise),
+                encoder_hidden_states=prompt,
+                pooled_projections=pooled,
+                timestep=self.torch.full((len(noise),), time, device=self.device),
+                guidance=self.torch.full((len(noise),), guidance, device=self.device)
+                if guided
+                else None,
+                img_ids=self._tensor(ids.reshape(-1, 3)),
+                txt_ids=self._tensor(txt_ids),
+                return_dict=False,
+            )[0]
+            for time in times
+        ]
+        pipe = self.diffusers.FluxPipeline(
+            scheduler=self._scheduler(),
+            transformer=model,
+            vae=None,
+            text_encoder=None,
+            text_encoder_2=None,
+            tokenizer=None,
+            tokenizer_2=None,
+        )
+        pipe.vae_scale_factor = side // 2
+        pipe.set_progress_bar_config(disable=True)
+        latents = pipe(
+            prompt_embeds=prompt,
+            pooled_prompt_embeds=pooled,
+            latents=self._tensor(noise),
+            height=rows * side,
+            width=columns * side,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+        ).images
+        return [_numpy(velocity) for velocity in velocities], _numpy(latents)
 
+    @_freeing
     def vae(
         self, image: Float[np.ndarray, "B H W C"], latents: Float[np.ndarray, "B h w Z"]
     ) -> tuple[Float[np.ndarray, "B h w Z"], Float[np.ndarray, "B H W C"]]:
@@ -152,12 +172,12 @@ class Reference:
 
         Images are in [-1, 1].
         """
-        with self._model(self.diffusers.AutoencoderKL, "vae") as model:
-            pixels = self._tensor(image.transpose(0, 3, 1, 2))
-            mean = model.encode(pixels).latent_dist.mode()
-            raw = self._tensor(latents.transpose(0, 3, 1, 2)) / model.config.scaling_factor
-            decoded = model.decode(raw + model.config.shift_factor, return_dict=False)[0]
-            return _numpy(mean).transpose(0, 2, 3, 1), _numpy(decoded).transpose(0, 2, 3, 1)
+        model = self._model(self.diffusers.AutoencoderKL, "vae")
+        pixels = self._tensor(image.transpose(0, 3, 1, 2))
+        mean = model.encode(pixels).latent_dist.mode()
+        raw = self._tensor(latents.transpose(0, 3, 1, 2)) / model.config.scaling_factor
+        decoded = model.decode(raw + model.config.shift_factor, return_dict=False)[0]
+        return _numpy(mean).transpose(0, 2, 3, 1), _numpy(decoded).transpose(0, 2, 3, 1)
 
     def _scheduler(self) -> Any:
         folder = self.path / "scheduler"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
+from flux_jax.sharding import default_device
 from flux_jax.transformer import FluxTransformer
 
 # Where text encoders may be; "auto" chooses by the device's memory.
@@ -20,33 +24,68 @@ _LEFT = 0.25
 
 
 class HostWeights:
-    """Modules whose arrays wait in host memory, and are on their device for a block's length."""
+    """Modules whose arrays wait in host memory, and are on their device for a block's length.
+
+    The modules hold the arrays wherever they are: what is written to them meanwhile counts.
+    """
 
     def __init__(self, modules: Sequence[nnx.Module]):
         """Moves the arrays to the host. Bound functions keep what they were bound to."""
         states = [nnx.state(module) for module in modules]
         self._modules = list(modules)
         self._places = [jax.tree.map(lambda array: array.sharding, state) for state in states]
-        self._host = jax.device_get(states)
-        self._leave()
+        # Threads may be inside `on_device` together: the first brings, the last takes away.
+        self._lock = threading.Lock()
+        self._inside = 0
+        # Of each module that was brought: what it held on the host, and holds on the device.
+        self._brought: list[tuple[nnx.Module, Any, Any]] = []
+        for module, state in zip(modules, states, strict=True):
+            nnx.update(module, jax.device_get(state))
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
         """The arrays where they were; results must be there before the end of the block."""
+        with self._lock:
+            if self._inside == 0:
+                self._bring()
+            self._inside += 1
         try:
-            self.bring_back()
             yield
         finally:
-            self._leave()
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._leave()
 
     def bring_back(self) -> None:
         """The arrays where they were, for good: the modules may then be changed."""
-        for module, host, places in zip(self._modules, self._host, self._places, strict=True):
-            nnx.update(module, jax.device_put(host, places))
+        with self._lock:
+            if self._inside == 0:
+                self._bring()
+            self._brought.clear()
+
+    def _bring(self) -> None:
+        try:
+            for module, places in zip(self._modules, self._places, strict=True):
+                # A copy of the tree: the module's own follows what is written to the module.
+                held = jax.tree.map(lambda array: array, nnx.state(module))
+                placed = jax.device_put(held, places)
+                self._brought.append((module, held, placed))
+                nnx.update(module, placed)
+        except BaseException:
+            # The device may be full: what has arrived makes room.
+            self._leave()
+            raise
 
     def _leave(self) -> None:
-        for module, host in zip(self._modules, self._host, strict=True):
-            nnx.update(module, host)
+        while self._brought:
+            module, held, placed = self._brought.pop()
+            nnx.update(module, jax.tree.map(_on_host, held, placed, nnx.state(module)))
+
+
+def _on_host(held: Any, placed: Any, now: Any) -> np.ndarray:
+    """An array on the host: the one that waited there, unless another was written meanwhile."""
+    return held if now is placed and isinstance(held, np.ndarray) else jax.device_get(now)
 
 
 def modulation_layers(transformer: FluxTransformer) -> list[nnx.Module]:
@@ -56,9 +95,13 @@ def modulation_layers(transformer: FluxTransformer) -> list[nnx.Module]:
     return [*doubles, *singles, transformer.final_layer.adaLN_modulation]
 
 
-def device_memory() -> tuple[int, int] | None:
-    """(limit, free) bytes of the first device, as its allocator tells; None where it does not."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+def device_memory(device: jax.Device | None = None) -> tuple[int, int] | None:
+    """(limit, free) bytes of a device, as its allocator tells; None where it does not.
+
+    Args:
+      device: of this process; the default one if None.
+    """
+    stats = (default_device() if device is None else device).memory_stats() or {}
     limit, used = stats.get("bytes_limit"), stats.get("bytes_in_use")
     return None if limit is None or used is None else (limit, limit - used)
 
@@ -66,7 +109,7 @@ def device_memory() -> tuple[int, int] | None:
 def fits(nbytes: int) -> bool:
     """Whether so many bytes can stay on the device beside what is there, with room for work.
 
-    A device that does not tell its memory (a CPU) is taken to have enough.
+    It is the default one; one that does not tell its memory (a CPU) is taken to have enough.
     """
     memory = device_memory()
     return memory is None or nbytes <= memory[1] - _LEFT * memory[0]

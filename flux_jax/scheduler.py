@@ -17,7 +17,7 @@ from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Schedule:
     """The noise levels of one sampling run.
 

@@ -51,7 +51,8 @@ class Exchange:
           q, k and v of the device's heads, and `meanwhile`.
         """
         # One exchange in place of three: what it costs beside its bytes is paid once. The device
-        # that something goes to, or comes from, is the first axis: else the compiler would turn it.
+        # that something goes to, or comes from, is the first axis: otherwise XLA inserts a
+        # transpose.
         parts = jax.lax.all_to_all(self._for_each(jnp.stack((q, k, v)), 3), AXIS, 0, 0, tiled=True)
         # What reads the parts waits for both, so that the exchange is begun first and ended last.
         parts, meanwhile = jax.lax.optimization_barrier((parts, meanwhile))

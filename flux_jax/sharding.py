@@ -2,7 +2,8 @@
 
 A module names its axes ("embed", "heads", ...) and knows no mesh. `DEFAULT_RULES` says where each
 name goes; a mesh without an axis, or a dimension that the axis does not divide, leaves that
-dimension replicated. Activations are named the same way (`flux_jax.partition`).
+dimension replicated. Activations are named the same way (`flux_jax.partition`). What a compiled
+call divides of its arguments when it draws is `flux_jax.functional.SPLIT`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import (
     AbstractMesh,
+    AxisType,
     Mesh,
     NamedSharding,
     PartitionSpec,
@@ -28,25 +30,25 @@ from flux_jax.tree import parameter_path
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Output features of the wide products over `tensor` (heads stay whole). Of a weight, `fsdp` splits
-# the first dimension that has a name and divides: what is gathered and summed then lies one
-# device's after the other's, and nothing has to be turned round. Vectors it leaves whole
-# (`shardings`): they are a few thousandths, and gathering them takes as many messages as the
-# weights. Convolutions are small and stay replicated. Devices that share parameters by `fsdp` each
-# have examples of their own: a layer's weights are gathered where they are used. Of a picture that
-# is decoded, each device of a `sequence` has some rows.
 DEFAULT_RULES: Rules = {
+    # Devices that share a weight by `fsdp` have examples of their own, and gather it to use it.
     "batch": ("data", "fsdp"),
+    # `fsdp` splits the first dimension of a weight that has a name and divides: the parts then lie
+    # one after the other, and gathering them needs no transpose.
     "embed": "fsdp",
+    # Outputs of the wide products; a head stays whole.
     "heads": ("tensor", "fsdp"),
     "mlp": ("tensor", "fsdp"),
     "vocab": ("tensor", "fsdp"),
+    # Convolutions are small.
     "conv_in": None,
     "conv_out": None,
+    # Of a picture that is decoded.
     "rows": "sequence",
 }
 
-# Dimensions of a parameter that `fsdp` splits.
+# Dimensions of a parameter that `fsdp` splits. Vectors stay whole: they are a few thousandths of
+# the bytes, and gathering them takes as many messages as the weights.
 _LEAST_SPLIT = 2
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -152,6 +154,19 @@ def make_mesh(
     return Mesh(np.array(chosen).reshape(tuple(sizes.values())), MESH_AXES)
 
 
+def default_device() -> jax.Device:
+    """Where arrays go that are placed nowhere: JAX's `jax_default_device`, if it is set.
+
+    Else the first device of this process.
+    """
+    config: Any = jax.config
+    chosen = config.jax_default_device
+    if chosen is None or isinstance(chosen, str):
+        # The name of a platform, or none.
+        return jax.local_devices(backend=chosen)[0]
+    return chosen
+
+
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """The size of an axis, 1 if the mesh does not have it."""
     return mesh.shape.get(axis, 1)
@@ -167,20 +182,21 @@ def partition_spec(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...] | None,
     mesh: Mesh | AbstractMesh,
-    rules: Rules = DEFAULT_RULES,
 ) -> PartitionSpec:
-    """Where one array lies on a mesh.
+    """Where one array lies on a mesh, by `DEFAULT_RULES`.
+
+    Of several mesh axes for one name, each is left out that, with those before it, does not divide
+    the dimension.
 
     Args:
       shape: of the array.
       axes: the logical name of each dimension; None for a replicated array.
       mesh: the device mesh.
-      rules: logical name to mesh axis, or to several, of which each is left out that, with those
-        before it, does not divide the dimension.
 
     Raises:
       UserError: if a logical name is not in the rules.
     """
+    rules = DEFAULT_RULES
     if axes is None:
         return PartitionSpec()
     entries: list[str | tuple[str, ...] | None] = []
@@ -212,23 +228,35 @@ def without_axis(spec: PartitionSpec, axis: str) -> PartitionSpec:
     return PartitionSpec(*map(left, spec))
 
 
-def shardings(state: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+def shardings(state: Any, mesh: Mesh) -> Any:
     """A tree like `state` with a `NamedSharding` in place of each parameter's value.
 
     Args:
       state: an nnx state (concrete or from `nnx.eval_shape`) whose variables carry `axes`.
-      mesh: the device mesh.
-      rules: logical name to mesh axis. Vectors are left whole by `fsdp`, whatever the rules say.
+      mesh: the device mesh, whose axes are taken as `Auto`. Vectors are left whole by `fsdp`,
+        whatever the rules say.
     """
+    mesh = _with_auto_axes(mesh)
 
     def one(variable: nnx.Variable) -> nnx.Variable:
         axes, shape = variable.get_metadata().get("axes"), variable.get_value().shape
-        spec = partition_spec(shape, axes, mesh, rules)
+        spec = partition_spec(shape, axes, mesh)
         if len(shape) < _LEAST_SPLIT:
             spec = without_axis(spec, "fsdp")
         return variable.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _with_auto_axes(mesh: Mesh) -> Mesh:
+    """The mesh with axes over which the compiler divides products, as our modules expect it.
+
+    `jax.make_mesh` makes `Explicit` ones, with which every look-up would have to say where its
+    result lies.
+    """
+    if all(kind is AxisType.Auto for kind in mesh.axis_types):
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def spread(module: nnx.Module, mesh: Mesh) -> None:
@@ -237,17 +265,14 @@ def spread(module: nnx.Module, mesh: Mesh) -> None:
     nnx.update(module, jax.device_put(state, shardings(state, mesh)))
 
 
-def flat_shardings(
-    module: nnx.Module, mesh: Mesh, rules: Rules = DEFAULT_RULES
-) -> dict[str, NamedSharding]:
+def flat_shardings(module: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
     """Where each parameter of a module goes, by dotted path.
 
     Args:
       module: concrete, or from `nnx.eval_shape`.
       mesh: the device mesh.
-      rules: logical name to mesh axis.
     """
-    tree = shardings(nnx.state(module), mesh, rules)
+    tree = shardings(nnx.state(module), mesh)
     return {parameter_path(path): v.get_value() for path, v in nnx.to_flat_state(tree)}
 
 
@@ -256,10 +281,10 @@ def place_shapes(module: nnx.Module, mesh: Mesh | None) -> None:
 
     Args:
       module: from `nnx.eval_shape`; it is changed.
-      mesh: the device mesh; None for the first device.
+      mesh: the device mesh; None for the default device.
     """
     state = nnx.state(module)
-    one = SingleDeviceSharding(jax.local_devices()[0])
+    one = SingleDeviceSharding(default_device())
     places = jax.tree.map(lambda _: one, state) if mesh is None else shardings(state, mesh)
     placed = jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),

@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -40,6 +41,9 @@ _CUSTOM_CALLS = (
 )
 # A lowered program that nothing has used for so long is removed.
 _KEPT_SECONDS = 90 * 24 * 3600
+# What is written lies first in a folder of this name; left for so long, by a process that was
+# killed.
+_NEW, _WRITTEN_SECONDS = ".new-", 24 * 3600
 # Of the digest in a program's name.
 _DIGITS = 32
 # What a program calls by these names is found only once the module is imported, which the model's
@@ -215,19 +219,23 @@ def _used(path: Path) -> None:
 
 def _forget_old(folder: Path) -> None:
     """Removes what no process has used for long: each new version leaves its programs behind."""
-    oldest = time.time() - _KEPT_SECONDS
+    now = time.time()
     with contextlib.suppress(OSError):
         for path in list(folder.glob(f"*-{'[0-9a-f]' * _DIGITS}")):
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime < oldest:
+                if path.stat().st_mtime < now - _KEPT_SECONDS:
                     path.unlink()
+        for path in list(folder.glob(f"{_NEW}*")):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < now - _WRITTEN_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> None:
     """All of it or nothing; a folder that cannot be written to is no error."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_NEW) as folder:
             file = Path(folder) / path.name
             file.write_bytes(data)
             os.replace(file, path)

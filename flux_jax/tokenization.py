@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import threading
@@ -16,6 +15,7 @@ from jaxtyping import Int
 
 from flux_jax import fast_tokenizers
 from flux_jax.errors import UserError
+from flux_jax.json_values import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 DEV_TOKENS, SCHNELL_TOKENS = 512, 256
 # transformers says "no limit" with a huge number.
 _NO_LIMIT = 1_000_000
+# What a tokenizer's folder says of itself.
+_SETTINGS = "tokenizer_config.json"
 
 
 # transformers imports its modules when their names are first asked for, and says that there is no
@@ -34,12 +36,15 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a local folder, read without touching the network.
 
     FLUX.1's own are a `flux_jax.fast_tokenizers.FastTokenizer`; any other is one of transformers'.
+    No Python code of a folder is ever run.
 
     Raises:
-      UserError: the folder is missing or holds no tokenizer that can be read.
+      UserError: the folder is missing or holds no tokenizer that can be read, or one that needs
+        code of its own.
     """
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist")
+    _stored_limit(folder)
     name = _class_name(folder)
     try:
         fast = None
@@ -59,7 +64,18 @@ def _by_transformers(folder: Path) -> Any:
         # Late: importing it takes seconds, more where PyTorch is installed, which it imports.
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Left out, transformers would ask on the terminal whether to run a folder's code.
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), **options)
+        except Exception as error:
+            for file in (_SETTINGS, "config.json"):
+                if _setting(folder, "auto_map", file) is not None:
+                    raise UserError(
+                        f"it needs Python code of its own (`auto_map` in {file}), which is never "
+                        "run"
+                    ) from error
+            raise
 
 
 def _class_name(folder: Path) -> str | None:
@@ -68,11 +84,12 @@ def _class_name(folder: Path) -> str | None:
     return name.removesuffix("Fast") if isinstance(name, str) else None
 
 
-def _setting(folder: Path, name: str) -> Any:
+def _setting(folder: Path, name: str, file: str = _SETTINGS) -> Any:
     """What a tokenizer's folder says of itself; None where it does not."""
     try:
-        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError):
+        return parse_json((folder / file).read_bytes(), folder / file)[name]
+    # A file that is damaged as a whole is told by whoever reads the tokenizer.
+    except (OSError, UserError, KeyError, TypeError):
         return None
 
 
@@ -83,11 +100,32 @@ def max_length(tokenizer: Any, otherwise: int = DEV_TOKENS) -> int:
 
 
 def stored_max_length(folder: Path, otherwise: int = DEV_TOKENS) -> int:
-    """`max_length` of the tokenizer in a folder, which is not loaded where its settings tell."""
+    """`max_length` of the tokenizer in a folder, which is not loaded where its settings tell.
+
+    Raises:
+      UserError: as `load_tokenizer`.
+    """
+    limit = _stored_limit(folder)
+    if limit is None:
+        return max_length(load_tokenizer(folder), otherwise)
+    return int(limit) if limit < _NO_LIMIT else otherwise
+
+
+def _stored_limit(folder: Path) -> float | None:
+    """The length limit that a tokenizer's folder states; None where it does not.
+
+    Raises:
+      UserError: it is no number of tokens.
+    """
     limit = _setting(folder, "model_max_length")
-    if isinstance(limit, int | float):
-        return int(limit) if limit < _NO_LIMIT else otherwise
-    return max_length(load_tokenizer(folder), otherwise)
+    # Python's True is an int, and its NaN no less than anything.
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if limit is not None and not (is_number and limit >= 1):
+        raise UserError(
+            f"{folder / _SETTINGS}: model_max_length must be a number of tokens, got "
+            f"{ascii(limit)[:40]}"
+        )
+    return limit
 
 
 def tokenize(

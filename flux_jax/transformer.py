@@ -11,7 +11,7 @@ before its loop.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from flux_jax.arguments import check_shapes
 from flux_jax.attention import Implementation, attention, is_fused
 from flux_jax.configs import FluxConfig
 from flux_jax.heads import HeadsBackend, QKNorm, attention_heads
@@ -391,10 +392,39 @@ class FluxTransformer(nnx.Module):
 
         Returns:
           (B, I, in_channels), in the parameters' dtype.
+
+        Raises:
+          ValueError: an argument of another rank, width or batch, or guidance as in `conditioning`.
         """
+        given = {"img": img, "img_ids": img_ids, "txt": txt, "txt_ids": txt_ids}
+        given |= {"timesteps": timesteps, "y": y, "guidance": guidance}
+        check_inputs(self.config, given)
         vec = self.conditioning(timesteps, y, guidance)
         mods = self.modulations(vec, remat=remat)
         return self.velocity(img, img_ids, txt, txt_ids, mods, remat=remat)
+
+
+def check_inputs(config: FluxConfig, given: Mapping[str, Any]) -> None:
+    """See that a transformer's inputs fit it and each other: left alone, some would broadcast.
+
+    Args:
+      config: of the transformer.
+      given: the arguments of its call by name; what is None or absent is not looked at.
+
+    Raises:
+      ValueError: one of another rank, width or batch.
+    """
+    axes = len(config.axes_dim)
+    expected = {
+        "img": ("batch", "image tokens", config.in_channels),
+        "img_ids": ("image tokens", axes),
+        "txt": ("batch", "text tokens", config.context_in_dim),
+        "txt_ids": ("text tokens", axes),
+        "timesteps": ("batch",),
+        "y": ("batch", config.vec_in_dim),
+        "guidance": ("batch",),
+    }
+    check_shapes(given, expected)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -143,7 +143,7 @@ def read_entries(path: Path, device_kind: str | None = None) -> list[Entry]:
         return entries
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: expected a table of tiles, as `python -m pallas_kernels tune` writes it, "
             f"got {type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 from flux_jax import arguments
@@ -40,7 +41,9 @@ class QuantConfig:
         arguments.choice("granularity", self.granularity, GRANULARITIES)
         if self.activation_bits not in ACTIVATION_BITS:
             raise UserError(f"activation_bits must be 8 or 16, got {self.activation_bits!r}")
-        _check_counts(self, "rank", "refit_steps", least=0)
+        check_counts(self, "activation_bits")
+        check_counts(self, "rank", "refit_steps", least=0)
+        _check_flags(self, "learned_scale")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,13 +64,13 @@ class TrajectoryConfig:
     groups: int = 4
 
     def __post_init__(self) -> None:
-        if not self.sampling_steps:
+        given = _items(self, "sampling_steps", "a tuple of numbers of steps, as (20, 28)")
+        if not given:
             raise UserError("sampling_steps must have at least one number of steps, got none")
-        for steps in self.sampling_steps:
-            arguments.integer("sampling_steps", steps)
-        _check_guidance(self.guidance)
+        store(self, "sampling_steps", tuple(arguments.integer("sampling_steps", n) for n in given))
+        _check_guidance(self)
         _check_shares(self, "on_policy")
-        _check_counts(self, "groups")
+        check_counts(self, "groups")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,9 @@ class DistillConfig:
       max_grad_norm: a gradient of a larger norm is scaled down to it; infinity for never.
       block_loss: weight of the blocks' outputs, each as squared error over the teacher's square.
       remat: recompute blocks in the gradient, but for gated products and cuDNN's attention.
-      compute_dtype: type that the student's passes compute in.
+      compute_dtype: type that the student's passes compute in. With float32, biases, low-rank
+        branches and dense parameters are rounded to bf16 only when they are saved: the last
+        drawing of held-out prompts is then not bit for bit the saved student's.
       master_dtype: type of the latent weights and of the optimiser's state.
       ema: decay of an average of the weights; 0 keeps none.
     """
@@ -108,16 +113,18 @@ class DistillConfig:
         arguments.choice("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("compute_dtype", "master_dtype"):
             arguments.choice(name, getattr(self, name), DTYPES)
-        _check_counts(self, "steps", "accumulate")
-        _check_counts(self, "warmup", least=0)
+        check_counts(self, "steps", "accumulate")
+        check_counts(self, "warmup", least=0)
+        _check_flags(self, "remat")
         for name in ("learning_rate", "weight_decay", "block_loss"):
-            arguments.scale(name, getattr(self, name))
+            store(self, name, arguments.scale(name, getattr(self, name)))
         _check_shares(self, "decay", "ema")
         if self.ema == 1:
             raise UserError("ema must be below 1, got 1: the average would never move")
         # Infinity is no clipping.
-        if not self.max_grad_norm > 0:
-            raise UserError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        norm = self.max_grad_norm
+        if not isinstance(norm, numbers.Real) or isinstance(norm, bool) or not norm > 0:
+            raise UserError(f"max_grad_norm must be above 0, got {norm!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,8 +168,8 @@ class CalibrateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_guidance(self.guidance)
-        _check_counts(self, "samples", "states_each", "sampling_steps", "batch_size")
+        _check_guidance(self)
+        check_counts(self, "samples", "states_each", "sampling_steps", "batch_size")
         # And what `DistillConfig` checks, `accumulate` among it.
         self.training()
         if self.states_each > self.sampling_steps:
@@ -174,9 +181,8 @@ class CalibrateConfig:
             raise UserError(
                 f"accumulate must divide batch_size ({self.batch_size}), got {self.accumulate}"
             )
-        if isinstance(self.blocks, int) and self.blocks < 0:
-            raise UserError(f"blocks must be a number of at least 0, or names, got {self.blocks}")
-        arguments.integer("seed", self.seed, least=0)
+        store(self, "blocks", _blocks(self.blocks))
+        check_counts(self, "seed", least=0)
 
     def training(self) -> DistillConfig:
         """One block's training, as a configuration of the optimiser.
@@ -207,18 +213,58 @@ def scale_shape(granularity: str, out_features: int, in_features: int) -> tuple[
     }[granularity]
 
 
-def _check_counts(config: Any, *names: str, least: int = 1) -> None:
+def store(config: Any, name: str, value: Any) -> None:
+    """Put a field's plain Python value in its place: NumPy's has no YAML, and a list no hash."""
+    object.__setattr__(config, name, value)
+
+
+def check_counts(config: Any, *names: str, least: int = 1) -> None:
+    """Fields that are whole numbers.
+
+    Raises:
+      UserError: one that is none, or below `least`.
+    """
     for name in names:
-        arguments.integer(name, getattr(config, name), least=least)
+        store(config, name, arguments.integer(name, getattr(config, name), least=least))
+
+
+def _check_flags(config: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise UserError(f"{name} must be True or False, got {getattr(config, name)!r}")
 
 
 def _check_shares(config: Any, *names: str) -> None:
     for name in names:
-        if arguments.scale(name, getattr(config, name)) > 1:
-            raise UserError(f"{name} must be in [0, 1], got {getattr(config, name)}")
+        value = arguments.scale(name, getattr(config, name))
+        if value > 1:
+            raise UserError(f"{name} must be in [0, 1], got {value}")
+        store(config, name, value)
 
 
-def _check_guidance(value: tuple[float, ...]) -> None:
-    bounds = [arguments.scale("guidance", each) for each in value]
+def _items(config: Any, name: str, expected: str) -> tuple[Any, ...]:
+    value = getattr(config, name)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{name} must be {expected}, got {value!r}")
+    return tuple(value)
+
+
+def _check_guidance(config: Any) -> None:
+    value = _items(config, "guidance", "a range (low, high)")
+    bounds = tuple(arguments.scale("guidance", each) for each in value)
     if len(bounds) != 2 or bounds[0] > bounds[1]:
         raise UserError(f"guidance must be a range (low, high), got {value}")
+    store(config, "guidance", bounds)
+
+
+def _blocks(value: Any) -> int | tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0:
+        return int(value)
+    raise UserError(
+        "blocks must be a number of at least 0, or names, as ('double_blocks.0',), or None, got "
+        f"{value!r:.60}"
+    )

@@ -52,6 +52,9 @@ class PackedCodes(nnx.Variable):
 class TernaryLinear(AnyLinear):
     """A linear whose weight is packed at two bits; for inference.
 
+    Differentiable, in reverse mode (`jax.grad`) and not forwards (`jax.jvp`), in x, scale, bias and
+    the low-rank branch.
+
     Attributes:
       packed: (N, Kp) uint8, the layout of `pallas_kernels.packing`.
       scale: float16 (), (N,) or (N, G).
@@ -174,7 +177,8 @@ class FakeTernaryLinear(AnyLinear):
     Its result is that of the `TernaryLinear` from `freeze`: the same integers are multiplied, as
     floats, and scales and bias are rounded as they will be stored. Only what comes after the sums,
     which the packed layer computes before it rounds, comes after the rounding here: gate and
-    residual, and GELU with 16-bit activations. Gradients go straight through both roundings.
+    residual, and GELU with 16-bit activations. Gradients go straight through both roundings, in
+    reverse mode (`jax.grad`) and not forwards (`jax.jvp`).
 
     Attributes:
       weight: (N, K) latent weights, of any floating dtype.

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flux_jax.errors import UserError
 
@@ -21,10 +22,26 @@ class Policy:
       include: patterns over paths such as "double_blocks.0.img_attn.qkv"; what one of them matches
         becomes ternary.
       exclude: patterns of what does not.
+
+    Raises:
+      UserError: no tuple or list of texts.
     """
 
     include: tuple[str, ...] = DEFAULT_PATTERNS
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    # A text would be taken for its letters.
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise UserError(
+            f"{name} must be a tuple of patterns, as ('double_blocks.*',), got {value!r:.60}"
+        )
+    return tuple(value)
 
 
 def select(names: Sequence[str], policy: Policy) -> list[str]:

@@ -12,29 +12,26 @@ from flux_jax.configs import AutoencoderConfig
 from flux_jax.errors import UserError
 
 _WHAT = "autoencoder config"
-_RESNET = r"(norm1|conv1|norm2|conv2)\.(weight|bias)"
-_MID = r"(encoder|decoder)\.mid_block\."
+_SIDE, _RESNET = "{encoder|decoder}.", "{norm1|conv1|norm2|conv2}.{p}"
+_MID, _OUR_MID = _SIDE + "mid_block.", _SIDE + "mid."
 
 _DIFFUSERS_RULES = (
-    Rule(r"(encoder|decoder)\.(conv_in|conv_out)\.(weight|bias)", r"\1.\2.\3"),
-    Rule(r"(encoder|decoder)\.conv_norm_out\.(weight|bias)", r"\1.norm_out.\2"),
-    Rule(_MID + r"resnets\.0\." + _RESNET, r"\1.mid.block_1.\2.\3"),
-    Rule(_MID + r"resnets\.1\." + _RESNET, r"\1.mid.block_2.\2.\3"),
-    Rule(_MID + r"attentions\.0\.group_norm\.(weight|bias)", r"\1.mid.attn_1.norm.\2"),
-    Rule(_MID + r"attentions\.0\.to_(q|k|v)\.(weight|bias)", r"\1.mid.attn_1.\2.\3"),
-    Rule(_MID + r"attentions\.0\.to_out\.0\.(weight|bias)", r"\1.mid.attn_1.proj_out.\2"),
+    Rule(_SIDE + "{conv_in|conv_out}.{p}", _SIDE + "{conv_in|conv_out}.{p}"),
+    Rule(_SIDE + "conv_norm_out.{p}", _SIDE + "norm_out.{p}"),
+    Rule(_MID + "resnets.0." + _RESNET, _OUR_MID + "block_1." + _RESNET),
+    Rule(_MID + "resnets.1." + _RESNET, _OUR_MID + "block_2." + _RESNET),
+    Rule(_MID + "attentions.0.group_norm.{p}", _OUR_MID + "attn_1.norm.{p}"),
+    Rule(_MID + "attentions.0.to_{q|k|v}.{p}", _OUR_MID + "attn_1.{q|k|v}.{p}"),
+    Rule(_MID + "attentions.0.to_out.0.{p}", _OUR_MID + "attn_1.proj_out.{p}"),
 )
 
 
 def _level_rules(theirs: str, ours: str, sampler: str) -> tuple[Rule, ...]:
-    """Rules of one resolution; `theirs` is a pattern without groups."""
+    """Rules of one resolution; `theirs` and `ours` are what the names begin with."""
     return (
-        Rule(rf"{theirs}\.resnets\.(\d+)\.{_RESNET}", rf"{ours}.block.\1.\2.\3"),
-        Rule(
-            rf"{theirs}\.resnets\.(\d+)\.conv_shortcut\.(weight|bias)",
-            rf"{ours}.block.\1.nin_shortcut.\2",
-        ),
-        Rule(rf"{theirs}\.{sampler}rs\.0\.conv\.(weight|bias)", rf"{ours}.{sampler}.conv.\1"),
+        Rule(theirs + ".resnets.{i}." + _RESNET, ours + ".block.{i}." + _RESNET),
+        Rule(theirs + ".resnets.{i}.conv_shortcut.{p}", ours + ".block.{i}.nin_shortcut.{p}"),
+        Rule(f"{theirs}.{sampler}rs.0.conv.{{p}}", f"{ours}.{sampler}.conv.{{p}}"),
     )
 
 
@@ -47,37 +44,30 @@ def diffusers_map(config: AutoencoderConfig) -> Map:
     levels = len(config.block_out_channels)
     rules = list(_DIFFUSERS_RULES)
     for i in range(levels):
-        rules += _level_rules(rf"encoder\.down_blocks\.{i}", f"encoder.down.{i}", "downsample")
+        rules += _level_rules(f"encoder.down_blocks.{i}", f"encoder.down.{i}", "downsample")
         up = levels - 1 - i
-        rules += _level_rules(rf"decoder\.up_blocks\.{i}", f"decoder.up.{up}", "upsample")
+        rules += _level_rules(f"decoder.up_blocks.{i}", f"decoder.up.{up}", "upsample")
     return Map(name="diffusers AutoencoderKL", rules=tuple(rules))
-
-
-_BFL_LEVEL = r"(encoder\.down|decoder\.up)\.(\d+)\."
-_BFL_MID = r"(encoder|decoder)\.mid\."
 
 
 def bfl_map(config: AutoencoderConfig) -> Map:
     """Names in `ae.safetensors`: ours, with 1x1 convolutions for the linears of the attention."""
     del config
+    level, linear = "{encoder.down|decoder.up}.{i}.", _OUR_MID + "attn_1.{q|k|v|proj_out}."
+    same = (
+        _SIDE + "{conv_in|conv_out|norm_out}.{p}",
+        _OUR_MID + "{block_1|block_2}." + _RESNET,
+        _OUR_MID + "attn_1.norm.{p}",
+        linear + "bias",
+        level + "block.{j}." + _RESNET,
+        level + "block.{j}.nin_shortcut.{p}",
+        level + "{downsample|upsample}.conv.{p}",
+    )
     return Map(
         name="Black Forest Labs AutoEncoder",
         rules=(
-            Rule(r"(encoder|decoder)\.(conv_in|conv_out|norm_out)\.(weight|bias)", r"\1.\2.\3"),
-            Rule(_BFL_MID + r"(block_1|block_2)\." + _RESNET, r"\1.mid.\2.\3.\4"),
-            Rule(_BFL_MID + r"attn_1\.norm\.(weight|bias)", r"\1.mid.attn_1.norm.\2"),
-            Rule(
-                _BFL_MID + r"attn_1\.(q|k|v|proj_out)\.weight",
-                r"\1.mid.attn_1.\2.weight",
-                CONV_TO_LINEAR,
-            ),
-            Rule(_BFL_MID + r"attn_1\.(q|k|v|proj_out)\.bias", r"\1.mid.attn_1.\2.bias"),
-            Rule(_BFL_LEVEL + r"block\.(\d+)\." + _RESNET, r"\1.\2.block.\3.\4.\5"),
-            Rule(
-                _BFL_LEVEL + r"block\.(\d+)\.nin_shortcut\.(weight|bias)",
-                r"\1.\2.block.\3.nin_shortcut.\4",
-            ),
-            Rule(_BFL_LEVEL + r"(downsample|upsample)\.conv\.(weight|bias)", r"\1.\2.\3.conv.\4"),
+            *(Rule(name, name) for name in same),
+            Rule(linear + "weight", linear + "weight", CONV_TO_LINEAR),
         ),
     )
 

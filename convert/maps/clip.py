@@ -11,14 +11,14 @@ from convert.transforms import Shape
 from flux_jax.configs import CLIPTextConfig
 
 _WHAT = "CLIP text config"
-_LAYER = r"encoder\.layers\.(\d+)\."
+_LAYER = "encoder.layers.{i}."
 
 _RULES = (
-    Rule(r"embeddings\.(token|position)_embedding\.weight", r"\1_embedding.weight"),
-    Rule(_LAYER + r"layer_norm(1|2)\.(weight|bias)", r"blocks.\1.norm\2.\3"),
-    Rule(_LAYER + r"self_attn\.(q|k|v|out)_proj\.(weight|bias)", r"blocks.\1.attention.\2.\3"),
-    Rule(_LAYER + r"mlp\.(fc1|fc2)\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
-    Rule(r"final_layer_norm\.(weight|bias)", r"final_norm.\1"),
+    Rule("embeddings.{token|position}_embedding.weight", "{token|position}_embedding.weight"),
+    Rule(_LAYER + "layer_norm{1|2}.{p}", "blocks.{i}.norm{1|2}.{p}"),
+    Rule(_LAYER + "self_attn.{q|k|v|out}_proj.{p}", "blocks.{i}.attention.{q|k|v|out}.{p}"),
+    Rule(_LAYER + "mlp.{fc1|fc2}.{p}", "blocks.{i}.mlp.{fc1|fc2}.{p}"),
+    Rule("final_layer_norm.{p}", "final_norm.{p}"),
 )
 
 
@@ -32,7 +32,7 @@ def diffusers_map(config: CLIPTextConfig) -> Map:
     return Map(
         name="transformers CLIPTextModel",
         rules=_RULES,
-        ignored=(Ignored(r"embeddings\.position_ids", "0, 1, 2, ...: computed, not stored"),),
+        ignored=(Ignored("embeddings.position_ids", "0, 1, 2, ...: computed, not stored"),),
         prefixes=("text_model.",),
         export_prefix="text_model.",
     )

@@ -1,13 +1,13 @@
 """Reading the fields of a component's `config.json`, which anybody may have written."""
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Container, Mapping
 from typing import Any
 
 from flux_jax.errors import UserError
+from flux_jax.json_values import fits
 
 
 def read_fields(
@@ -39,7 +39,7 @@ def read_fields(
         kind = kinds[field.name]
         if value is None:
             problems.append(f"{field.name} is missing")
-        elif not _fits(value, kind, 0 if field.name in may_be_zero else 1):
+        elif not fits(value, kind, 0 if field.name in may_be_zero else 1):
             problems.append(f"{field.name} must be {_KIND_NAMES[kind]}, got {repr(value)[:40]}")
         elif (field.name in _LAYERS and value > _MOST_LAYERS) or (
             isinstance(value, list | tuple) and len(value) > _MOST_LAYERS
@@ -75,7 +75,7 @@ def refuse_unless(raw: Mapping[str, Any], expected: Mapping[str, Any], *, what: 
 
 # Far above any model's. A config is believed before a tensor is seen, and layers are built one by
 # one: a million of them would take hours.
-_MOST, _MOST_FLOAT, _MOST_LAYERS = 2**31, 1e300, 256
+_MOST_LAYERS = 256
 _LAYERS = ("depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "layers_per_block")
 
 _KIND_NAMES: dict[Any, str] = {
@@ -85,16 +85,3 @@ _KIND_NAMES: dict[Any, str] = {
     str: "a string",
     tuple[int, ...]: "a list of positive integers",
 }
-
-
-def _fits(value: Any, kind: Any, least: int) -> bool:
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        return isinstance(value, list | tuple) and all(_fits(v, item, least) for v in value)
-    if kind is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Python's JSON knows NaN and Infinity, and integers beyond any float.
-        return is_number and abs(value) < _MOST_FLOAT and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value < _MOST
-    return isinstance(value, kind)

@@ -12,23 +12,22 @@ from flux_jax.configs import T5Config
 from flux_jax.errors import UserError
 
 _WHAT = "T5 config"
-_SELF_ATTENTION = r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\."
-_MLP = r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\."
+_BLOCK, _OURS = "encoder.block.{i}.", "blocks.{i}."
 
 _RULES = (
-    Rule(r"shared\.weight", "token_embedding.weight"),
-    Rule(_SELF_ATTENTION + r"(q|k|v|o)\.weight", r"blocks.\1.attention.\2.weight"),
+    Rule("shared.weight", "token_embedding.weight"),
+    Rule(_BLOCK + "layer.0.SelfAttention.{q|k|v|o}.weight", _OURS + "attention.{q|k|v|o}.weight"),
     # The first block's table serves all blocks.
     Rule(
-        r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "relative_attention_bias.weight",
     ),
+    Rule(_BLOCK + "layer.0.layer_norm.weight", _OURS + "attention_norm.weight"),
     Rule(
-        r"encoder\.block\.(\d+)\.layer\.0\.layer_norm\.weight", r"blocks.\1.attention_norm.weight"
+        _BLOCK + "layer.1.DenseReluDense.{wi_0|wi_1|wo}.weight", _OURS + "mlp.{wi_0|wi_1|wo}.weight"
     ),
-    Rule(_MLP + r"(wi_0|wi_1|wo)\.weight", r"blocks.\1.mlp.\2.weight"),
-    Rule(r"encoder\.block\.(\d+)\.layer\.1\.layer_norm\.weight", r"blocks.\1.mlp_norm.weight"),
-    Rule(r"encoder\.final_layer_norm\.weight", "final_norm.weight"),
+    Rule(_BLOCK + "layer.1.layer_norm.weight", _OURS + "mlp_norm.weight"),
+    Rule("encoder.final_layer_norm.weight", "final_norm.weight"),
 )
 
 
@@ -40,7 +39,7 @@ def diffusers_map(config: T5Config) -> Map:
         rules=_RULES,
         ignored=(
             Ignored(
-                r"encoder\.embed_tokens\.weight",
+                "encoder.embed_tokens.weight",
                 "the token embedding once more",
                 same_as="shared.weight",
             ),

@@ -13,46 +13,28 @@ from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 
 _WHAT = "transformer config"
-_P = r"\.(weight|bias)"
-_EMBEDDER = r"\.(in_layer|out_layer)" + _P
 
 
 def bfl_map(config: FluxConfig) -> Map:
     """Names in `flux1-dev.safetensors`: ours, but where the reference has anonymous sequences."""
     del config
+    same = (
+        "{img_in|txt_in|final_layer.linear}.{p}",
+        "{time_in|vector_in|guidance_in}.{in_layer|out_layer}.{p}",
+        "double_blocks.{i}.{img|txt}_mod.lin.{p}",
+        "double_blocks.{i}.{img|txt}_attn.{qkv|proj}.{p}",
+        "double_blocks.{i}.{img|txt}_attn.norm.{query|key}_norm.scale",
+        "single_blocks.{i}.{linear1|linear2|modulation.lin}.{p}",
+        "single_blocks.{i}.norm.{query|key}_norm.scale",
+    )
+    block = "double_blocks.{i}."
     return Map(
         name="Black Forest Labs Flux",
         rules=(
-            Rule(r"(img_in|txt_in|final_layer\.linear)" + _P, r"\1.\2"),
-            Rule(r"(time_in|vector_in|guidance_in)" + _EMBEDDER, r"\1.\2.\3"),
-            Rule(
-                r"double_blocks\.(\d+)\.(img|txt)_mod\.lin" + _P, r"double_blocks.\1.\2_mod.lin.\3"
-            ),
-            Rule(
-                r"double_blocks\.(\d+)\.(img|txt)_attn\.(qkv|proj)" + _P,
-                r"double_blocks.\1.\2_attn.\3.\4",
-            ),
-            Rule(
-                r"double_blocks\.(\d+)\.(img|txt)_attn\.norm\.(query|key)_norm\.scale",
-                r"double_blocks.\1.\2_attn.norm.\3_norm.scale",
-            ),
-            Rule(
-                r"double_blocks\.(\d+)\.(img|txt)_mlp\.0" + _P,
-                r"double_blocks.\1.\2_mlp.in_layer.\3",
-            ),
-            Rule(
-                r"double_blocks\.(\d+)\.(img|txt)_mlp\.2" + _P,
-                r"double_blocks.\1.\2_mlp.out_layer.\3",
-            ),
-            Rule(
-                r"single_blocks\.(\d+)\.(linear1|linear2|modulation\.lin)" + _P,
-                r"single_blocks.\1.\2.\3",
-            ),
-            Rule(
-                r"single_blocks\.(\d+)\.norm\.(query|key)_norm\.scale",
-                r"single_blocks.\1.norm.\2_norm.scale",
-            ),
-            Rule(r"final_layer\.adaLN_modulation\.1" + _P, r"final_layer.adaLN_modulation.\1"),
+            *(Rule(name, name) for name in same),
+            Rule(block + "{img|txt}_mlp.0.{p}", block + "{img|txt}_mlp.in_layer.{p}"),
+            Rule(block + "{img|txt}_mlp.2.{p}", block + "{img|txt}_mlp.out_layer.{p}"),
+            Rule("final_layer.adaLN_modulation.1.{p}", "final_layer.adaLN_modulation.{p}"),
         ),
     )
 
@@ -64,51 +46,54 @@ def _embedder_rules() -> list[Rule]:
         ("text_embedder", "vector_in"),
         ("guidance_embedder", "guidance_in"),
     ):
+        stem = f"time_text_embed.{theirs}."
         rules += [
-            Rule(rf"time_text_embed\.{theirs}\.linear_1" + _P, rf"{ours}.in_layer.\1"),
-            Rule(rf"time_text_embed\.{theirs}\.linear_2" + _P, rf"{ours}.out_layer.\1"),
+            Rule(stem + "linear_1.{p}", ours + ".in_layer.{p}"),
+            Rule(stem + "linear_2.{p}", ours + ".out_layer.{p}"),
         ]
     return rules
 
 
 def _double_rules() -> list[Rule]:
-    block, ours = r"transformer_blocks\.(\d+)\.", r"double_blocks.\1."
+    block, ours = "transformer_blocks.{i}.", "double_blocks.{i}."
     rules = [
-        Rule(block + r"norm1\.linear" + _P, ours + r"img_mod.lin.\2"),
-        Rule(block + r"norm1_context\.linear" + _P, ours + r"txt_mod.lin.\2"),
-        Rule(block + r"attn\.to_out\.0" + _P, ours + r"img_attn.proj.\2"),
-        Rule(block + r"attn\.to_add_out" + _P, ours + r"txt_attn.proj.\2"),
-        Rule(block + r"attn\.norm_q\.weight", ours + r"img_attn.norm.query_norm.scale"),
-        Rule(block + r"attn\.norm_k\.weight", ours + r"img_attn.norm.key_norm.scale"),
-        Rule(block + r"attn\.norm_added_q\.weight", ours + r"txt_attn.norm.query_norm.scale"),
-        Rule(block + r"attn\.norm_added_k\.weight", ours + r"txt_attn.norm.key_norm.scale"),
-        Rule(block + r"ff\.net\.0\.proj" + _P, ours + r"img_mlp.in_layer.\2"),
-        Rule(block + r"ff\.net\.2" + _P, ours + r"img_mlp.out_layer.\2"),
-        Rule(block + r"ff_context\.net\.0\.proj" + _P, ours + r"txt_mlp.in_layer.\2"),
-        Rule(block + r"ff_context\.net\.2" + _P, ours + r"txt_mlp.out_layer.\2"),
+        Rule(block + "norm1.linear.{p}", ours + "img_mod.lin.{p}"),
+        Rule(block + "norm1_context.linear.{p}", ours + "txt_mod.lin.{p}"),
+        Rule(block + "attn.to_out.0.{p}", ours + "img_attn.proj.{p}"),
+        Rule(block + "attn.to_add_out.{p}", ours + "txt_attn.proj.{p}"),
+        Rule(block + "attn.norm_q.weight", ours + "img_attn.norm.query_norm.scale"),
+        Rule(block + "attn.norm_k.weight", ours + "img_attn.norm.key_norm.scale"),
+        Rule(block + "attn.norm_added_q.weight", ours + "txt_attn.norm.query_norm.scale"),
+        Rule(block + "attn.norm_added_k.weight", ours + "txt_attn.norm.key_norm.scale"),
+        Rule(block + "ff.net.0.proj.{p}", ours + "img_mlp.in_layer.{p}"),
+        Rule(block + "ff.net.2.{p}", ours + "img_mlp.out_layer.{p}"),
+        Rule(block + "ff_context.net.0.proj.{p}", ours + "txt_mlp.in_layer.{p}"),
+        Rule(block + "ff_context.net.2.{p}", ours + "txt_mlp.out_layer.{p}"),
     ]
     for part, (image, text) in enumerate(
         (("to_q", "add_q_proj"), ("to_k", "add_k_proj"), ("to_v", "add_v_proj"))
     ):
+        rows = Rows(part, of=3)
         rules += [
-            Rule(block + rf"attn\.{image}" + _P, ours + r"img_attn.qkv.\2", Rows(part, of=3)),
-            Rule(block + rf"attn\.{text}" + _P, ours + r"txt_attn.qkv.\2", Rows(part, of=3)),
+            Rule(block + f"attn.{image}.{{p}}", ours + "img_attn.qkv.{p}", rows),
+            Rule(block + f"attn.{text}.{{p}}", ours + "txt_attn.qkv.{p}", rows),
         ]
     return rules
 
 
 def _single_rules(config: FluxConfig) -> list[Rule]:
-    block, ours = r"single_transformer_blocks\.(\d+)\.", r"single_blocks.\1."
+    block, ours = "single_transformer_blocks.{i}.", "single_blocks.{i}."
     width = config.hidden_size
     sizes = (width, width, width, config.mlp_hidden)
     rules = [
-        Rule(block + r"norm\.linear" + _P, ours + r"modulation.lin.\2"),
-        Rule(block + r"attn\.norm_q\.weight", ours + r"norm.query_norm.scale"),
-        Rule(block + r"attn\.norm_k\.weight", ours + r"norm.key_norm.scale"),
-        Rule(block + r"proj_out" + _P, ours + r"linear2.\2"),
+        Rule(block + "norm.linear.{p}", ours + "modulation.lin.{p}"),
+        Rule(block + "attn.norm_q.weight", ours + "norm.query_norm.scale"),
+        Rule(block + "attn.norm_k.weight", ours + "norm.key_norm.scale"),
+        Rule(block + "proj_out.{p}", ours + "linear2.{p}"),
     ]
-    for part, name in enumerate((r"attn\.to_q", r"attn\.to_k", r"attn\.to_v", "proj_mlp")):
-        rules.append(Rule(block + name + _P, ours + r"linear1.\2", Rows(part, sizes=sizes)))
+    for part, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
+        rows = Rows(part, sizes=sizes)
+        rules.append(Rule(block + name + ".{p}", ours + "linear1.{p}", rows))
     return rules
 
 
@@ -122,13 +107,13 @@ def diffusers_map(config: FluxConfig) -> Map:
     return Map(
         name="diffusers FluxTransformer2DModel",
         rules=(
-            Rule(r"x_embedder" + _P, r"img_in.\1"),
-            Rule(r"context_embedder" + _P, r"txt_in.\1"),
+            Rule("x_embedder.{p}", "img_in.{p}"),
+            Rule("context_embedder.{p}", "txt_in.{p}"),
             *_embedder_rules(),
             *_double_rules(),
             *_single_rules(config),
-            Rule(r"proj_out" + _P, r"final_layer.linear.\1"),
-            Rule(r"norm_out\.linear" + _P, r"final_layer.adaLN_modulation.\1", SWAP_HALVES),
+            Rule("proj_out.{p}", "final_layer.linear.{p}"),
+            Rule("norm_out.linear.{p}", "final_layer.adaLN_modulation.{p}", SWAP_HALVES),
         ),
     )
 

@@ -25,6 +25,7 @@ from pallas_kernels.command_line import print_json as print_json
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from flux_jax.fingerprint import Fingerprints
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.plan import Plan
     from flux_jax.prompts import PromptEmbeds
@@ -66,9 +67,14 @@ MeshOption = Annotated[
     typer.Option(
         "--mesh",
         help="How this process's devices are laid out, as data=4 (images over devices) or "
-        "data=2,sequence=2 (each image over two); tensor splits the weights.",
+        "data=2,sequence=2 (each image over two); tensor splits the weights. An axis left out "
+        "is 1.",
         show_default="one device",
     ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a hub id; a commit never changes."),
 ]
 LoRAs = Annotated[
     list[str] | None,
@@ -104,6 +110,8 @@ def dtype_name(text: str) -> str:
 def mesh_of_this_process(text: str | None) -> Mesh | None:
     """The mesh that --mesh asks for, of this process's devices; None without it.
 
+    An axis that is not named has one device, `data` too: one image would else be drawn by all.
+
     Raises:
       UserError: it cannot be read, or there are fewer devices.
     """
@@ -113,7 +121,10 @@ def mesh_of_this_process(text: str | None) -> Mesh | None:
 
     from flux_jax.sharding import read_mesh
 
-    return read_mesh(text).make(jax.local_devices())
+    asked = read_mesh(text)
+    if asked.data is None:
+        asked = dataclasses.replace(asked, data=1)
+    return asked.make(jax.local_devices())
 
 
 def check_png_target(path: Path) -> None:
@@ -204,19 +215,24 @@ class Stopwatch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
+class ReadyPipeline:
     """A pipeline and the prompts it is to draw.
 
     Attributes:
       pipe: the pipeline, its text encoders used and freed.
       prompts, negative: encoded; `negative` is None without a negative prompt.
-      fingerprint: of all weights; None if not wanted.
+      fingerprints: of the model; None if not wanted.
     """
 
     pipe: FluxPipeline
     prompts: PromptEmbeds
     negative: PromptEmbeds | None
-    fingerprint: str | None
+    fingerprints: Fingerprints | None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The model's; None if not wanted."""
+        return None if self.fingerprints is None else self.fingerprints.model
 
 
 def load_and_encode(
@@ -229,7 +245,8 @@ def load_and_encode(
     mesh: Mesh | None = None,
     offload_modulation: bool = False,
     loras: Sequence[str] = (),
-) -> Loaded:
+    revision: str | None = None,
+) -> ReadyPipeline:
     """Check what is asked for, then encode the prompts while the rest of the model is loaded.
 
     T5 passes through the device two blocks at a time, so that it needs no room beside the
@@ -245,6 +262,7 @@ def load_and_encode(
       mesh: devices to draw on; by default one.
       offload_modulation: as in `FluxPipeline`.
       loras: as in `LoRAs`.
+      revision: as in `Revision`.
     """
     from flux_jax import arguments, loading
     from flux_jax.pipeline import FluxPipeline
@@ -259,6 +277,7 @@ def load_and_encode(
         num_images_per_prompt=num_images,
         mesh=mesh,
         loras=loras,
+        revision=revision,
     )
     path, length = request.path, request.plan.max_sequence_length
     negative = negative_prompt(settings, request.plan)
@@ -292,19 +311,19 @@ def load_and_encode(
         )
         for lora in request.loras:
             pipe.add_lora(lora)
-    return Loaded(
+    return ReadyPipeline(
         pipe=pipe,
         prompts=embeds.take(range(len(prompts))),
         negative=None if negative is None else embeds.take([len(prompts)]),
-        fingerprint=pipe.fingerprint() if with_fingerprint else None,
+        fingerprints=pipe.fingerprints() if with_fingerprint else None,
     )
 
 
 def peak_device_bytes() -> int | None:
-    """The most memory in use on the first device since the process started; None if not told."""
-    import jax
+    """The most memory in use on the default device since the process started, if it is told."""
+    from flux_jax.sharding import default_device
 
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = default_device().memory_stats() or {}
     return stats.get("peak_bytes_in_use")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flux_jax.assets import REPO_ID
 from flux_jax.cli import common
 from flux_jax.cli.many import generate_many
 from flux_jax.errors import UserError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from flux_jax.metadata import GenerationRecord
+    from flux_jax.pipeline import FluxPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ def generate(
         ),
     ] = None,
     model: common.Model = None,
+    revision: common.Revision = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -125,6 +129,7 @@ def generate(
     given = {name: value for name, value in explicit.items() if value is not None}
     shared: dict[str, Any] = {
         "num_images": num_images,
+        "revision": revision,
         "mesh": mesh,
         "offload_modulation": offload_modulation,
         "as_json": json,
@@ -152,6 +157,7 @@ def _generate(
     *,
     out: Path,
     num_images: int,
+    revision: str | None,
     mesh: str | None,
     replay: Path | None,
     metadata: bool,
@@ -183,15 +189,19 @@ def _generate(
             mesh=devices,
             offload_modulation=offload_modulation,
             loras=loras,
+            revision=revision,
         )
-    before = None if expected is None else expected.fingerprint
-    if None not in (before, loaded.fingerprint) and before != loaded.fingerprint:
+    before, here = None if expected is None else expected.fingerprint, loaded.fingerprints
+    if before is not None and here is not None and before not in here:
         logger.warning(
-            "%s was drawn with other weights (fingerprint %s, here %s): the image will differ",
+            "%s is of a model with another configuration, or was drawn with other weights "
+            "(fingerprint %s, here %s): the image will differ",
             replay,
             before,
-            loaded.fingerprint,
+            here.model,
         )
+    if expected is not None:
+        _take_kernels(loaded.pipe, expected, replay)
     encoded = ("prompt", "negative_prompt", "max_sequence_length")
     with watch.stage("draw"):
         output = loaded.pipe(
@@ -230,6 +240,16 @@ def _generate(
             typer.echo(f"{path}  seed {record.seed}")
 
 
+def _take_kernels(pipe: FluxPipeline, record: GenerationRecord, replay: Path | None) -> None:
+    """The kernels that a record names, if they run here."""
+    if record.kernels is None and record.attention is None:
+        return
+    try:
+        pipe.use_kernels(kernels=record.kernels, attention=record.attention)
+    except UserError as error:
+        logger.warning("%s was drawn by other kernels: %s", replay, error)
+
+
 def _size(record: GenerationRecord) -> tuple[int, int]:
     return record.height, record.width
 
@@ -247,6 +267,7 @@ def _settings(
         if "prompt" not in explicit:
             raise UserError("give a PROMPT to draw, or --replay IMAGE.png; see --help")
         return {"model": None, "dtype": "bfloat16", "loras": (), **explicit}, None
+    from flux_jax.lora import read_name
     from flux_jax.metadata import read_png
     from flux_jax.sharding import axis_size
 
@@ -256,9 +277,40 @@ def _settings(
     recorded["batch_size"] *= 1 if mesh is None else axis_size(mesh, "data")
     if record.model is None and "model" not in explicit:
         raise UserError(f"{replay} does not say which model drew it: name one with --model")
+    if record.model is not None and "model" not in explicit:
+        _check_here(replay, "--model", record.model, record.model)
+    for lora in () if "loras" in explicit else record.loras:
+        _check_here(replay, "--lora", lora, read_name(lora)[0])
     drawn_by = {"model": record.model, "dtype": record.dtype, "loras": record.loras}
     settings = {**recorded, **drawn_by, **explicit}
     # Other weights were asked for: nobody expects the same image.
-    if {"model", "loras"} & set(explicit):
+    if settings["model"] != record.model or tuple(settings["loras"]) != record.loras:
         record = dataclasses.replace(record, fingerprint=None)
     return settings, record
+
+
+def _check_here(replay: Path, option: str, named: str, place: str) -> None:
+    """Refuse to download what a record names: it may be a stranger's.
+
+    Args:
+      replay: the image with the record.
+      option: that names the same thing.
+      named: what the record has for it.
+      place: a path, or a hub id with or without a file.
+
+    Raises:
+      UserError: it is no path, and the hub's cache has nothing of such a repository.
+    """
+    repository = "/".join(Path(place).parts[:2])
+    if os.path.exists(os.path.expanduser(place)) or not REPO_ID.fullmatch(repository):
+        return
+    # Late: only a hub id needs it.
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=repository, repo_type="model")
+    if not Path(HF_HUB_CACHE, folder, "snapshots").is_dir():
+        raise UserError(
+            f"{replay} names {named!r}, which is not on this machine; what an image names is not "
+            f"downloaded unasked: give {option} {named} too"
+        )

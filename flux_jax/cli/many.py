@@ -21,6 +21,7 @@ def generate_many(
     explicit: Mapping[str, Any],
     *,
     num_images: int,
+    revision: str | None,
     mesh: str | None,
     distributed: bool,
     offload_modulation: bool,
@@ -34,6 +35,7 @@ def generate_many(
       out: folder of the images, 00000.png or 00000-0.png.
       explicit: the options that were given.
       num_images: images of each prompt; image i of all takes seed + i.
+      revision: as in `common.Revision`.
       mesh: as in `common.MeshOption`.
       distributed: whether to join the other processes of this job.
       offload_modulation: as in `FluxPipeline`.
@@ -79,9 +81,15 @@ def generate_many(
                 settings["batch_size"] = common.bounded_batch(batch, len(jobs), devices)
             checked = {**settings, "seed": jobs[-1].seed}
             request = loading.check_request(
-                model, checked, images=1, num_images_per_prompt=1, mesh=devices, loras=loras
+                model,
+                checked,
+                images=1,
+                num_images_per_prompt=1,
+                mesh=devices,
+                loras=loras,
+                revision=revision,
             )
-            # Checked, and told of; `drawing` leaves out what has no effect.
+            # Checked, with a warning if it has no effect; `drawing` then leaves it out.
             common.negative_prompt(settings, request.plan, quiet=not processes.first)
             if processes.first:
                 make_folder(out)
@@ -89,12 +97,12 @@ def generate_many(
             # Prompts are encoded by and by: T5 stays in its files meanwhile.
             pipe = FluxPipeline.from_pretrained(
                 request.path,
+                name=request.name,
                 dtype=dtype,
                 mesh=devices,
                 text_encoders=STREAMED,
                 offload_modulation=offload_modulation,
             )
-            pipe.name = request.name
             # What was read of them goes as they come to the device.
             loras = list(request.loras)
             del request

@@ -56,8 +56,8 @@ class CompBench(Layout):
                     )
             if not prompt.strip():
                 raise UserError(f"{path}, line {number}: is no prompt: {line[:40]!r}")
-            # Pictures are written under a longer name first, with the process's number.
-            if len(f".{prompt}_000000.png.partial-0000000".encode()) > _NAME_BYTES:
+            # Pictures are written under a longer name first, with the process's number and more.
+            if len(f".{prompt}_000000.png.partial-0000000-00000000".encode()) > _NAME_BYTES:
                 raise UserError(f"{path}, line {number}: is too long for a file's name")
             items.append(Item(name=f"{number - 1:05d}", prompt=prompt))
         return items

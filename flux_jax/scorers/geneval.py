@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flux_jax.errors import UserError
 from flux_jax.files import write_whole
+from flux_jax.json_values import parse_json
 from flux_jax.scorers.grids import write_grid
 from flux_jax.scorers.layout import Item, Layout, lines_of
 
@@ -27,10 +28,7 @@ class GenEval(Layout):
         """`evaluation_metadata.jsonl`: a JSON object a line, with tag, include and prompt."""
         items = []
         for number, line in enumerate(lines_of(path), 1):
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: is no JSON: {error.msg}") from None
+            entry = parse_json(line, f"{path}, line {number}")
             if not isinstance(entry, dict):
                 raise UserError(f"{path}, line {number}: must be a JSON object, got {line[:40]!r}")
             for name, kind in (("tag", str), ("include", list), ("prompt", str)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,8 @@ from flux_jax import loading
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
 from flux_jax.files import make_folder, partial_paths, write_whole
+from flux_jax.fingerprint import Fingerprints
+from flux_jax.json_values import parse_json
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.plan import Plan
 from flux_jax.processes import Processes
@@ -86,9 +89,16 @@ def folder_names(models: Sequence[str]) -> list[str]:
     """A folder's name for each model: the last part of its own name.
 
     Raises:
-      UserError: two models would share one.
+      UserError: two models would share one, or one has no name.
     """
-    names = [Path(model).name or Path(model).resolve().name for model in models]
+    names = []
+    for model in models:
+        path = Path(os.path.expanduser(model))
+        # "." and ".." say what they are called only once they are followed.
+        name = path.resolve().name if path.name in ("", "..") else path.name
+        if not name:
+            raise UserError(f"{model} has no name that its folder of pictures could have")
+        names.append(name)
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two models would be drawn into the folder {name!r}: rename one")
@@ -144,13 +154,13 @@ def draw_model(
     plan = request.plan
     # Prompts are encoded by and by: T5 stays in its files meanwhile.
     pipe = FluxPipeline.from_pretrained(
-        request.path, dtype=dtype, mesh=mesh, text_encoders=STREAMED
+        request.path, name=request.name, dtype=dtype, mesh=mesh, text_encoders=STREAMED
     )
-    pipe.name = request.name
-    weights = {"model": request.name, "fingerprint": pipe.fingerprint(), "dtype": dtype}
+    fingerprints = pipe.fingerprints()
+    weights = {"model": request.name, "fingerprint": fingerprints.model, "dtype": dtype}
     manifest = _manifest(task, plan, **weights)
     if processes.first:
-        _claim(folder, manifest)
+        _claim(folder, manifest, fingerprints)
     processes.wait("manifest")
     drawn = draw(
         pipe,
@@ -210,15 +220,20 @@ def _digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _claim(folder: Path, manifest: Mapping[str, Any], fingerprints: Fingerprints) -> None:
     """Say what the folder is for, or see that it is for this.
+
+    Args:
+      folder: of the pictures.
+      manifest: what is asked for.
+      fingerprints: of the model; earlier versions put that of the weights into a manifest.
 
     Raises:
       UserError: it is for something else, or cannot be written to.
     """
     path = folder / MANIFEST
     try:
-        before = json.loads(path.read_text("utf-8"))
+        before = parse_json(path.read_bytes(), path)
     except FileNotFoundError:
         # A process that was killed may have left its half.
         if folder.is_dir() and set(folder.iterdir()) - partial_paths(path):
@@ -227,11 +242,13 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
             ) from None
         _write(folder, {**manifest, "complete": False})
         return
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(before, dict):
         raise UserError(f"{path} is no manifest of ours: choose another folder")
     for name, value in manifest.items():
+        if name == "fingerprint" and before.get(name) in fingerprints:
+            continue
         # The same weights may lie elsewhere by now.
         if name != "model" and before.get(name) != value:
             raise UserError(

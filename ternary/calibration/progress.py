@@ -10,9 +10,10 @@ Each file is written under another name and renamed when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Progress:
     """The folder of one run.
 
     Attributes:
-      folder: it.
+      folder: where the files are.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
@@ -117,13 +118,10 @@ class Progress:
         Raises:
           UserError: it cannot be written.
         """
-        with self._writing():
-            waiting = self.folder / f"{part.name}.partial"
-            waiting.unlink(missing_ok=True)
+        with self._replacing(self.path(part.name)) as waiting:
             checksums = write_part(waiting, {part.prefix + n: v for n, v in params.items()})
-            waiting.rename(self.path(part.name))
-            content = {"crc32": checksums, **dataclasses.asdict(report)}
-            self._write_json(f"{part.name}.json", content)
+        content = {"crc32": checksums, **dataclasses.asdict(report)}
+        self._write_json(f"{part.name}.json", content)
         self._finished[part.name] = checksums, report
 
     def read_samples(self) -> Samples | None:
@@ -147,14 +145,11 @@ class Progress:
           UserError: they cannot be written.
         """
         arrays = {n: v.astype(np.float32, copy=False) for n, v in samples._asdict().items()}
-        with self._writing():
-            waiting = self.folder / f"{_SAMPLES}.partial"
-            waiting.unlink(missing_ok=True)
-            stored = {name: Stored(v.shape, v.dtype) for name, v in arrays.items()}
+        stored = {name: Stored(v.shape, v.dtype) for name, v in arrays.items()}
+        with self._replacing(self.folder / _SAMPLES) as waiting:
             with TensorFile(waiting, stored) as file:
                 for name, values in arrays.items():
                     file.write(name, values)
-            waiting.rename(self.folder / _SAMPLES)
 
     def _find(self) -> None:
         for path in self.folder.glob("*.json"):
@@ -170,6 +165,20 @@ class Progress:
     def _write_json(self, name: str, content: Any) -> None:
         text = json.dumps(content, indent=1) + "\n"
         write_whole(self.folder / name, text.encode(), _KEPT)
+
+    @contextlib.contextmanager
+    def _replacing(self, path: Path) -> Iterator[Path]:
+        """Where to write a file: under its own name at the end of the block, or nowhere."""
+        # One name for all times: what a killed process left is written over by the next.
+        waiting = path.with_suffix(".partial")
+        with self._writing():
+            try:
+                waiting.unlink(missing_ok=True)
+                yield waiting
+                waiting.rename(path)
+            finally:
+                # It has its whole size from the start, on a disk that may be full.
+                waiting.unlink(missing_ok=True)
 
     def _writing(self) -> AbstractContextManager[None]:
         return writing(self.folder, _KEPT)

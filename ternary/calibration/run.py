@@ -13,13 +13,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from flux_jax import arguments
 from flux_jax.checkpoint import inspect_checkpoint
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 from flux_jax.files import claimed, writing
 from flux_jax.latents import PATCH, check_size
 from flux_jax.plan import sequence_length
-from flux_jax.prompts import TextEncoders
+from flux_jax.prompts import PromptEmbeds, TextEncoders
 from flux_jax.tokenization import stored_max_length
 from ternary.calibration.calibrator import Calibrator, Listener
 from ternary.calibration.plan import check_prompts, make_plan
@@ -51,7 +52,7 @@ class CalibrationResult:
 
 
 def choose_prompts(prompts: Sequence[str], config: CalibrateConfig) -> list[str]:
-    """As many of the prompts as there are trajectories, at random; encoding more is for nothing."""
+    """As many of the prompts as there are trajectories, at random: others would not be used."""
     count = min(trajectories(config), len(prompts))
     rows = np.random.default_rng([config.seed, 2]).permutation(len(prompts))[:count]
     return [prompts[int(row)] for row in sorted(rows)]
@@ -131,13 +132,13 @@ def image_grid(
 
 def calibrate_checkpoint(
     src: str | Path,
-    dst: Path,
-    prompts: PromptSet,
+    dst: str | Path,
+    prompts: str | Sequence[str] | PromptEmbeds | PromptSet,
     quant: QuantConfig,
     policy: Policy,
     config: CalibrateConfig,
     *,
-    grid: tuple[int, int],
+    grid: tuple[int, int] | None = None,
     latents: bool = True,
     force: bool = False,
     listener: Listener | None = None,
@@ -152,21 +153,32 @@ def calibrate_checkpoint(
     Args:
       src: the teacher: any layout that `FluxPipeline.from_pretrained` reads.
       dst: folder to be made; it appears complete or not at all.
-      prompts: encoded, by `encode_prompts` or otherwise.
+      prompts: texts, which the teacher's own encoders encode, as many as there are trajectories;
+        or encoded, by `FluxPipeline.encode_prompt` or `encode_prompts`.
       quant, policy, config: what is ternary, and how it is trained.
-      grid: image tokens (rows, columns).
+      grid: image tokens (rows, columns); by default those of the model's own size.
       latents: also write `DST/latents`, from which `distill` starts.
       force: replace an existing checkpoint, once the new one is whole.
       listener: told how far it is.
       prompts_name: what tells these prompts from others, by which a stopped call is known again; by
-        default a digest of what they were encoded to, which another machine may round otherwise.
+        default a digest of the texts, or of what they were encoded to, which another machine may
+        round otherwise.
 
     Raises:
       UserError: anything wrong with the source, the target, the prompts or the training.
     """
+    dst = files.local_path(dst)
     files.check_target(dst, force=force)
+    grid = image_grid(src) if grid is None else grid
     check_grid(grid)
     listener = listener or Listener()
+    if isinstance(prompts, PromptEmbeds):
+        prompts = PromptSet(prompts.prompt_embeds, prompts.pooled_prompt_embeds)
+    elif not isinstance(prompts, PromptSet):
+        texts = choose_prompts(arguments.texts("prompts", prompts), config)
+        prompts_name = prompts_name or texts_fingerprint(texts, None)
+        check_teacher(src, quant, policy, config)
+        prompts = encode_prompts(src, texts)
     folder = Path(f"{os.path.abspath(dst)}.calibration")
     with files.open_dense_pipeline(src) as pipeline:
         # What can be refused is, before 24 GB are read.
@@ -176,7 +188,8 @@ def calibrate_checkpoint(
         weights = HostWeights.read(pipeline, dtype, listener.on_weights)
         scheduler = pipeline.scheduler or SchedulerConfig.dev()
         run = {
-            "transformer": weights_fingerprint(weights),
+            # Of all components: where prompts go by a name, it says nothing of their encoders.
+            "teacher_crc32": f"{files.weights_crc32(src, dtype):08x}",
             "prompts": prompts_name or prompts_fingerprint(prompts),
             "grid": grid,
             "scheduler": dataclasses.asdict(scheduler),
@@ -248,17 +261,6 @@ def _write_latents(calibrator: Calibrator, part: Part, params: Any, folder: Path
         # A disk without hard links.
         shutil.copyfile(progress.path(part.name), path)
     return progress.checksums(part.name)
-
-
-def weights_fingerprint(weights: HostWeights) -> str:
-    """A short name for a teacher: its shapes, its vectors, and the first row of each matrix."""
-    crc = 0
-    for part in weights.parts:
-        for name, values in weights.part(part).items():
-            crc = zlib.crc32(f"{part.prefix}{name} {values.shape} {values.dtype}".encode(), crc)
-            row = values if values.ndim == 1 else values[0]
-            crc = zlib.crc32(np.ascontiguousarray(row).view(np.uint8).data, crc)
-    return f"{crc:08x}"
 
 
 def texts_fingerprint(texts: Sequence[str], max_sequence_length: int | None) -> str:

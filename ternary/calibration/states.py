@@ -117,6 +117,30 @@ def trajectories(config: CalibrateConfig) -> int:
     return -(-config.samples // config.states_each)
 
 
+def choose_states(
+    config: CalibrateConfig, random: np.random.Generator
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """Which states are kept: each Euler step as likely as any other, none of them twice.
+
+    A trajectory is cut into `states_each` stretches, of lengths that differ by a step at most, and
+    gives a state of each, drawn at random. If that makes more states than are wanted, some are left
+    out at random.
+
+    Returns:
+      (trajectory, step) of each sample, in that order.
+    """
+    steps, each = config.sampling_steps, config.states_each
+    count = trajectories(config)
+    borders = np.arange(each + 1) * steps // each
+    within = random.integers(np.diff(borders), size=(count, each))
+    # Stretches of unequal length begin anywhere, the last going on at the first step: else the
+    # steps of a longer one would be rarer.
+    first = random.integers(steps, size=(count, 1)) if steps % each else 0
+    chosen = np.sort((first + borders[:-1] + within) % steps, axis=1)
+    kept = np.sort(random.permutation(count * each)[: config.samples])
+    return kept // each, chosen.reshape(-1)[kept]
+
+
 def draw_samples(
     weights: HostWeights,
     programs: PartPrograms,
@@ -126,10 +150,9 @@ def draw_samples(
     config: CalibrateConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Samples:
-    """States of the teacher's own Euler trajectories, all noise levels alike.
+    """States of the teacher's own Euler trajectories, at the steps of `choose_states`.
 
-    A trajectory is cut into `states_each` equal stretches and gives a state of each, drawn at
-    random. Prompts are used in a random order, none twice before all once.
+    Prompts are used in a random order, none twice before all once.
 
     Args:
       weights: the teacher.
@@ -143,8 +166,7 @@ def draw_samples(
     Raises:
       UserError: the teacher's velocity is not finite.
     """
-    steps, each = config.sampling_steps, config.states_each
-    count = trajectories(config)
+    steps, count = config.sampling_steps, trajectories(config)
     random = np.random.default_rng([config.seed, 0])
     tokens = grid[0] * grid[1]
     sigmas = make_schedule(scheduler, steps, tokens).sigmas
@@ -152,14 +174,13 @@ def draw_samples(
     order = np.concatenate([random.permutation(len(prompts.txt)) for _ in range(rounds)])
     low, high = config.guidance
     guidance = random.uniform(low, high, count).astype(np.float32)
-    borders = np.linspace(0, steps, each + 1)
-    chosen = np.floor(borders[:-1] + random.random((count, each)) * np.diff(borders)).astype(int)
+    origin, at = choose_states(config, random)
     shape = (count, tokens, weights.config.in_channels)
     x = random.standard_normal(shape, np.float32)
     prompt = order[:count].astype(np.int32)
-    found: list[tuple[int, int, np.ndarray]] = []
-    # Beyond the last state that is wanted, nobody asks.
-    needed = int(chosen.max()) + 1
+    states = np.empty((config.samples, *shape[1:]), np.float32)
+    # Trajectories are followed as far as the last state that is wanted.
+    needed = int(at.max()) + 1
     total, done = (needed - 1) * len(weights.parts), 0
 
     def on_part() -> None:
@@ -168,22 +189,18 @@ def draw_samples(
         on_progress(done, total)
 
     for step in range(needed):
-        found += [(i, step, x[i].copy()) for i in range(count) for s in chosen[i] if s == step]
+        here = at == step
+        states[here] = x[origin[here]]
         if step + 1 == needed:
             break
         now = Samples(x, np.full(count, sigmas[step]), guidance, prompt)
         velocity = teacher_velocity(weights, programs, now, prompts, config.batch_size, on_part)
         if not np.isfinite(velocity).all():
+            remedy = ", or it needs --compute-dtype float32"
             raise UserError(
                 f"the teacher's velocity is not finite at step {step} of {steps} of its "
-                "trajectories; its weights are damaged, or it needs compute_dtype float32"
+                "trajectories; its weights are damaged"
+                f"{'' if config.compute_dtype == 'float32' else remedy}"
             )
         x += (sigmas[step + 1] - sigmas[step]) * velocity
-    found = sorted(found, key=lambda item: item[:2])[: config.samples]
-    rows = np.array([item[0] for item in found])
-    return Samples(
-        x=np.stack([item[2] for item in found]),
-        sigma=sigmas[[item[1] for item in found]],
-        guidance=guidance[rows],
-        prompt=prompt[rows],
-    )
+    return Samples(x=states, sigma=sigmas[at], guidance=guidance[origin], prompt=prompt[origin])

@@ -50,6 +50,9 @@ def calibrate(
     ] = 1,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 2e-3,
     optimizer: Annotated[str, typer.Option(help="adamw, adafactor or lion.")] = "adamw",
+    compute_dtype: Annotated[
+        str, typer.Option(help="Of all passes: bfloat16 or float32.")
+    ] = "bfloat16",
     master_dtype: Annotated[
         str, typer.Option(help="Of the latent weights: float32 or bfloat16.")
     ] = "float32",
@@ -123,6 +126,7 @@ def calibrate(
         steps=steps,
         learning_rate=learning_rate,
         optimizer=optimizer,
+        compute_dtype=compute_dtype,
         master_dtype=master_dtype,
         blocks=parse_blocks(blocks),
         seed=seed,

@@ -120,7 +120,7 @@ def corner(index: int, height: int, width: int, between: int) -> tuple[int, int]
     Args:
       index: row by row, from 0.
       height, width: of one picture.
-      between: the gap inside a pair; 0 in grids of before there was one.
+      between: white pixels inside a pair, as of `gap`.
     """
     # Wider than inside a pair, so that one sees which two belong together.
     apart = max(2, height // 32) + 2 * between

@@ -12,9 +12,8 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,8 @@ from flux_jax.pipeline import FluxPipeline
 from flux_jax.processes import Processes
 from flux_jax.prompts import PromptEmbeds, TextEncoders
 from flux_jax.sharding import axis_size
-from flux_jax.tree import Flat, split_flat
+from flux_jax.transformer import FluxTransformer
+from flux_jax.tree import split_flat
 from ternary.distillation.held_out import HeldOut
 from ternary.distillation.metrics import first_not_finite
 from ternary.distillation.placement import Freezer, Start, abstract_student
@@ -42,14 +42,13 @@ from ternary.distillation.task import (
     Task,
     calibrated_start,
     check_task,
-    one_spelling,
     open_folder,
     split_prompts,
 )
 from ternary.distillation.text_cache import TextTable, cached_embeds
 from ternary.distillation.training_state import PATIENCE, StateStore, complete_steps
 from ternary.distillation.trajectory import Trajectories
-from ternary.storage.files import weights_crc32
+from ternary.storage.files import local_path, weights_crc32
 from ternary.storage.saving import save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -76,7 +75,12 @@ class Outcome:
 
 
 def distill(
-    task: Task, out: Path, config: RunConfig, *, mesh: Mesh | None = None, progress: bool = True
+    task: Task,
+    out: str | Path,
+    config: RunConfig,
+    *,
+    mesh: Mesh | None = None,
+    progress: bool = True,
 ) -> Outcome:
     """Train a ternary student to a teacher's velocities; goes on where an earlier process ended.
 
@@ -93,7 +97,27 @@ def distill(
       UserError: input that cannot be used, another run in the folder, a loss or gradient that is
         not finite, or a disk that is full; the last good checkpoint is named.
     """
+    out = local_path(out)
     mesh = config.mesh.make() if mesh is None else mesh
+    _check_mesh(mesh, config)
+    processes = Processes.here()
+    prompts = split_prompts(task, config)
+    request = check_task(task, config, resumed=bool(complete_steps(out / CHECKPOINTS)))
+    if processes.first:
+        make_folder(out)
+    with claimed(out) if processes.first else contextlib.nullcontext():
+        named = 0
+        if processes.first:
+            named = weights_crc32(request.path, jnp.dtype(config.distill.compute_dtype))
+            open_folder(out, task, config, prompts, named)
+        processes.wait("the folder")
+        named = int(processes.from_first(np.uint32(named)))
+        run = _Run(task, named, request, out, config, prompts, mesh, processes, progress)
+        with run.closing():
+            return run.go()
+
+
+def _check_mesh(mesh: Mesh, config: RunConfig) -> None:
     if axis_size(mesh, "sequence") > 1:
         raise UserError("distillation has no mesh axis sequence: use data, fsdp and tensor")
     parts = axis_size(mesh, "data") * axis_size(mesh, "fsdp")
@@ -102,44 +126,15 @@ def distill(
             f"batch_size must be a multiple of the {parts} devices of data and fsdp, "
             f"got {config.batch_size}"
         )
-    processes = Processes.here()
-    prompts = split_prompts(task, config)
-    request = check_task(task, config, resumed=bool(complete_steps(out / CHECKPOINTS)))
-    if processes.first:
-        make_folder(out)
-    with claimed(out) if processes.first else contextlib.nullcontext():
-        named, by_weights = 0, True
-        if processes.first:
-            named = weights_crc32(request.path, jnp.dtype(config.distill.compute_dtype))
-            by_weights = open_folder(out, task, config, prompts, named)
-        processes.wait("the folder")
-        named, by_weights = map(int, processes.from_first(np.array([named, by_weights], np.uint32)))
-        teacher = f"{named:08x}" if by_weights else one_spelling(task.teacher)
-        run = _Run(task, teacher, request, out, config, prompts, mesh, processes, progress)
-        try:
-            outcome = run.go()
-        except BaseException as error:
-            # What it could not write is told already, by `error` if by nobody else.
-            with contextlib.suppress(UserError):
-                # With others, which may be gone, there is nothing to wait for; who has sent a
-                # signal does not wait for long.
-                asked = not isinstance(error, Exception)
-                run.close(store=processes.count == 1, patience=PATIENCE if asked else None)
-                if asked and processes.first:
-                    kept = run.store.describe_latest()
-                    logger.info("stopped; %s: give the command again to go on", kept)
-            raise
-        run.close()
-    return outcome
 
 
 class _Run:
-    """One process of a run."""
+    """One process of a run: what it has in the run's folder, opened and closed."""
 
     def __init__(
         self,
         task: Task,
-        teacher: str,
+        teacher_crc32: int,
         request: loading.Request,
         out: Path,
         config: RunConfig,
@@ -149,12 +144,9 @@ class _Run:
         progress: bool,
     ):
         self.task, self.request, self.out, self.config = task, request, out, config
-        # What its texts' embeddings are known by.
-        self.teacher = teacher
+        self.teacher_crc32 = teacher_crc32
         self.prompts, self.mesh, self.processes = prompts, mesh, processes
         self.store = StateStore(out / CHECKPOINTS, keep=config.checkpoints)
-        self.resumed = self.store.latest is not None
-        self.done = self.store.latest or 0
         try:
             self.log = RunLog(
                 out,
@@ -164,12 +156,32 @@ class _Run:
                 writes=processes.first,
                 progress=progress,
             )
-        except UserError:
-            self.store.close()
+        except BaseException:
+            self.store.close(PATIENCE)
             raise
         self._table: TextTable | None = None
 
-    def close(self, *, store: bool = True, patience: float | None = None) -> None:
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close all at the end of the block; a run that was stopped says where it goes on."""
+        try:
+            yield
+        except BaseException as error:
+            # A failed write was already reported.
+            with contextlib.suppress(UserError):
+                self._stop(signalled=not isinstance(error, Exception))
+            raise
+        self._close()
+
+    def _stop(self, *, signalled: bool) -> None:
+        # Of several processes some may be gone: a checkpoint that needs all would never be whole.
+        # After a signal, bound the wait.
+        self._close(store=self.processes.count == 1, patience=PATIENCE if signalled else None)
+        if signalled and self.processes.first:
+            kept = self.store.describe_latest()
+            logger.info("stopped; %s: give the command again to go on", kept)
+
+    def _close(self, *, store: bool = True, patience: float | None = None) -> None:
         with contextlib.ExitStack() as parts:
             if self._table is not None:
                 parts.callback(self._table.close)
@@ -178,44 +190,22 @@ class _Run:
             parts.callback(self.log.close)
 
     def go(self) -> Outcome:
-        config, request = self.config, self.request
-        plan = request.plan
+        """Train, and write the student."""
         table = self._table = self._embeds()
-        dtype = jnp.dtype(config.distill.compute_dtype)
-        parts = loading.load_image_parts(request.path, dtype=dtype, mesh=self.mesh, given={})
-        pipe = FluxPipeline(**parts)
-        teacher = split_flat(pipe.transformer)[1]
-        trajectories = Trajectories(
-            config.trajectory,
-            pipe.scheduler,
-            tokens=plan.token_shape,
-            batch_size=config.batch_size,
-            prompts=len(self.prompts.train),
-        )
-        student = abstract_student(pipe.transformer, config.quant, config.policy, config.distill)
-        step = StepFunction(
-            pipe.transformer, student, config.distill, trajectories, grid=plan.grid, mesh=self.mesh
-        )
-        start = Start(
-            step,
-            pipe.transformer,
-            student,
-            config.quant,
-            config.policy,
-            seed=config.seed,
-            mesh=self.mesh,
-        )
-        feed = PromptFeed(table, trajectories, config.distill.accumulate, self.mesh)
-        freezer = Freezer(step, start.shapes.params, self.mesh)
-        state = self._state(step, start, teacher, feed)
-        feed.begin(state.pool, self.done)
-        pictures = self._pictures(pipe, table, plan)
-        state = self._train(step, start, state, teacher, feed, freezer, pictures)
-        packed = freezer(state.ema or state.params)
+        training = _Training(self, table)
+        packed = training.go()
         if self.processes.first:
-            save_checkpoint(self.out / "student", packed, rest=request.path, force=True)
+            save_checkpoint(self.out / "student", packed, rest=self.request.path, force=True)
         self.processes.wait("the student")
-        return self._outcome()
+        drawn = self.log.held_out
+        return Outcome(
+            student=self.out / "student",
+            steps=training.done,
+            loss=self.log.loss,
+            median_psnr=drawn.get("median_psnr_db"),
+            score=drawn.get("score"),
+            teacher_score=drawn.get("teacher_score"),
+        )
 
     def _embeds(self) -> TextTable:
         """Training and held-out prompts, encoded; the encoders are loaded only if needed."""
@@ -236,7 +226,7 @@ class _Run:
             self.out,
             [*self.prompts.train, *self.prompts.held_out],
             encode,
-            key=f"{self.teacher} {plan.max_sequence_length}",
+            key=f"{self.teacher_crc32:08x} {plan.max_sequence_length}",
             shape=(
                 plan.max_sequence_length,
                 transformer.context_in_dim,
@@ -245,75 +235,65 @@ class _Run:
             processes=self.processes,
         )
 
-    def _state(
-        self, step: StepFunction, start: Start, teacher: Flat, feed: PromptFeed
-    ) -> TrainState:
-        """The state to go on from, on the mesh."""
-        if self.resumed:
-            if self.processes.first:
-                logger.info("going on from step %d of %d", self.done, self.config.distill.steps)
-            return self.store.restore(start.abstract())
-        if self.task.start is None:
-            state = start.from_teacher()
-        else:
-            shapes = start.abstract().params
-            state = start.from_params(calibrated_start(self.task.start, shapes, self.config))
-        lead = jax.jit(step.lead, donate_argnums=0, out_shardings=start.shardings.pool)
-        pool = state.pool
-        for group in range(self.config.trajectory.groups):
-            pool = lead(pool, np.int32(group), teacher, feed.group(pool, group))
-        return state._replace(pool=pool)
 
-    def _pictures(self, pipe: FluxPipeline, table: TextTable, plan: Any) -> HeldOut | None:
-        if not self.prompts.held_out:
-            return None
-        cut = len(self.prompts.train)
-        txt, pooled = table.take(np.arange(cut, cut + len(self.prompts.held_out)))
-        embeds = PromptEmbeds(
-            prompts=tuple(self.prompts.held_out),
-            prompt_embeds=jnp.asarray(txt),
-            pooled_prompt_embeds=jnp.asarray(pooled),
+class _Training:
+    """The models on the mesh, and the steps from the first state, or the last checkpoint's, on.
+
+    Attributes:
+      done: steps taken, earlier processes included.
+    """
+
+    def __init__(self, run: _Run, table: TextTable):
+        config, plan = run.config, run.request.plan
+        self._run = run
+        self.done = run.store.latest or 0
+        dtype = jnp.dtype(config.distill.compute_dtype)
+        parts = loading.load_image_parts(run.request.path, dtype=dtype, mesh=run.mesh, given={})
+        pipe = FluxPipeline(**parts)
+        teacher = pipe.transformer
+        self._teacher = split_flat(teacher)[1]
+        trajectories = Trajectories(
+            config.trajectory,
+            pipe.scheduler,
+            tokens=plan.token_shape,
+            batch_size=config.batch_size,
+            prompts=len(run.prompts.train),
         )
-        return HeldOut(
-            pipe,
-            embeds,
-            num_inference_steps=self.config.sampling_steps,
-            guidance_scale=self.config.guidance_scale,
-            height=plan.height,
-            width=plan.width,
-            batch_size=self.config.sample_batch_size,
+        student = abstract_student(teacher, config.quant, config.policy, config.distill)
+        self._step = StepFunction(
+            teacher, student, config.distill, trajectories, grid=plan.grid, mesh=run.mesh
         )
+        self._start = Start(
+            self._step,
+            teacher,
+            student,
+            config.quant,
+            config.policy,
+            seed=config.seed,
+            mesh=run.mesh,
+        )
+        self._feed = PromptFeed(table, trajectories, config.distill.accumulate, run.mesh)
+        self._freezer = Freezer(self._step, self._start.shapes.params, run.mesh)
+        self._pipe, self._table = pipe, table
+        self._pictures: HeldOut | None = None
 
-    def _train(
-        self,
-        step: StepFunction,
-        start: Start,
-        state: TrainState,
-        teacher: Flat,
-        feed: PromptFeed,
-        freezer: Freezer,
-        pictures: HeldOut | None,
-    ) -> TrainState:
-        config, total = self.config, self.config.distill.steps
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        program = jax.jit(step, donate_argnums=0, out_shardings=(start.shardings, everywhere))
-
-        def draw(state: TrainState) -> None:
-            if pictures is None:
-                return
-            self.log.draw(self.done, freezer(state.ema or state.params), pictures)
-            # Modules that nnx has put together are reference cycles: a student of 3 GB would stay
-            # on every device, one for each drawing.
-            gc.collect()
-
-        self.log.begin()
+    def go(self) -> FluxTransformer:
+        """The trained student, packed."""
+        run, config, total = self._run, self._run.config, self._run.config.distill.steps
+        state = self._first_state()
+        self._feed.begin(state.pool, self.done)
+        # Not before there is a state: the teacher takes minutes to draw, a bad checkpoint none.
+        self._pictures = self._held_out()
+        places = self._start.shardings, NamedSharding(run.mesh, PartitionSpec())
+        program = jax.jit(self._step, donate_argnums=0, out_shardings=places)
+        run.log.begin()
         pending: list[Metrics] = []
         # A process that was killed between a checkpoint and its drawing has left that to us.
         if self._drawing_due() and not self._is_drawn():
-            draw(state)
+            self._draw(state)
         since = time.perf_counter()
         while self.done < total:
-            state, result = program(state, teacher, feed.next())
+            state, result = program(state, self._teacher, self._feed.next())
             self.done += 1
             pending.append(result)
             save = self.done == total or self.done % config.checkpoint_every == 0
@@ -322,44 +302,93 @@ class _Run:
                 self._look(pending, since)
                 pending = []
             if save:
-                self.store.save(self.done, state)
+                run.store.save(self.done, state)
             if look:
-                draw(state)
+                self._draw(state)
             if not pending:
                 since = time.perf_counter()
-        self.store.wait()
-        return state
+        run.store.wait()
+        return self._frozen(state)
+
+    def _first_state(self) -> TrainState:
+        """The state to go on from, on the mesh."""
+        run, start = self._run, self._start
+        if run.store.latest is not None:
+            if run.processes.first:
+                logger.info("going on from step %d of %d", self.done, run.config.distill.steps)
+            return run.store.restore(start.abstract())
+        if run.task.start is None:
+            state = start.from_teacher()
+        else:
+            shapes = start.abstract().params
+            folder = local_path(run.task.start)
+            state = start.from_params(calibrated_start(folder, shapes, run.config))
+        lead = jax.jit(self._step.lead, donate_argnums=0, out_shardings=start.shardings.pool)
+        pool = state.pool
+        for group in range(run.config.trajectory.groups):
+            pool = lead(pool, np.int32(group), self._teacher, self._feed.group(pool, group))
+        return state._replace(pool=pool)
+
+    def _held_out(self) -> HeldOut | None:
+        run, config, plan = self._run, self._run.config, self._run.request.plan
+        if not run.prompts.held_out:
+            return None
+        cut = len(run.prompts.train)
+        txt, pooled = self._table.take(np.arange(cut, cut + len(run.prompts.held_out)))
+        embeds = PromptEmbeds(
+            prompts=tuple(run.prompts.held_out),
+            prompt_embeds=jnp.asarray(txt),
+            pooled_prompt_embeds=jnp.asarray(pooled),
+        )
+        return HeldOut(
+            self._pipe,
+            embeds,
+            num_inference_steps=config.sampling_steps,
+            guidance_scale=config.guidance_scale,
+            height=plan.height,
+            width=plan.width,
+            batch_size=config.sample_batch_size,
+        )
+
+    def _frozen(self, state: TrainState) -> FluxTransformer:
+        return self._freezer(state.ema or state.params)
+
+    def _draw(self, state: TrainState) -> None:
+        if self._pictures is None:
+            return
+        self._run.log.draw(self.done, self._frozen(state), self._pictures)
+        # Modules that nnx has put together are reference cycles: a student of 3 GB would stay on
+        # every device, one for each drawing.
+        gc.collect()
 
     def _drawing_due(self) -> bool:
         """Whether the held-out prompts are drawn after as many steps as are taken."""
-        every = self.config.sample_every
-        return self.done in (0, self.config.distill.steps) or bool(every) and self.done % every == 0
+        every = self._run.config.sample_every
+        return (
+            self.done in (0, self._run.config.distill.steps)
+            or bool(every)
+            and self.done % every == 0
+        )
 
     def _is_drawn(self) -> bool:
         """Whether an earlier process has told of that drawing; the first knows, for all."""
-        return bool(self.processes.from_first(np.array(self.log.held_out.get("step") == self.done)))
+        return bool(
+            self._run.processes.from_first(
+                np.array(self._run.log.held_out.get("step") == self.done)
+            )
+        )
 
     def _look(self, pending: Sequence[Metrics], since: float) -> None:
         """Report the last steps; stop if one is not finite."""
-        rows = self.log.rows(self.done, pending, since)
+        rows = self._run.log.rows(self.done, pending, since)
         # A gradient that is not finite has made the parameters so, which the next loss would show.
         wrong = first_not_finite(rows, ("loss", "grad_norm"))
         if wrong is not None:
             step, what = wrong
-            self.store.wait()
+            store = self._run.store
+            store.wait()
             raise UserError(
-                f"the {what} of step {step} is not finite; {self.store.describe_latest()}. Begin "
-                "in another folder with a lower distill.learning_rate or distill.max_grad_norm"
+                f"the {what} of step {step} is not finite; {store.describe_latest()}. Begin in "
+                "another folder with a lower distill.learning_rate or distill.max_grad_norm"
             )
-        self.log.add(rows)
-
-    def _outcome(self) -> Outcome:
-        found = self.log.held_out
-        return Outcome(
-            student=self.out / "student",
-            steps=self.done,
-            loss=self.log.loss,
-            median_psnr=found.get("median_psnr_db"),
-            score=found.get("score"),
-            teacher_score=found.get("teacher_score"),
-        )
+        self._run.log.add(rows)

@@ -12,14 +12,14 @@ import yaml
 from flux_jax import arguments
 from flux_jax.errors import UserError
 from flux_jax.sharding import MeshConfig
-from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig
+from ternary.config import DistillConfig, QuantConfig, TrajectoryConfig, check_counts, store
 from ternary.policy import Policy
 
 T = TypeVar("T")
 
-# Of a value in a message.
+# So many characters of a value are shown in a message.
 SHOWN = 60
-# Every place of the pool of trajectories keeps the seed, as int32.
+# The pool of trajectories keeps the seed as int32.
 SEED_LIMIT = 2**31
 
 
@@ -68,13 +68,17 @@ class RunConfig:
     checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_every", "checkpoint_every", "checkpoints"):
-            arguments.integer(name, getattr(self, name))
-        for name in ("sampling_steps", "sample_batch_size"):
-            arguments.integer(name, getattr(self, name))
-        for name in ("held_out", "sample_every", "seed"):
-            arguments.integer(name, getattr(self, name), least=0)
-        arguments.scale("guidance_scale", self.guidance_scale)
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+                raise UserError(f"{field.name} must be a {kind.__name__}, got {_shown(value)}")
+        check_counts(self, "batch_size", "log_every", "checkpoint_every", "checkpoints")
+        check_counts(self, "sampling_steps", "sample_batch_size")
+        check_counts(self, "held_out", "sample_every", "seed", least=0)
+        for name in ("height", "width", "max_sequence_length"):
+            if getattr(self, name) is not None:
+                check_counts(self, name)
+        store(self, "guidance_scale", arguments.scale("guidance_scale", self.guidance_scale))
         if self.seed >= SEED_LIMIT:
             raise UserError(f"seed must be below 2**31, got {self.seed}")
 

@@ -78,7 +78,7 @@ class Metrics(NamedTuple):
     Attributes:
       loss: what was minimised.
       velocity: mean squared error of the velocity.
-      relative: that over the teacher's mean square.
+      relative: squared error of the velocity over the teacher's square, each state by itself.
       blocks: mean relative squared error of the blocks' outputs (0 where it is not asked for).
       grad_norm: before clipping.
     """
@@ -263,8 +263,8 @@ class StepFunction:
         """The state before the first step, from the student's parameters, which are copied.
 
         Args:
-          params: of the student.
-          seed: of the trajectories.
+          params: latent weights of the student, and its other parameters.
+          seed: of every draw of the trajectories.
         """
         master = jnp.dtype(self.config.master_dtype)
         params = {n: jnp.array(value, trained_dtype(n, master)) for n, value in params.items()}
@@ -297,7 +297,7 @@ class StepFunction:
             moving = step < targets
             return self.trajectories.advance(pool, group, velocity, velocity, moving), None
 
-        steps = min(self.trajectories.config.sampling_steps) - 1
+        steps = max(self.trajectories.config.sampling_steps) - 1
         with mesh_in_scope(self._mesh):
             pool, _ = jax.lax.scan(step_of, pool, jnp.arange(steps))
         return pool

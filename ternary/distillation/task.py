@@ -29,16 +29,17 @@ from ternary.distillation.placement import abstract_student
 from ternary.distillation.run_config import RunConfig, differences, load_yaml, to_yaml
 from ternary.distillation.training_state import complete_steps
 from ternary.layers import TernaryLinear
+from ternary.storage.files import local_path
 from ternary.storage.latents import Latents, load_latents
 
 logger = logging.getLogger(__name__)
 
-# Prompts that carry a composition score come with the package.
+# In place of a file: the prompts that come with the package and have a composition score.
 COMPOSITION = "composition"
-# Of a run's folder.
+# A folder within a run's.
 CHECKPOINTS = "checkpoints"
-# Of its settings.
-_TEACHER = "teacher_crc32"
+# Of its settings: the teacher and the texts by what they are, wherever their files lie.
+_TEACHER, _TEXTS = "teacher_crc32", "prompts_crc32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,10 @@ class Task:
         to keep some of `prompts` from training.
     """
 
-    teacher: str
-    prompts: Path
-    start: Path | None = None
-    held_out: str | None = None
+    teacher: str | Path
+    prompts: str | Path
+    start: str | Path | None = None
+    held_out: str | Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,17 +86,17 @@ def split_prompts(task: Task, config: RunConfig) -> Prompts:
     Raises:
       UserError: a file that cannot be read, or nothing left to train on.
     """
-    prompts = list(dict.fromkeys(read_prompts(task.prompts)))
+    prompts = list(dict.fromkeys(read_prompts(local_path(task.prompts))))
     judged: list[EvalPrompt] = []
     if task.held_out == COMPOSITION:
         judged = load_prompts()
         held_out = [prompt.prompt for prompt in judged]
     elif task.held_out is not None:
-        held_out = read_prompts(Path(task.held_out))
+        held_out = read_prompts(local_path(task.held_out))
     else:
         # Spread over the file, whose neighbours are often alike.
         count = min(config.held_out, len(prompts) - 1)
-        # Of the default, nobody asked for so many.
+        # The default is no wish: it may be too many for a short file.
         if count < config.held_out != RunConfig().held_out:
             logger.warning(
                 "held_out is %d, and %s has %d prompts: %d are held out",
@@ -147,13 +148,13 @@ def check_task(task: Task, config: RunConfig, *, resumed: bool) -> loading.Reque
         )
     abstract_student(teacher, config.quant, config.policy, config.distill)
     if task.start is not None and not resumed:
-        open_start(task.start, config).close()
+        open_start(local_path(task.start), config).close()
     return request
 
 
 def open_folder(
     out: Path, task: Task, config: RunConfig, prompts: Prompts, teacher_crc32: int
-) -> bool:
+) -> None:
     """Give a folder to a run, or see that it holds this very run, on whichever mesh.
 
     Before the first checkpoint the settings of an earlier call are replaced: nothing is lost.
@@ -164,31 +165,27 @@ def open_folder(
       prompts: those of the task; a run does not go on with others.
       teacher_crc32: of the teacher's weights, likewise.
 
-    Returns:
-      Whether the folder knows its teacher by its weights; one of an earlier version knows the path.
-
     Raises:
-      UserError: it was begun with other settings, or cannot be written to.
+      UserError: it was begun with other settings or by an earlier version, or cannot be written to.
     """
     settings = {name: None if v is None else str(v) for name, v in vars(task).items()}
-    settings["teacher"] = one_spelling(task.teacher)
+    settings["teacher"] = _one_spelling(str(task.teacher))
     settings[_TEACHER] = f"{teacher_crc32:08x}"
     # `held_out` is a setting too: how many to keep from training where no file is given.
     settings["held_out_prompts"] = settings.pop("held_out")
-    settings["prompts_crc32"] = prompts.fingerprint()
+    settings[_TEXTS] = prompts.fingerprint()
     text = to_yaml(config, **settings)
     path = out / "run.yaml"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         if path.exists() and complete_steps(out / CHECKPOINTS):
-            before = _stored_settings(path)
-            changed = _changes(before, yaml.safe_load(text))
+            changed = _changes(_stored_settings(path), yaml.safe_load(text))
             if changed:
                 raise UserError(
                     f"{out} holds a run with other settings ({'; '.join(changed[:4])}): go on "
                     "with its own, or name another folder"
                 )
-            return _TEACHER in before
+            return
         # Killed while it wrote its settings for the first time, a run has left but a part of them.
         parts = partial_paths(path)
         if not path.exists() and set(out.iterdir()) - parts:
@@ -196,33 +193,24 @@ def open_folder(
         for part in parts:
             part.unlink()
         write_whole(path, text.encode())
-    return True
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What keeps a run from going on with these settings."""
-    # A run may go on on another mesh.
-    free = {"mesh"}
-    if "prompts_crc32" in before:
-        # Texts are what they are, wherever their files lie by now.
-        free |= {"prompts", "held_out_prompts"}
-    else:
-        # One of an earlier version does not name its texts.
-        free.add("prompts_crc32")
-    # So is the teacher.
-    free.add("teacher" if _TEACHER in before else _TEACHER)
+    # A run may go on on another mesh. Teacher and texts are compared by `_TEACHER` and `_TEXTS`.
+    free = {"mesh", "teacher", "prompts", "held_out_prompts"}
     if now["start"] is None:
         # The start is behind it, and need not be kept.
         free.add("start")
 
     def kept(settings: dict[str, Any]) -> dict[str, Any]:
-        paths = {name: one_spelling(str(settings.get(name))) for name in ("teacher", "start")}
-        return {k: v for k, v in {**settings, **paths}.items() if k not in free}
+        start = _one_spelling(str(settings.get("start")))
+        return {k: v for k, v in {**settings, "start": start}.items() if k not in free}
 
     return differences(kept(before), kept(now))
 
 
-def one_spelling(place: str) -> str:
+def _one_spelling(place: str) -> str:
     """The one spelling of a path that is there; a hub's name, or whatever else, as it is."""
     path = Path(place)
     return str(path.resolve()) if path.exists() else place
@@ -235,6 +223,12 @@ def _stored_settings(path: Path) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: restore it, or name another folder")
+    for name in (_TEACHER, _TEXTS):
+        if name not in content:
+            raise UserError(
+                f"{path} has no {name}: it was written by an earlier version, whose runs do not "
+                "go on; name another folder"
+            )
     return content
 
 

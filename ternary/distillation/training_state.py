@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# SLURM kills 30 s after it has asked.
+# Seconds. SLURM kills a job 30 s after it has told it to stop.
 PATIENCE = 20.0
 
 
@@ -45,12 +45,16 @@ class StateStore:
     """
 
     def __init__(self, folder: Path, *, keep: int):
-        self._reports = _Reports()
         self._call: threading.Thread | None = None
         self.folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        with writing(self.folder):
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._reports = _Reports()
+        try:
+            with writing(self.folder):
+                self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except BaseException:
+            self._reports.close()
+            raise
 
     @property
     def latest(self) -> int | None:
@@ -68,13 +72,7 @@ class StateStore:
             self._manager.wait_until_finished()
             self._manager.save(step, args=ocp.args.StandardSave(_named(state)))
 
-        try:
-            self._apart(save)
-        except Exception as error:
-            if jax.process_count() > 1 and _system_says(error) is None:
-                # Another process is gone: that is told by who joined them.
-                raise
-            raise self._failed(error) from error
+        self._write(save)
 
     def wait(self) -> None:
         """Until all that was saved is on the disk.
@@ -82,13 +80,7 @@ class StateStore:
         Raises:
           UserError: it cannot be written.
         """
-        try:
-            self._apart(self._manager.wait_until_finished)
-        except Exception as error:
-            if jax.process_count() > 1 and _system_says(error) is None:
-                # Another process is gone: that is told by who joined them.
-                raise
-            raise self._failed(error) from error
+        self._write(self._manager.wait_until_finished)
 
     def restore(self, like: Any) -> Any:
         """The latest state.
@@ -137,10 +129,24 @@ class StateStore:
         if self._call is not None:
             self._call.join(left())
         if self._call is None or not self._call.is_alive():
-            # A write that has failed is told by `save` and `wait`.
+            # A write that has failed was reported by `save` or `wait`.
             with contextlib.suppress(Exception):
                 self._apart(self._manager.close, left())
         self._reports.close()
+
+    def _write(self, call: Callable[[], None]) -> None:
+        """A call into Orbax that writes, or waits for what is being written.
+
+        Raises:
+          UserError: the system refuses the write.
+        """
+        try:
+            self._apart(call)
+        except Exception as error:
+            if jax.process_count() > 1 and _system_says(error) is None:
+                # Another process is gone, which `flux_jax.processes` reports.
+                raise
+            raise self._failed(error) from error
 
     def _apart(self, call: Callable[[], T], patience: float | None = None) -> T:
         """What a call into Orbax returns or raises; a signal ends the waiting, not the call.
@@ -161,7 +167,7 @@ class StateStore:
         return future.result(patience)
 
     def _failed(self, error: Exception) -> UserError:
-        # Of other processes one may be writing still; the next start removes what is left.
+        # Another process may still be writing; the next start removes what is left.
         if jax.process_count() == 1:
             self._reports.settle()
             for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
@@ -173,16 +179,16 @@ class StateStore:
 
 
 class _Reports:
-    """Keeps what Orbax and TensorStore tell of a failed write off stderr, but with --verbose.
+    """Keeps what Orbax and TensorStore report of a failed write off stderr, unless --verbose.
 
-    All of it is raised as well, where one line is made of it.
+    The failure is also raised, and that becomes the one line that a user sees.
     """
 
     def __init__(self):
         self._verbose = logger.isEnabledFor(logging.DEBUG)
         self._last = 0.0
         self._before = sys.unraisablehook
-        # What is put back has to be the same object.
+        # A bound method is a new object each time; `close` has to know this one again.
         self._hook = self._told
         sys.unraisablehook = self._hook
         # Orbax reports every phase of every save at INFO.
@@ -190,7 +196,7 @@ class _Reports:
         self._level = absl.level
         absl.setLevel(logging.WARNING if self._verbose else logging.CRITICAL)
         if not self._verbose:
-            # Not taken back: a failed task may be told of when the interpreter ends.
+            # Stays: asyncio may report a failed task as late as when the interpreter ends.
             logging.getLogger("asyncio").addFilter(_is_no_lost_task)
 
     def settle(self, patience: float = 10.0) -> None:
@@ -211,7 +217,7 @@ class _Reports:
             sys.unraisablehook = self._before
 
     def _told(self, dropped: Any) -> None:
-        # The first failure closes the event loop, which the end of every other write is told to.
+        # The first failure closes Orbax's event loop, where every other write reports its end.
         late = dropped.exc_type is RuntimeError and str(dropped.exc_value) == "Event loop is closed"
         if late:
             self._last = time.monotonic()
@@ -232,7 +238,7 @@ def _system_says(error: Exception) -> str | None:
     found = re.search(r"os_error_code='(\d+)'", str(error))
     if found:
         return os.strerror(int(found[1]))
-    # Of a connection it speaks too.
+    # A lost connection is an OSError too, but not the disk's.
     lost = isinstance(error, ConnectionError | TimeoutError)
     return error.strerror if isinstance(error, OSError) and not lost else None
 

@@ -20,6 +20,10 @@ from flux_jax.configs import SchedulerConfig
 from flux_jax.scheduler import make_schedule
 from ternary.config import TrajectoryConfig
 
+# 2**32 over the golden ratio: multiples of it, modulo 2**32, leave no large gap however many follow
+# each other, and never fall into step with a length.
+_GOLDEN = np.uint32(2654435769)
+
 
 class Pool(NamedTuple):
     """Trajectories under way: G groups of B.
@@ -120,9 +124,15 @@ class Trajectories:
         return Pool(x, position, schedule, prompt, guidance, on_policy, started, places, seeds)
 
     def stagger(self, pool: Pool) -> Int[Array, "G B"]:
-        """How far to lead each trajectory before training, so that all times are met at once."""
-        # A stride coprime with the length spreads neighbours over the whole of a trajectory.
-        return (pool.place * 7919) % int(min(self.config.sampling_steps))
+        """How far to lead each trajectory before training, so that all times are met at once.
+
+        Any run of neighbours, so every group and every device's part of one, is spread evenly over
+        the whole of its trajectories.
+        """
+        # In whole numbers: the same on every device, and below the length for certain.
+        share = (pool.place.astype(jnp.uint32) * _GOLDEN) >> 16
+        lengths = self.lengths[pool.schedule].astype(jnp.uint32)
+        return ((share * lengths) >> 16).astype(jnp.int32)
 
     def states(self, pool: Pool, group: Int[Array, ""]) -> States:
         """Where the trajectories of a group are."""

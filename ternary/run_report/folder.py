@@ -18,6 +18,9 @@ from ternary.distillation.run_config import load_yaml
 # The columns of one table are of one length, those of two tables need not be.
 Columns = dict[str, Float[np.ndarray, " _"]]
 
+# Without these nobody knows where a picture of a grid is, and of what.
+_LEGEND = {"height", "width", "gap", "shown"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -26,12 +29,12 @@ class Sample:
     Attributes:
       step: at which it was drawn.
       picture: the grid, teacher | student.
-      legend: what it shows; None for a run of before it was written.
+      legend: what it shows, as the run wrote it beside the picture.
     """
 
     step: int
     picture: Path
-    legend: dict[str, Any] | None
+    legend: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,13 +165,21 @@ def _number(cell: str) -> float:
 
 
 def _samples(folder: Path, missing: list[str]) -> tuple[Sample, ...]:
-    found = []
+    found, untold = [], []
     for picture in sorted(folder.glob("step_*.png")):
         step = picture.stem.removeprefix("step_")
-        if step.isdecimal():
-            legend = _legend(picture.with_suffix(".json"))
+        if not step.isdecimal():
+            continue
+        legend = _legend(picture.with_suffix(".json"))
+        if legend is None:
+            untold.append(picture.name)
+        else:
             found.append(Sample(step=int(step), picture=picture, legend=legend))
-    if not found:
+    if untold:
+        more = f" and {len(untold) - 1} more" if len(untold) > 1 else ""
+        said = "the .json beside it is missing or incomplete."
+        missing.append(f"samples/{untold[0]}{more} cannot be shown: {said}")
+    elif not found:
         missing.append("samples/ has no pictures.")
     return tuple(found)
 
@@ -176,9 +187,10 @@ def _samples(folder: Path, missing: list[str]) -> tuple[Sample, ...]:
 def _legend(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) else None
+    whole = isinstance(content, dict) and content.keys() >= _LEGEND
+    return content if whole else None
 
 
 def _numbers(folder: Path) -> list[int]:

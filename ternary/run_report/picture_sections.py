@@ -23,30 +23,7 @@ def pictures(galleries: Sequence[Gallery]) -> Element | None:
         return None
     return section(
         "Teacher and student, from the same noise",
-        *(
-            _sheets(gallery) if gallery.sheets else _pairs(gallery, number)
-            for number, gallery in enumerate(galleries)
-        ),
-    )
-
-
-def _sheets(gallery: Gallery) -> Element:
-    """Whole grids of a run."""
-    note = "The run does not say which prompts these are, so they cannot be laid over another."
-    figures = [
-        element(
-            "figure",
-            element("img", src=data, alt=f"Pairs of pictures, teacher left, student right, {name}"),
-            element("figcaption", f"Pairs: teacher left, student right; {name}."),
-        )
-        for name, data in gallery.sheets
-    ]
-    return element(
-        "div",
-        element("h3", gallery.title),
-        element("p", note, class_="note"),
-        *figures,
-        class_="gallery",
+        *(_pairs(gallery, number) for number, gallery in enumerate(galleries)),
     )
 
 

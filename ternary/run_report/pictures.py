@@ -18,10 +18,8 @@ from ternary.run_report.scores import Evaluations
 
 # What bounds the page: pairs of a gallery, looks at the student of each, and pixels of a picture's
 # longer side.
-PAIRS_SHOWN, VIEWS, LONGEST, WHOLE_LONGEST = 12, 6, 256, 1280
+PAIRS_SHOWN, VIEWS, LONGEST = 12, 6, 256
 QUALITY = 82
-# The title of what the run drew.
-DRAWN = "During the run"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """Pictures that were drawn together: pairs, or sheets of a run that tells no more of them.
+    """Pairs of pictures that were drawn together.
 
     Attributes:
       title: above them.
@@ -55,39 +53,23 @@ class Gallery:
       choice: what stands before the choice of a view.
       views: names of the students with the label on their pictures, the one to begin with last.
       pairs: in order; each has all views.
-      sheets: whole grids (caption, `data:` address).
     """
 
     title: str
-    prompts: str = ""
-    of: int = 0
-    choice: str = ""
-    views: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    pairs: tuple[Pair, ...] = ()
-    sheets: tuple[tuple[str, str], ...] = ()
+    prompts: str
+    of: int
+    choice: str
+    views: Mapping[str, str]
+    pairs: tuple[Pair, ...]
 
 
 def galleries(run: Run, evaluations: Evaluations) -> list[Gallery]:
     """What the run drew and what was scored, as far as there are pictures."""
-    found = [_of_run(run)]
+    samples = [sample for sample in run.samples if sample.step <= run.steps]
+    found = [_drawn([samples[i] for i in _spread(len(samples), VIEWS)])]
     if evaluations.complete:
         found.append(_scored(evaluations))
-    return [gallery for gallery in found if gallery.pairs or gallery.sheets]
-
-
-def _of_run(run: Run) -> Gallery:
-    told = [sample for sample in run.samples if sample.legend and sample.step <= run.steps]
-    told = [told[i] for i in _spread(len(told), VIEWS)]
-    if told:
-        found = _drawn(told)
-        if found is not None:
-            return found
-    sheets = []
-    for sample in (run.samples[i] for i in _spread(len(run.samples), 3)):
-        picture = _open(sample.picture)
-        if picture is not None:
-            sheets.append((f"step {sample.step:,}", _data(picture, WHOLE_LONGEST)))
-    return Gallery(title=DRAWN, sheets=tuple(sheets))
+    return [gallery for gallery in found if gallery.pairs]
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -95,8 +77,8 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted(set(np.linspace(0, count - 1, min(most, count)).astype(int).tolist()))
 
 
-def _drawn(samples: Sequence[Sample]) -> Gallery | None:
-    """Pairs cut out of the run's grids; None if no grid is what its legend says."""
+def _drawn(samples: Sequence[Sample]) -> Gallery:
+    """Pairs cut out of the run's grids, of which there are none if none is what its legend says."""
     pairs: dict[tuple[str, int], Pair] = {}
     views = []
     for sample in reversed(samples):
@@ -120,11 +102,9 @@ def _drawn(samples: Sequence[Sample]) -> Gallery | None:
                 before.students[view] = _data(student, LONGEST)
                 before.notes[view] = note
     whole = [pair for pair in pairs.values() if set(pair.students) == set(views)]
-    if not whole:
-        return None
     chosen = tuple(whole[i] for i in _spread(len(whole), PAIRS_SHOWN))
     return Gallery(
-        title=DRAWN,
+        title="During the run",
         prompts="held-out prompts whose pictures the run kept",
         of=len(whole),
         choice="Student at",
@@ -139,12 +119,11 @@ def _cut(sample: Sample) -> dict[tuple[str, int], tuple[Image.Image, Image.Image
     legend: Any = sample.legend
     try:
         height, width = int(legend["height"]), int(legend["width"])
-        # Grids of before it was written have none.
-        between = int(legend.get("gap", 0))
+        between = int(legend["gap"])
         shown = [(str(s["prompt"]), int(s["seed"]), float(s["psnr_db"])) for s in legend["shown"]]
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    if picture is None or not shown or min(height, width, between + 1) < 1:
+    if picture is None or not shown or min(height, width, between) < 1:
         return None
     found = {}
     for index, (prompt, seed, psnr) in enumerate(shown):

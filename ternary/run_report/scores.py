@@ -83,7 +83,7 @@ def read_evaluations(run: Run) -> Evaluations:
                 folder=folder,
                 model=str(report.get("settings", {}).get("model") or ""),
             )
-        except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
             continue
         columns.append(column)
     return Evaluations(columns=tuple(columns))
@@ -117,7 +117,7 @@ def run_scores(run: Run) -> list[Column]:
     judged = []
     for sample in run.samples:
         try:
-            if sample.legend is not None and sample.step <= run.steps:
+            if sample.step <= run.steps:
                 found = sample.legend["scores"]
                 both = {kind: _checked(found[kind]) for kind in ("teacher", "student")}
                 judged.append((sample.step, both))

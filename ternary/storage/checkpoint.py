@@ -23,6 +23,7 @@ from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.linears import replace_linears
+from flux_jax.sharding import default_device
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat, to_flat
 from pallas_kernels import GROUP
@@ -170,14 +171,15 @@ class TernaryCheckpoint:
 
         Args:
           dtype: of the computation and of what is not packed.
-          place: from the module's shapes to where each parameter goes; None for the first device.
+          place: from the module's shapes to where each parameter goes; None for JAX's default
+            device.
 
         Raises:
           UserError: a damaged tensor, by name.
         """
         module = self.abstract_module(dtype)
         rebuild, flat = split_flat(module)
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        one = jax.sharding.SingleDeviceSharding(default_device())
         places = dict.fromkeys(flat, one) if place is None else place(module)
 
         def bring(name: str) -> jax.Array:

@@ -16,7 +16,7 @@ from flux_jax.configs import FluxConfig, SchedulerConfig
 from flux_jax.errors import UserError
 from ternary.storage.format import Shape, Stored
 
-# Of a matrix, those that name it.
+# So many rows of a matrix name it.
 _ROWS = 8
 
 
@@ -97,7 +97,9 @@ def open_dense_pipeline(path_or_repo_id: str | Path) -> Iterator[Pipeline]:
 
 
 def weights_crc32(path_or_repo_id: str | Path, dtype: np.dtype) -> int:
-    """A short name for a checkpoint's weights in any layout: shapes, vectors, rows of the rest.
+    """A short name for the weights of a checkpoint's components, in any layout.
+
+    It is made of all shapes, all vectors, and rows of every matrix from its first to its last.
 
     Args:
       path_or_repo_id: of the checkpoint.
@@ -128,6 +130,17 @@ def weights_crc32(path_or_repo_id: str | Path, dtype: np.dtype) -> int:
                     reader.read_into(name, int(index), row)
                     crc = zlib.crc32(as_bytes(row), crc)
     return crc
+
+
+def local_path(path: str | Path) -> Path:
+    """A path as it was given, `~` resolved; it need not exist.
+
+    Raises:
+      UserError: no user of that name, or a name that no file can have.
+    """
+    from convert import hub
+
+    return hub.local_path(path)
 
 
 @contextlib.contextmanager

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
 
 from flux_jax.assets import resolve
+from flux_jax.tree import to_flat
+from pallas_kernels import unpack_codes
+from ternary.config import QuantConfig
+from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import coverage
-from ternary.storage.checkpoint import TernaryCheckpoint, open_checkpoint
-from ternary.storage.format import CODES, Stored
+from ternary.storage import files
+from ternary.storage.checkpoint import open_checkpoint
+from ternary.storage.format import CODES, WEIGHT, Shape, Stored, expected_tensors
+from ternary.storage.saving import ternary_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,52 +81,98 @@ class Report:
 
 
 def inspect_checkpoint(
-    folder: str | Path, *, on_layer: Callable[[int], None] = lambda total: None
+    folder: str | Path | nnx.Module, *, on_layer: Callable[[int], None] = lambda total: None
 ) -> Report:
     """Read a ternary checkpoint and count; every ternary tensor's checksum and digits are checked.
 
     Args:
-      folder: of the pipeline, or of its transformer; or a shipped model's name.
+      folder: of the pipeline, or of its transformer; or a shipped model's name. Or a module in
+        memory, a student in training among them: the sizes are those of its checkpoint.
       on_layer: told the number of layers before each one.
 
     Raises:
-      UserError: not a ternary checkpoint, or a damaged one.
+      UserError: not a ternary checkpoint, or a damaged one; a module without ternary linears, or
+        with several kinds of them.
     """
-    with open_checkpoint(Path(resolve(folder))) as checkpoint:
+    if isinstance(folder, nnx.Module):
+        return _inspect_module(folder, on_layer)
+    with open_checkpoint(files.local_path(resolve(folder))) as checkpoint:
         layers = []
         for name in checkpoint.layers:
             on_layer(len(checkpoint.layers))
-            layers.append(_layer(checkpoint, name))
-        counted = coverage(checkpoint.shapes, checkpoint.layers)
-        nbytes = sum(_nbytes(stored) for stored in checkpoint.stored.values())
+            scale = checkpoint.read(f"{name}.scale")
+            error = checkpoint.description.relative_error.get(name)
+            layers.append(_layer(name, checkpoint.codes(name), scale, checkpoint.stored, error))
         quant = checkpoint.description.quant
-        return Report(
-            granularity=quant.granularity,
-            activation_bits=quant.activation_bits,
-            rank=quant.rank,
-            parameters=counted.total,
-            ternary_fraction=counted.fraction,
-            zeros=sum(layer.zeros * math.prod(layer.shape) for layer in layers)
-            / max(counted.ternary, 1),
-            nbytes=nbytes,
-            bits_per_parameter=8 * nbytes / counted.total,
-            smaller=2 * counted.total / nbytes,
-            layers=tuple(layers),
-        )
+        return _report(quant, checkpoint.shapes, checkpoint.stored, layers)
 
 
-def _layer(checkpoint: TernaryCheckpoint, name: str) -> LayerReport:
-    codes = checkpoint.codes(name)
+def _inspect_module(module: nnx.Module, on_layer: Callable[[int], None]) -> Report:
+    """As if it were stored."""
+    found, quant = ternary_layers(module)
+    shapes: dict[str, Shape] = {
+        name: tuple(value.shape)
+        for name, value in to_flat(module).items()
+        if name.rpartition(".")[0] not in found
+    }
+    for name, layer in found.items():
+        shapes[name + WEIGHT] = rows, _ = _shape(layer)
+        if layer.bias is not None:
+            shapes[f"{name}.bias"] = (rows,)
+    stored = expected_tensors(shapes, found, quant)
+    layers = []
+    for name, layer in found.items():
+        on_layer(len(found))
+        frozen = layer.freeze() if isinstance(layer, FakeTernaryLinear) else layer
+        codes = np.asarray(unpack_codes(frozen.packed[...], frozen.in_features))
+        layers.append(_layer(name, codes, np.asarray(frozen.scale[...]), stored, None))
+    return _report(quant, shapes, stored, layers)
+
+
+def _shape(layer: TernaryLinear | FakeTernaryLinear) -> tuple[int, int]:
+    rows = (layer.packed if isinstance(layer, TernaryLinear) else layer.weight).shape[0]
+    return rows, layer.in_features
+
+
+def _report(
+    quant: QuantConfig,
+    shapes: Mapping[str, Shape],
+    stored: Mapping[str, Stored],
+    layers: Sequence[LayerReport],
+) -> Report:
+    counted = coverage(shapes, [layer.name for layer in layers])
+    nbytes = sum(_nbytes(each) for each in stored.values())
+    return Report(
+        granularity=quant.granularity,
+        activation_bits=quant.activation_bits,
+        rank=quant.rank,
+        parameters=counted.total,
+        ternary_fraction=counted.fraction,
+        zeros=sum(layer.zeros * math.prod(layer.shape) for layer in layers)
+        / max(counted.ternary, 1),
+        nbytes=nbytes,
+        bits_per_parameter=8 * nbytes / counted.total,
+        smaller=2 * counted.total / nbytes,
+        layers=tuple(layers),
+    )
+
+
+def _layer(
+    name: str,
+    codes: UInt8[np.ndarray, "N K"],
+    scale: Float[np.ndarray, "*scale"],
+    stored: Mapping[str, Stored],
+    relative_error: float | None,
+) -> LayerReport:
     rows, columns = codes.shape
     own = (CODES, ".scale", ".low_rank_a", ".low_rank_b")
-    nbytes = sum(_nbytes(checkpoint.stored[name + s]) for s in own if name + s in checkpoint.stored)
-    scale = checkpoint.read(f"{name}.scale").astype(np.float32)
+    nbytes = sum(_nbytes(stored[name + s]) for s in own if name + s in stored)
     return LayerReport(
         name=name,
         shape=(rows, columns),
         zeros=np.count_nonzero(codes == 1) / codes.size,
-        scale=float(scale.mean()),
-        relative_error=checkpoint.description.relative_error.get(name),
+        scale=float(scale.astype(np.float32).mean()),
+        relative_error=relative_error,
         bits=8 * nbytes / codes.size,
     )
 

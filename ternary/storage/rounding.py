@@ -49,7 +49,7 @@ def quantize_checkpoint(
     quant, policy = quant or QuantConfig(), policy or Policy()
     if quant.rank:
         raise UserError("rounding without training makes no low-rank branch; rank must be 0")
-    dst = Path(dst)
+    dst = files.local_path(dst)
     files.check_target(dst, force=force)
     with files.open_dense_pipeline(src) as pipeline:
         shapes = pipeline.shapes

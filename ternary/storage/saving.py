@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
@@ -61,7 +62,7 @@ def write_transformer(
 
 
 def save_checkpoint(
-    path: Path, transformer: FluxTransformer, *, rest: str | Path, force: bool = False
+    path: str | Path, transformer: FluxTransformer, *, rest: str | Path, force: bool = False
 ) -> None:
     """Write a ternary pipeline from a transformer in memory.
 
@@ -73,24 +74,46 @@ def save_checkpoint(
       force: replace an existing checkpoint, once the new one is whole.
 
     Raises:
-      UserError: no ternary layer, layers of several kinds, a scale that is not finite, or a target
-        that cannot be written.
+      UserError: another module, no ternary layer, layers of several kinds, a scale that is not
+        finite, or a target that cannot be written.
     """
-    check_no_lora(transformer)
-    found = linears(transformer, (TernaryLinear, FakeTernaryLinear))
-    kinds = {_quant_of(layer) for layer in found.values()}
-    if len(kinds) != 1:
+    if not isinstance(transformer, FluxTransformer):
         raise UserError(
-            f"a ternary checkpoint holds layers of one kind, this transformer has {len(kinds)} "
-            "kinds"
+            f"a ternary checkpoint holds a FluxTransformer, got {type(transformer).__name__}; "
+            "save the `flax.nnx.state` of any other module"
         )
-    quant = kinds.pop()
+    check_no_lora(transformer)
+    found, quant = ternary_layers(transformer)
+    path = files.local_path(path)
     with files.open_pipeline(rest) as pipeline, files.staged(path, force=force) as stage:
         pipeline.write_rest(stage)
         tensors = _stored_tensors(transformer, found)
         write_transformer(
             stage / "transformer", transformer.config, quant, list(found), tensors, {}
         )
+
+
+def ternary_layers(
+    module: nnx.Module,
+) -> tuple[dict[str, TernaryLinear | FakeTernaryLinear], QuantConfig]:
+    """A module's ternary linears by path, and what of their kind is stored.
+
+    Raises:
+      UserError: it has none, or they are of several kinds.
+    """
+    found = linears(module, (TernaryLinear, FakeTernaryLinear))
+    if not found:
+        raise UserError(
+            f"this {type(module).__name__} has no ternary linear: `ternary.make_student` makes "
+            "them, and `flux_jax.save_checkpoint` writes a dense model"
+        )
+    kinds = {_quant_of(layer) for layer in found.values()}
+    if len(kinds) != 1:
+        raise UserError(
+            f"a ternary checkpoint holds layers of one kind, this transformer has {len(kinds)} "
+            "kinds"
+        )
+    return found, kinds.pop()
 
 
 def _quant_of(layer: TernaryLinear | FakeTernaryLinear) -> QuantConfig:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from convert import atomic, engine, files, targets
 from convert.cli import app
+from flux_jax.assets import shipped_path
 from tests.convert.models import CONFIGS, diffusers_folder, safetensors_in, write_tensors
 
 TEXT = ("text_encoder", "text_encoder_2")
@@ -140,6 +141,37 @@ def test_force_does_not_replace_what_else_is_in_the_folder(folder, out):
     assert (out / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("to", ["flax", "diffusers"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "text_encoder/my_notes.txt",
+        "text_encoder/my_model.safetensors",
+        "text_encoder_2/backup/precious.bin",
+        "text_encoder/final_norm.bias/precious.bin",
+        "tokenizer/my_notes.txt",
+        "scheduler/my_notes.txt",
+        "text_encoder_2/.hidden",
+    ],
+)
+def test_force_does_not_replace_what_else_is_in_the_folders_inside(folder, out, to, place):
+    assert run(folder, out, "--quiet", "--to", to).exit_code == 0
+    assert engine.is_checkpoint(out)
+    (out / place).parent.mkdir(exist_ok=True)
+    (out / place).write_text("x")
+    result = run(folder, out, "--force")
+    assert result.exit_code == 2
+    assert "no checkpoint that --force would replace, or has other files in it" in result.stderr
+    assert (out / place).read_text() == "x"
+
+
+@pytest.mark.parametrize("to", ["flax", "diffusers"])
+def test_force_replaces_whole_pipelines(out, to):
+    assert all(engine.is_checkpoint(shipped_path(name)) for name in ("tiny", "tiny-ternary"))
+    for _ in range(2):
+        assert run("tiny", out, "--quiet", "--force", "--to", to, "--shard-mb", 1).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("content", "more", "replaced"),
     [
@@ -248,6 +280,49 @@ def test_a_tokenizer_that_is_not_whole(copy, out):
     """In the hub's cache, files are links: to nothing, where a download was cut short."""
     (copy / "tokenizer" / "vocab.json").symlink_to(copy / "gone")
     assert_refused(run(copy, out), out, "vocab.json: cannot be copied: ", "No such file")
+
+
+@pytest.fixture
+def secret(tmp_path):
+    path = tmp_path / "elsewhere" / "secret.txt"
+    path.parent.mkdir()
+    path.write_text("private")
+    return path
+
+
+@pytest.mark.parametrize("to", ["flax", "diffusers"])
+def test_no_link_out_of_a_tokenizer_is_followed(copy, out, secret, to):
+    """A stranger's checkpoint could have private files of this machine copied."""
+    (copy / "tokenizer" / "notes.txt").symlink_to(secret)
+    told = ("tokenizer/notes.txt: a link leads out of its folder, which is not followed",)
+    assert_refused(run(copy, out, "--to", to), out, *told)
+    shutil.rmtree(copy / "tokenizer")
+    (copy / "tokenizer").symlink_to(secret.parent)
+    told = ("tokenizer/secret.txt: a link leads out of its folder, which is not followed",)
+    assert_refused(run(copy, out, "--to", to), out, *told)
+
+
+def test_only_the_files_of_a_tokenizer_are_copied(copy, out, secret):
+    (copy / "tokenizer" / "more").mkdir()
+    (copy / "tokenizer" / "more" / "vocab.json").write_text("{}")
+    (copy / "tokenizer" / "notes").symlink_to(secret)
+    assert run(copy, out, "--quiet").exit_code == 0
+    assert [path.name for path in (out / "tokenizer").iterdir()] == ["tokenizer_config.json"]
+
+
+def test_links_into_the_blobs_of_the_hubs_cache_become_files(copy, out, tmp_path):
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123"
+    shutil.copytree(copy, snapshot)
+    (repository / "blobs").mkdir()
+    file = snapshot / "tokenizer" / "tokenizer_config.json"
+    content = file.read_bytes()
+    file.rename(repository / "blobs" / "abc")
+    file.symlink_to("../../../blobs/abc")
+    assert run(snapshot, out, "--quiet").exit_code == 0
+    made = out / "tokenizer" / file.name
+    assert not made.is_symlink()
+    assert made.read_bytes() == content
 
 
 def test_an_absent_source(out):

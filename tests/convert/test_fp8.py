@@ -121,6 +121,8 @@ def test_what_is_not_a_weight_is_dropped_with_a_reason_and_the_rest_passes_throu
         ({"w.weight_scale": np.ones((), np.int32)}, "is no scale: dtype int32"),
         ({"w.weight_scale": np.float32("nan").reshape(())}, "scales that are not finite"),
         ({"w.comfy_quant": np.frombuffer(b"{", np.uint8)}, "no readable quantisation note"),
+        ({"w.comfy_quant": np.frombuffer(b"[" * 100_000, np.uint8)}, "note: .*nested too deeply"),
+        ({"w.comfy_quant": np.frombuffer(b"[]", np.uint8)}, "note: it names no format"),
         ({"w.comfy_quant": np.frombuffer(b'{"format":"nvfp4"}', np.uint8)}, "says format 'nvfp4'"),
     ],
 )

@@ -293,7 +293,8 @@ def test_settings(tmp_path):
     ("settings", "message"),
     [
         ("[1]", "is no JSON object"),
-        ("{", "is no JSON object"),
+        ("{", "lora_adapter_metadata`: not valid JSON"),
+        ("[" * 100_000, "lora_adapter_metadata`: not valid JSON: nested too deeply"),
         ('{"transformer.lora_alpha": "x"}', "lora_alpha must be a finite number"),
         ('{"transformer.alpha_pattern": [1]}', "alpha_pattern must be an object"),
         ('{"transformer.alpha_pattern": {"(?:.|.)*!": 1}}', "alpha_pattern must have names"),

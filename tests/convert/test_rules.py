@@ -13,16 +13,16 @@ from tests.convert.models import Arrays, check_cover
 TABLE = Map(
     name="test",
     rules=(
-        Rule(r"blocks\.(\d+)\.q\.(weight|bias)", r"b.\1.qkv.\2", Rows(0, of=3)),
-        Rule(r"blocks\.(\d+)\.k\.(weight|bias)", r"b.\1.qkv.\2", Rows(1, of=3)),
-        Rule(r"blocks\.(\d+)\.v\.(weight|bias)", r"b.\1.qkv.\2", Rows(2, of=3)),
-        Rule(r"mlp\.weight", r"fused.weight", Rows(1, sizes=(2, 3))),
-        Rule(r"attn\.weight", r"fused.weight", Rows(0, sizes=(2, 3))),
-        Rule(r"norm\.weight", r"mod.weight", SWAP_HALVES),
-        Rule(r"conv\.weight", r"lin.weight", CONV_TO_LINEAR),
-        Rule(r"scale", r"scale"),
+        Rule("blocks.{i}.q.{p}", "b.{i}.qkv.{p}", Rows(0, of=3)),
+        Rule("blocks.{i}.k.{p}", "b.{i}.qkv.{p}", Rows(1, of=3)),
+        Rule("blocks.{i}.v.{p}", "b.{i}.qkv.{p}", Rows(2, of=3)),
+        Rule("mlp.weight", "fused.weight", Rows(1, sizes=(2, 3))),
+        Rule("attn.weight", "fused.weight", Rows(0, sizes=(2, 3))),
+        Rule("norm.weight", "mod.weight", SWAP_HALVES),
+        Rule("conv.weight", "lin.weight", CONV_TO_LINEAR),
+        Rule("scale", "scale"),
     ),
-    ignored=(Ignored(r"ids", "computed"), Ignored(r"copy", "tied", same_as="scale")),
+    ignored=(Ignored("ids", "computed"), Ignored("copy", "tied", same_as="scale")),
     prefixes=("model.",),
 )
 OURS = {
@@ -107,18 +107,28 @@ def test_all_problems_come_in_one_report():
         forward_plan(TABLE, sources, OURS, what="w")
 
 
+def test_a_template_is_read_either_way():
+    rule = Rule("{i}.x+{k|v.}.{j}.{p}", "{k|v.}:{j}.{i}.{p}")
+    assert rule.target_of("3.x+v..12.bias") == "v.:12.3.bias"
+    assert rule.source_of("v.:12.3.bias") == "3.x+v..12.bias"
+    for stranger in ("3.x+vx.12.bias", "3.xxk.12.bias", "a.x+k.1.bias", "3.x+k.12.biases"):
+        assert rule.target_of(stranger) is None
+
+
 @pytest.mark.parametrize(
-    ("pattern", "target", "message"),
+    ("source", "target", "message"),
     [
-        (r"a.b", "x", "'.' outside a capture group"),
-        (r"a\.(\d+)", "x", "every group of the pattern must be used"),
-        (r"a", r"x.\1", r"uses \\1, pattern 'a' has 0 groups"),
-        (r"a(b", "x", "outside a capture group"),
+        ("a.{i}", "x", "a place is on one side alone"),
+        ("a", "x.{i}", "a place is on one side alone"),
+        ("a.{k}", "x.{k}", "'a.{k}': a place is one of i, j, p, name or words as a|b"),
+        ("a.{i}.{i}", "x.{i}", "'a.{i}.{i}': a place is one of .* each once"),
+        ("a{b", "x", "'a{b': a place is one of"),
+        ("a.{}", "x.{}", "'a.{}': a place is one of"),
     ],
 )
-def test_a_rule_that_cannot_be_inverted_is_refused(pattern, target, message):
-    with pytest.raises(ValueError, match=message):
-        Rule(pattern, target)
+def test_a_rule_that_cannot_be_inverted_is_refused(source, target, message):
+    with pytest.raises(ValueError, match=message.replace("{", r"\{").replace("|", r"\|")):
+        Rule(source, target)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +154,7 @@ def test_a_linear_is_filled_from_a_1x1_convolution():
 
 
 def test_a_table_with_two_rules_for_one_source_is_refused():
-    table = Map("t", (Rule(r"a\.(\d)", r"x.\1"), Rule(r"a\.(\d+)", r"y.\1")))
+    table = Map("t", (Rule("a.{i}", "x.{i}"), Rule("a.{1|2}", "y.{1|2}")))
     with pytest.raises(ValueError, match="'a.1' matches 2 rules"):
         table.target_of("a.1")
 

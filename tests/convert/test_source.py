@@ -54,7 +54,12 @@ def test_a_folder_is_opened(folder):
         ("StableDiffusion3Pipeline", "this is Stable Diffusion 3 ('StableDiffusion3Pipeline')"),
         ("StableDiffusionXLPipeline", "this is Stable Diffusion XL"),
         ("Flux2Pipeline", "this is FLUX.2 ('Flux2Pipeline'), expected FLUX.1"),
-        ("FluxFillPipeline", "this is another model ('FluxFillPipeline')"),
+        ("FluxFillPipeline", "this is FLUX.1-Fill, which fills in a given image ("),
+        ("FluxKontextPipeline", "this is FLUX.1-Kontext, which edits a given image ("),
+        ("FluxKontextInpaintPipeline", "this is FLUX.1-Kontext, which edits a given image ("),
+        ("FluxPriorReduxPipeline", "this is FLUX.1-Redux, which varies a given image ("),
+        ("FluxControlPipeline", "this is FLUX.1-Canny or -Depth, which follows a given image ("),
+        ("FluxControlNetPipeline", "this is FLUX.1 with a ControlNet ("),
         (None, "this is another model ('None')"),
     ],
 )
@@ -221,7 +226,10 @@ def test_the_same_component_twice_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ('{"vae": {"depth": 1}}', "vae: unknown fields depth")],
+    [
+        ("{", "in its metadata: not valid JSON"),
+        ('{"vae": {"depth": 1}}', "vae: unknown fields depth"),
+    ],
 )
 def test_a_config_in_a_file_is_checked(tmp_path, text, message):
     path = autoencoder_file(tmp_path / "ae.safetensors", {"flux_jax.config": text})

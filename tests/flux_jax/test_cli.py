@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,8 +19,10 @@ from flux_jax import compare as comparison
 from flux_jax import images
 from flux_jax.assets import DEFAULT_MODEL, shipped_path
 from flux_jax.cli import app, common
+from flux_jax.errors import UserError
 from flux_jax.loading import check_request
 from flux_jax.metadata import read_png, save_png
+from flux_jax.pipeline import FluxPipeline
 from tests.small_pipeline import small_folder
 
 
@@ -139,6 +143,43 @@ def test_a_converted_checkpoint_draws_the_same_image(folder, tmp_path):
     assert records[0].fingerprint == records[1].fingerprint
 
 
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--model", "someone/model"),
+        ("--lora", "someone/lora"),
+        ("--lora", "someone/lora/file.safetensors:0.5"),
+    ],
+)
+def test_replay_downloads_nothing_that_only_the_image_names(
+    folder, tmp_path, monkeypatch, option, named
+):
+    """It may be a stranger's."""
+    asked = []
+
+    def download(name, *args, **kwargs):
+        asked.append(name)
+        raise UserError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "image.png"
+    draw(folder, out, "a red circle", "--seed", 5)
+    changes = {"model": named} if option == "--model" else {"loras": (named,)}
+    save_png(Image.open(out), out, dataclasses.replace(read_png(out), **changes))
+    message = only_line(run("generate", "--replay", out, "--out", tmp_path / "b.png", code=2))
+    assert f"names {named!r}, which is not on this machine" in message
+    assert message.endswith(f"give {option} {named} too")
+    assert asked == []
+    # Asked for, or there already, it is looked up as ever.
+    run("generate", "--replay", out, "--out", tmp_path / "b.png", option, named, code=2)
+    repository = "--".join(["models", *named.split("/")[:2]])
+    (tmp_path / "cache" / repository / "snapshots").mkdir(parents=True)
+    run("generate", "--replay", out, "--out", tmp_path / "b.png", code=2)
+    assert len(asked) == 2
+
+
 def test_replay_says_when_the_weights_are_others(folder, tmp_path, caplog):
     out = tmp_path / "image.png"
     draw(folder, out, "a red circle", "--seed", 5)
@@ -147,6 +188,54 @@ def test_replay_says_when_the_weights_are_others(folder, tmp_path, caplog):
     caplog.clear()
     run("generate", "--replay", out, "--out", tmp_path / "again.png")
     assert f"other weights (fingerprint {'0' * 16}, here {record.fingerprint})" in caplog.text
+
+
+def test_replay_of_an_image_of_an_earlier_version(folder, tmp_path, caplog):
+    """Its record has the weights' fingerprint, and no word of kernels."""
+    out = tmp_path / "image.png"
+    draw(folder, out, "a red circle", "--seed", 5)
+    weights = FluxPipeline.from_pretrained(folder).fingerprints().weights
+    record = dataclasses.replace(read_png(out), fingerprint=weights)
+    save_png(Image.open(out), out, record)
+    caplog.clear()
+    run("generate", "--replay", out, "--out", tmp_path / "again.png")
+    assert "fingerprint" not in caplog.text
+    np.testing.assert_array_equal(pixels(tmp_path / "again.png"), pixels(out))
+
+
+def test_replay_takes_the_attention_that_drew_the_image(folder, tmp_path, caplog):
+    out, again = tmp_path / "image.png", tmp_path / "again.png"
+    draw(folder, out, "a red circle", "--seed", 5)
+    record = read_png(out)
+    save_png(Image.open(out), out, dataclasses.replace(record, attention="xla_fp8"))
+    run("generate", "--replay", out, "--out", again)
+    assert read_png(again).attention == "xla_fp8"
+    assert not np.array_equal(pixels(again), pixels(out))
+    save_png(Image.open(out), out, dataclasses.replace(record, attention="cudnn"))
+    caplog.clear()
+    run("generate", "--replay", out, "--out", again)
+    assert f"{out} was drawn by other kernels: attention='cudnn' cannot run here" in caplog.text
+    assert read_png(again) == record
+
+
+def test_a_hub_model_is_drawn_at_a_revision(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, *, revision, allow_patterns):
+        asked.append((repo, revision))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    inputs = ("--revision", "0123abc", "--seed", 5)
+    draw("owner/name", tmp_path / "one.png", "a red circle", *inputs)
+    draw("owner/name", tmp_path / "many", "--prompts", prompts, *inputs)
+    assert asked == [("owner/name", "0123abc")] * 2
+    assert read_png(tmp_path / "many" / "00000.png").model == "owner/name"
+    message = "a local path has no revision 'v1'"
+    out = tmp_path / "two.png"
+    assert message in only_line(draw(folder, out, "a cube", "--revision", "v1", code=2))
 
 
 def test_a_negative_prompt_without_effect_is_told(folder, tmp_path, caplog):
@@ -165,7 +254,7 @@ def test_replay_says_when_the_decoder_took_another_way(folder, tmp_path, monkeyp
     draw(folder, whole, "a red circle", "--seed", 5)
     assert read_png(whole).tiled is None
     with monkeypatch.context() as short:
-        short.setattr(images, "device_memory", lambda: (2**30, 0))
+        short.setattr(images, "device_memory", lambda _: (2**30, 0))
         run("generate", "--replay", whole, "--out", tiled)
         said = f"{whole} was decoded whole, here in tiles: the image will differ slightly"
         assert said in caplog.text

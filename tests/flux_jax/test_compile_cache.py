@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +17,11 @@ jax.jit(lambda x: jnp.sin(x) + 1)(1.0)
 """
 
 
-def run(**environment: str) -> str:
+def run(script: str = SCRIPT, *, cwd: Path | None = None, **environment: str) -> str:
     kept = {k: v for k, v in os.environ.items() if "CACHE" not in k}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
+        cwd=cwd,
         env={**kept, "JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
         text=True,
@@ -51,6 +53,19 @@ def test_off(tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     assert run(**told, FLUX_JAX_COMPILATION_CACHE="off") == "None"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_bucket_is_left_as_it_is(tmp_path):
+    script = """
+import jax
+from flux_jax import compile_cache
+print(compile_cache.enable_compilation_cache(), jax.config.jax_compilation_cache_dir)
+print(compile_cache.lowered_folder())
+"""
+    address = "gs://bucket/cache"
+    found = run(script, cwd=tmp_path, JAX_COMPILATION_CACHE_DIR=address)
+    assert found.splitlines() == [f"{address} {address}", "None"]
     assert not any(tmp_path.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import subprocess
@@ -11,10 +12,12 @@ import pytest
 from PIL import Image
 
 from flux_jax import drawing
+from flux_jax.configs import SchedulerConfig
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
-from flux_jax.metadata import read_png
+from flux_jax.metadata import read_png, save_png
 from flux_jax.processes import Processes
+from tests.small_pipeline import small_pipeline
 
 PROMPTS = ["a red circle", "the cube", "a red circle", "a blue star", "the green square"]
 SETTINGS = {"num_inference_steps": 1}
@@ -72,6 +75,28 @@ def test_what_is_there_is_left_alone(pipe, jobs, whole, tmp_path, monkeypatch, c
     assert contents(tmp_path) == contents(whole)
     assert not list(tmp_path.rglob(".*"))
     assert draw(pipe, jobs, tmp_path, settings=SETTINGS, progress=False) == 0
+
+
+def test_an_image_of_another_scheduler_or_attention_is_refused(jobs, tmp_path):
+    pipe = small_pipeline()
+    draw(pipe, jobs[:1], tmp_path, settings=SETTINGS, progress=False)
+    pipe.use_kernels(attention="xla_fp8")
+    with pytest.raises(UserError, match="is there with attention None, where 'xla_fp8' is asked"):
+        draw(pipe, jobs[:1], tmp_path, settings=SETTINGS, progress=False)
+    pipe.use_kernels()
+    pipe.scheduler = SchedulerConfig(shift=2.0, use_dynamic_shifting=False)
+    with pytest.raises(UserError, match="is there with fingerprint"):
+        draw(pipe, jobs[:1], tmp_path, settings=SETTINGS, progress=False)
+
+
+def test_an_image_of_an_earlier_version_is_left_alone(pipe, jobs, tmp_path):
+    """Its fingerprint was of the weights alone."""
+    draw(pipe, jobs[:1], tmp_path, settings=SETTINGS, progress=False)
+    path = tmp_path / jobs[0].file
+    earlier = dataclasses.replace(read_png(path), fingerprint=pipe.fingerprints().weights)
+    with Image.open(path) as image:
+        save_png(image, path, earlier)
+    assert draw(pipe, jobs[:1], tmp_path, settings=SETTINGS, progress=False) == 0
 
 
 def test_an_image_of_other_settings_is_refused_or_replaced(pipe, jobs, tmp_path):

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from flux_jax import evaluate as evaluation
 from flux_jax.composition.layout import realise
@@ -122,6 +122,35 @@ def test_what_another_run_drew_is_left_alone(pipe, prompts, embeds, tmp_path):
     with pytest.raises(UserError, match="0003.png carries no flux_jax metadata"):
         evaluate(seed=1)
     assert found() == before
+
+
+def test_a_picture_that_is_damaged_inside_is_one_line(pipe, prompts, embeds, tmp_path):
+    """Its record is whole and so is its end: only decoding finds it."""
+
+    def evaluate():
+        return evaluation.evaluate(pipe, tmp_path, prompts=prompts, embeds=embeds, **SETTINGS)
+
+    evaluate()
+    path = tmp_path / "0002.png"
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"IDAT") + 40
+    content[middle : middle + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"0002.png cannot be read as an image: .*; remove it and"):
+        evaluate()
+    path.unlink()
+    assert evaluate().drawn == 1
+
+
+def test_pictures_are_decoded_once(pipe, prompts, embeds, tmp_path, monkeypatch):
+    evaluation.evaluate(pipe, tmp_path, prompts=prompts, embeds=embeds, **SETTINGS)
+    decoded = []
+    load = PngImagePlugin.PngImageFile.load_end
+    monkeypatch.setattr(
+        PngImagePlugin.PngImageFile, "load_end", lambda self: (decoded.append(1), load(self))
+    )
+    evaluation.evaluate(pipe, tmp_path, prompts=prompts, embeds=embeds, **SETTINGS)
+    assert len(decoded) == len(prompts)
 
 
 def _decoded(content: bytes) -> Image.Image:

@@ -64,7 +64,9 @@ def test_what_cannot_be_read(tmp_path):
 
 def test_a_file_is_written_whole_or_left(tmp_path):
     path = tmp_path / "file"
-    (tmp_path / f".file.partial-{os.getpid()}").write_bytes(b"of a killed process, and longer")
+    # It may be another host's, whose process has our number.
+    other = tmp_path / f".file.partial-{os.getpid()}"
+    other.write_bytes(b"of a process that is at work")
     write_whole(path, b"one")
     write_whole(path, b"two")
     assert path.read_bytes() == b"two"
@@ -73,7 +75,8 @@ def test_a_file_is_written_whole_or_left(tmp_path):
         write_whole(tmp_path / "folder", b"three")
     with pytest.raises(UserError, match="none/file: cannot be written: No such file"):
         write_whole(tmp_path / "none" / "file", b"three")
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder"]
+    assert other.read_bytes() == b"of a process that is at work"
+    assert sorted(found.name for found in tmp_path.iterdir()) == [other.name, "file", "folder"]
 
 
 def test_two_processes_write_a_file_at_a_time(tmp_path, monkeypatch):
@@ -93,6 +96,37 @@ def test_two_processes_write_a_file_at_a_time(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_threads_write_a_file_at_a_time(tmp_path, monkeypatch):
+    """As two hosts whose processes have one number."""
+    path, sync = tmp_path / "file", os.fsync
+
+    def other(handle):
+        monkeypatch.setattr(os, "fsync", sync)
+        write_whole(path, b"of the other")
+        assert path.read_bytes() == b"of the other"
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", other)
+    write_whole(path, b"one")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_name_is_on_the_disk_too(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def watched(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_whole(tmp_path / "file", b"one")
+    assert synced[-1] == str(tmp_path)
+    # As any file of this user's.
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, kind):
     def interrupted(handle):
@@ -109,7 +143,9 @@ def test_what_the_dead_left_is_cleared(tmp_path):
     dead.wait()
     names = (".a.png.partial", f".a.png.partial-{os.getpid()}", ".a.partial-x", "a.partial-1")
     left = f".a.png.partial-{dead.pid}"
-    for name in (*names, left, f".b.png.partial-{dead.pid}"):
+    # What an earlier run in a container left, whose process had our number.
+    again = f".b.png.partial-{os.getpid()}-0123abcd"
+    for name in (*names, left, f".b.png.partial-{dead.pid}-0123abcd", again):
         (tmp_path / name).touch()
     found = partial_paths(tmp_path / "a.png")
     assert {path.name for path in found} == {*names[:2], left}

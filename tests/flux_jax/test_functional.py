@@ -79,6 +79,13 @@ def test_functions_whose_name_says_too_little_are_not_stored(tmp_path, monkeypat
     assert stored.name.startswith("call")
 
 
+def test_weights_that_are_all_on_the_host_have_no_device():
+    module = linear(0)
+    nnx.update(module, jax.device_get(nnx.state(module)))
+    with pytest.raises(ValueError, match="all 2 arrays of the module are in host memory"):
+        ModuleFunction(doubled).bind(module)
+
+
 def test_on_a_mesh_results_are_replicated():
     if jax.device_count() < 4:
         pytest.skip("needs 4 devices")

@@ -139,11 +139,15 @@ def test_what_does_not_fit_changes_nothing():
         ("double_blocks.7.img_attn.proj", right, "here it is no linear"),
         (name, LowRank(right.a[:, :7], right.b), r"here it is of shape \(32, 32\)"),
         (name, LowRank(right.a, right.b[:9]), r"here it is of shape \(32, 32\)"),
+        (name, LowRank(right.a[:0], right.b[:, :0]), "rank 0, which is no change"),
     ):
         lora = LoRA(path="other", layers={name: right} | {path: change})
-        with pytest.raises(UserError, match=f"other: changes {path} by .* {message}"):
+        with pytest.raises(UserError, match=f"other: changes {path} by .*{message}"):
             attach(transformer, lora)
         assert SplitModule.of(transformer).treedef == before.treedef
+    with pytest.raises(UserError, match="scale of a LoRA must be a finite number, got nan"):
+        attach(transformer, LoRA(path="other", layers={name: right}, scale=float("nan")))
+    assert SplitModule.of(transformer).treedef == before.treedef
 
 
 def test_the_base_stays_where_it_was_put(file):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from flux_jax.attention import attention
 from flux_jax.checkpoint import load_checkpoint
@@ -279,6 +279,26 @@ def test_devices_of_other_processes_are_refused(monkeypatch):
         on_mesh("dense", jnp.float32, mesh)
     with pytest.raises(UserError, match="draws on devices of its own process"):
         FluxPipeline.from_pretrained("tiny", mesh=mesh)
+
+
+def test_axes_that_nothing_is_divided_over_are_refused():
+    mesh = jax.make_mesh((2, 2), ("batch", "data"))
+    for make in (
+        lambda: on_mesh("dense", jnp.float32, mesh),
+        lambda: FluxPipeline.from_pretrained("tiny", mesh=mesh),
+    ):
+        with pytest.raises(UserError, match="must be of data, fsdp, sequence, tensor .*got batch$"):
+            make()
+
+
+@pytest.mark.parametrize("placement", ["resident", "streamed"])
+def test_a_mesh_of_jax_s_own_making(placement):
+    """Its axes are `Explicit`; ours are not."""
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Explicit,))
+    pipe = small_pipeline(placement=placement, mesh=mesh)
+    found, expected = (one(PROMPTS[0], seed=0, **STEPS) for one in (pipe, small_pipeline()))
+    np.testing.assert_allclose(found.images, expected.images, atol=1e-4)
+    assert pipe.mesh.shape == mesh.shape
 
 
 def test_text_encoders_that_wait_in_host_memory_go_to_the_mesh():

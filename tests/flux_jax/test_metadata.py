@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from flux_jax.errors import UserError
-from flux_jax.metadata import GenerationRecord, read_png, readable, save_png
+from flux_jax.metadata import GenerationRecord, read_picture, read_png, readable, save_png
 
 RECORD = GenerationRecord(
     prompt="a red circle",
@@ -27,6 +27,8 @@ RECORD = GenerationRecord(
     tiled=True,
     model="tiny",
     loras=("style.safetensors:0.8", "other.safetensors:-1"),
+    kernels="jax",
+    attention="xla_fp8",
     dtype="bfloat16",
     fingerprint="0123456789abcdef",
     version="0.1.0",
@@ -58,17 +60,19 @@ def test_any_text_survives(tmp_path_factory, prompt, negative, seed):
 def test_every_field_is_kept_and_used():
     """A field that neither draws the image again nor says what drew it would be clutter."""
     told = {"guidance_scale", "tiled", "model", "loras", "dtype", "fingerprint", "version"}
-    told.add("platform")
+    told |= {"platform", "kernels", "attention"}
     fields = {field.name for field in dataclasses.fields(RECORD)}
     assert fields == set(RECORD.arguments()) | told
     assert "guidance_scale" not in dataclasses.replace(RECORD, guidance_scale=None).arguments()
 
 
-def test_without_loras_and_tiles_earlier_versions_read_it(tmp_path):
-    record = dataclasses.replace(RECORD, loras=(), tiled=None)
+def test_without_loras_tiles_and_kernels_earlier_versions_read_it(tmp_path):
+    record = dataclasses.replace(RECORD, loras=(), tiled=None, kernels=None, attention=None)
     save_png(IMAGE, tmp_path / "image.png", record)
     with Image.open(tmp_path / "image.png") as image:
-        assert not {"loras", "tiled"} & set(json.loads(image.text["flux_jax"]))
+        assert not {"loras", "tiled", "kernels", "attention"} & set(
+            json.loads(image.text["flux_jax"])
+        )
     assert read_png(tmp_path / "image.png") == record
 
 
@@ -110,6 +114,12 @@ def test_paths(tmp_path):
         read_png(tmp_path / "absent.png")
 
 
+def test_the_image_comes_with_its_record(tmp_path):
+    save_png(IMAGE, tmp_path / "image.png", RECORD)
+    image, record = read_picture(tmp_path / "image.png")
+    assert (image.tobytes(), record) == (IMAGE.tobytes(), RECORD)
+
+
 def test_files_that_are_no_images(tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no image")
@@ -141,6 +151,10 @@ def test_an_image_that_is_too_large_to_be_decoded(tmp_path, monkeypatch):
         ({"prompt": None}, "whose prompt should be str, got None"),
         ({"tiled": 1}, r"whose tiled should be bool \| None, got 1"),
         ({"loras": "a:1"}, "whose loras should be tuple.*, got 'a:1'"),
+        (
+            {"guidance_scale": float("nan")},
+            r"whose guidance_scale should be float \| None, got nan",
+        ),
         ({"loras": [1]}, r"whose loras should be tuple.*, got \[1\]"),
     ],
 )
@@ -156,6 +170,7 @@ def test_metadata_of_another_kind(tmp_path, change, message):
         ("{", "damaged flux_jax metadata"),
         ("[1]", "unknown format"),
         ('{"seed": ' + "1" * 5000 + "}", "damaged flux_jax metadata"),
+        ('{"seed": ' + "[" * 100_000, "damaged flux_jax metadata: .*nested too deeply"),
         ('{"format_version": 1, "prompt": "a"}', "incomplete flux_jax metadata.*'seed'"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +14,18 @@ from PIL import Image
 
 from flux_jax import denoise, images
 from flux_jax.autoencoder import Autoencoder
+from flux_jax.checkpoint import load_checkpoint
 from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
 from flux_jax.latents import pack
 from flux_jax.pipeline import FluxPipeline
+from flux_jax.prompt_rows import embed_rows, prompt_rows
 from flux_jax.prompts import TextEncoders
 from flux_jax.residence import modulation_layers
 from flux_jax.scheduler import make_schedule
-from flux_jax.sharding import make_mesh, shardings
-from tests.small_pipeline import small_pipeline
+from flux_jax.sharding import default_device, make_mesh, shardings
+from tests.random_module import random_module
+from tests.small_pipeline import VAE, small_folder, small_pipeline
 
 RED, BLUE = "a red circle", "a blue square above the star"
 STEPS = {"num_inference_steps": 3, "progress": False}
@@ -136,6 +140,107 @@ def test_many_images_are_decoded_a_few_at_a_time(pipe, monkeypatch):
     np.testing.assert_allclose(apart, together, atol=1e-5)
 
 
+def test_a_prompt_of_many_images_is_held_once(pipe):
+    plan = pipe.plan(num_images_per_prompt=50)
+    rows, negative = prompt_rows(
+        [RED, BLUE, RED], BLUE, dataclasses.replace(plan, true_cfg_scale=2)
+    )
+    assert negative is not None
+    prompts, others = embed_rows(
+        pipe.text_encoders, [([RED, BLUE, RED], rows), (BLUE, negative)], plan
+    )
+    assert len(prompts.embeds.prompts) == len(others.embeds.prompts) == 2
+    assert [prompts.text(image) for image in (0, 49, 50, 149)] == [RED, RED, BLUE, RED]
+    assert others.take([0, 149]).prompts == (BLUE, BLUE)
+    given = pipe.encode_prompt([RED, BLUE])
+    (held,) = embed_rows(TextEncoders(), [(given, [0] * 50 + [1] * 50)], plan)
+    assert held.embeds is given
+    assert held.take([49, 50]).prompts == (RED, BLUE)
+
+
+def test_pictures_are_bytes_before_the_next_ones_are_drawn(pipe, monkeypatch):
+    order = []
+    to_pil, decode = images.to_pil, images.decode
+    monkeypatch.setattr(images, "to_pil", lambda x: order.append(len(x)) or to_pil(x))
+    monkeypatch.setattr(images, "decode", lambda *a, **k: order.append("decode") or decode(*a, **k))
+    out = pipe([RED, BLUE, RED], seed=0, batch_size=2, **STEPS).images
+    assert order == ["decode", 2, "decode", 1]
+    expected = pipe([RED, BLUE, RED], seed=0, batch_size=2, output_type="np", **STEPS).images
+    for one, other in zip(out, to_pil(expected), strict=True):
+        np.testing.assert_array_equal(pixels(one), pixels(other))
+
+
+def test_as_many_are_decoded_together_as_fit(pipe, monkeypatch):
+    tokens = jnp.asarray(pipe([RED, BLUE] * 2, seed=0, output_type="latent", **STEPS).images)
+    whole = images.decode(pipe.vae, tokens, (2, 2))
+    need = images.decode_bytes(pipe.vae.config, 32 * 32, jnp.float32)
+    monkeypatch.setattr(images, "device_memory", lambda _: (9 * need, 2 * need + 1))
+    sizes = []
+    bind = images.UNPACK_DECODE.bind
+
+    def watched(*args, **options):
+        bound = bind(*args, **options)
+
+        def program(leaves, args):
+            sizes.append(len(args[0]))
+            return bound.program(leaves, args)
+
+        return dataclasses.replace(bound, program=program)
+
+    monkeypatch.setattr(images.UNPACK_DECODE, "bind", watched)
+    np.testing.assert_allclose(images.decode(pipe.vae, tokens, (2, 2)), whole, atol=1e-5)
+    assert sizes == [2, 2]
+
+
+def test_the_memory_looked_at_is_that_of_the_autoencoder(pipe, monkeypatch):
+    place = jax.local_devices()[3]
+    vae = random_module("vae", VAE, jnp.float32, 0)
+    nnx.update(vae, jax.device_put(nnx.state(vae), place))
+    asked = []
+    monkeypatch.setattr(images, "device_memory", lambda device: asked.append(device))
+    assert not images.is_tiled_now(vae, 32 * 32, None)
+    assert asked == [place]
+
+
+@pytest.mark.parametrize("placement", ["resident", "streamed"])
+def test_the_default_device_is_taken(tmp_path, placement):
+    """Weights, prompts and latents are on the device that JAX was told, not on its first."""
+    device = jax.local_devices()[2]
+    seen = []
+    with jax.default_device(device):
+        folder = small_folder(tmp_path / "model")
+        pipe = FluxPipeline.from_pretrained(folder, text_encoders=placement)
+        seen += [pipe.encode_prompt(RED).prompt_embeds, *jax.tree.leaves(nnx.state(pipe.vae))]
+        pipe(RED, callback=lambda step, total, preview: seen.append(preview.latents), **STEPS)
+    assert pipe.transformer.device == device
+    assert {where for array in seen for where in array.devices()} == {device}
+
+
+@pytest.mark.parametrize("placement", ["resident", "streamed"])
+def test_a_hub_id_is_resolved_once_at_its_revision(tmp_path, monkeypatch, placement):
+    folder, asked = small_folder(tmp_path / "model"), []
+
+    def snapshot_download(repo, *, revision, allow_patterns):
+        asked.append((repo, revision))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    options = {"text_encoders": placement, "revision": "0123abc"}
+    pipe = FluxPipeline.from_pretrained("owner/name", **options)
+    assert pipe.name == "owner/name"
+    assert asked == [("owner/name", "0123abc")]
+    TextEncoders.from_pretrained("owner/name", placement=placement, revision="v1")
+    load_checkpoint("owner/name", components=["vae"], revision="v2")
+    assert [revision for _, revision in asked] == ["0123abc", "v1", "v2"]
+    assert FluxPipeline.from_pretrained("owner/name", name="ours").name == "ours"
+
+
+def test_the_default_device_may_be_a_platform():
+    with jax.default_device("cpu"):
+        assert default_device() == jax.local_devices()[0]
+    assert default_device() == jax.local_devices()[0]
+
+
 # -- seeds ---------------------------------------------------------------------------------------
 
 
@@ -173,6 +278,9 @@ def test_seeds_can_be_listed(pipe):
     assert listed.seeds == (4, 9)
     alone = pipe(RED, seed=9, return_latents=True, **STEPS)
     np.testing.assert_array_equal(listed.latents[1], alone.latents[0])
+    array = pipe([RED, RED], seed=np.array([4, 9]), return_latents=True, **STEPS)
+    np.testing.assert_array_equal(array.latents, listed.latents)
+    assert array.records == listed.records
 
 
 def test_without_a_seed_one_is_drawn_and_reported(pipe):
@@ -189,6 +297,23 @@ def test_keys(pipe):
     own = jnp.stack([jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)])
     each = pipe([RED, BLUE], key=own, return_latents=True, **STEPS)
     np.testing.assert_array_equal(each.latents, one.latents)
+
+
+@pytest.mark.parametrize("options", [{"seed": 0}, {"key": jax.random.key(3)}])
+def test_no_key_is_used_twice(pipe, options):
+    """As JAX checks it where it is asked to; three prompts leave a batch of two to be filled up."""
+    with jax.debug_key_reuse(True):
+        found = pipe([RED, BLUE, RED], batch_size=2, output_type="latent", **options, **STEPS)
+    assert np.isfinite(found.images).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"placement": "offloaded"}, {"offload_modulation": True}])
+def test_nothing_goes_to_the_device_by_accident(options):
+    """For who forbids transfers that are not asked for."""
+    pipe = small_pipeline(**options)
+    with jax.transfer_guard_host_to_device("disallow"):
+        found = pipe([RED, BLUE], seed=0, batch_size=2, **STEPS)
+    assert len(found.images) == 2
 
 
 def test_seed_does_not_depend_on_the_default_generator(pipe):
@@ -355,17 +480,18 @@ def test_modulation_weights_wait_on_the_host(pipe):
 
 def test_a_short_memory_decodes_in_tiles(pipe, monkeypatch):
     tokens = jnp.asarray(pipe(RED, seed=0, output_type="latent", **STEPS).images)
-    need = images.decode_bytes(pipe.vae.config, 32 * 32)
+    need = images.decode_bytes(pipe.vae.config, 32 * 32, jnp.float32)
+    assert need > images.decode_bytes(pipe.vae.config, 32 * 32, jnp.bfloat16)
     calls = []
     monkeypatch.setattr(
         Autoencoder, "decode_tiled", lambda *a, **k: calls.append(k) or np.zeros((1, 32, 32, 3))
     )
     for free, tiled in ((need - 1, 1), (need, 1), (None, 1)):
         memory = None if free is None else (2 * need, free)
-        monkeypatch.setattr(images, "device_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(images, "device_memory", lambda _, memory=memory: memory)
         images.decode(pipe.vae, tokens, (2, 2))
         assert len(calls) == tiled
-    monkeypatch.setattr(images, "device_memory", lambda: (2 * need, 0))
+    monkeypatch.setattr(images, "device_memory", lambda _: (2 * need, 0))
     images.decode(pipe.vae, tokens, (2, 2), tiled=False)
     assert len(calls) == 1
 
@@ -374,7 +500,7 @@ def test_a_record_tells_of_tiles_that_the_size_does_not(pipe, monkeypatch):
     def told(**options):
         return [record.tiled for record in pipe([RED, BLUE], seed=0, **options, **STEPS).records]
 
-    monkeypatch.setattr(images, "device_memory", lambda: (2**30, 0))
+    monkeypatch.setattr(images, "device_memory", lambda _: (2**30, 0))
     assert told() == [True, True]
     assert told(output_type="latent") == [None, None]
     monkeypatch.setattr(images, "WHOLE_DECODE_PIXELS", 32 * 32 - 1)
@@ -490,6 +616,10 @@ def test_encoded_prompts_must_fit(pipe):
     for name, prompts in (("prompt", (wide, None)), ("negative_prompt", (RED, wide))):
         with pytest.raises(UserError, match=f"^{name} was encoded for another model: .* are 40 "):
             pipe(prompts[0], negative_prompt=prompts[1], seed=0, true_cfg_scale=2.0, **STEPS)
+    for field in ("prompt_embeds", "pooled_prompt_embeds"):
+        lost = dataclasses.replace(embeds, **{field: getattr(embeds, field) * jnp.nan})
+        with pytest.raises(UserError, match="^prompt must have finite embeddings, got NaN"):
+            pipe(lost, seed=0, **STEPS)
     for rows in ([], [0, 0]):
         with pytest.raises(UserError, match=f"a row for each prompt, .*got {len(rows)}, 1 and 1"):
             dataclasses.replace(embeds, prompts=(RED,) * len(rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from jax.sharding import PartitionSpec
 
+from flux_jax.cli import common
 from flux_jax.errors import UserError
 from flux_jax.sharding import make_mesh, partition_spec, without_axis
 
@@ -58,6 +59,14 @@ def test_sizes_of_a_mesh(size):
     for axis in ("data", "fsdp", "sequence", "tensor"):
         with pytest.raises(UserError, match=f"mesh axis {axis} must be a whole number above 0"):
             make_mesh(**{axis: size})
+
+
+def test_a_mesh_of_the_command_line_has_one_device_where_an_axis_is_left_out():
+    """All that are left would draw one image several times."""
+    found = common.mesh_of_this_process("sequence=4")
+    assert dict(found.shape) == {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 1}
+    assert common.mesh_of_this_process("data=2,sequence=2").size == 4
+    assert common.mesh_of_this_process(None) is None
 
 
 def test_a_mesh_needs_its_devices():

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from flux_jax.assets import TEACHER, shipped_path
+from flux_jax.checkpoint import load_checkpoint
 from flux_jax.cli import app
 from flux_jax.composition.claim import Claim, Group
 from flux_jax.composition.detector import detect
@@ -34,6 +35,11 @@ def test_size_of_the_folder():
     }
     # Everything else is text.
     assert {path.suffix for path in FILES} <= {".safetensors", ".json", ".txt"}
+
+
+def test_one_component_may_stand_for_itself():
+    found = load_checkpoint(TEACHER, components="text_encoder")
+    assert set(found.modules) == {"text_encoder"}
 
 
 def test_info_of_the_folder():

@@ -91,11 +91,17 @@ def test_what_was_not_used_for_long_is_removed_when_another_is_kept(tmp_path):
     other = tmp_path / "something-else"
     other.write_text("not ours")
     os.utime(other, (0, 0))
+    # Of a process that was killed, and of one that is at work.
+    for name, age in ((".new-killed", 2), (".new-working", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+        os.utime(tmp_path / name, (time.time() - age * 86400,) * 2)
     for age, kept in ((80, True), (100, False)):
         os.utime(path, (time.time() - age * 86400,) * 2)
         program(tmp_path, Traced(), (age,))([X], (Y, None))
         assert path.exists() == kept
     assert other.exists()
+    assert [path.name for path in tmp_path.glob(".new-*")] == [".new-working"]
 
 
 def test_a_program_that_is_found_counts_as_used(tmp_path):

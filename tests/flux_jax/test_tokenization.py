@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,64 @@ def test_the_limit_is_read_from_the_settings_where_they_tell(tmp_path, monkeypat
     loaded = SimpleNamespace(model_max_length=77)
     monkeypatch.setattr("flux_jax.tokenization.load_tokenizer", lambda folder: loaded)
     assert stored_max_length(tmp_path) == limit
+
+
+@pytest.mark.parametrize("told", ["-5", "0", "true", "NaN", '"77"', "[]"])
+def test_a_limit_that_is_no_number_of_tokens_is_one_line(tmp_path, told):
+    """It names the file: nobody gave an option."""
+    folder = tmp_path / "tokenizer_2"
+    shutil.copytree(shipped_path(TEACHER) / "tokenizer_2", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    change_settings(folder, **{**settings, "model_max_length": json.loads(told)})
+    for read in (stored_max_length, load_tokenizer):
+        with pytest.raises(UserError, match="tokenizer_config.json: model_max_length must be a "):
+            read(folder)
+
+
+def test_settings_nested_too_deeply_are_one_line(tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(shipped_path(TEACHER) / "tokenizer", folder)
+    (folder / "tokenizer_config.json").write_text('{"a":' + "[" * 100_000)
+    for read in (stored_max_length, load_tokenizer):
+        with pytest.raises(UserError, match=f"^no usable tokenizer in {folder}: .") as raised:
+            read(folder)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("named_by", ["tokenizer_config.json", "config.json"])
+def test_no_code_of_a_folder_is_run_whatever_is_answered(tmp_path, named_by):
+    folder, ran = tmp_path / "tokenizer", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "code.py").write_text(
+        f"open({str(ran)!r}, 'w')\n"
+        "from transformers import PretrainedConfig as Config, PreTrainedTokenizerFast as Own\n"
+    )
+    auto_map = {"AutoTokenizer": ["code.Own", "code.Own"], "AutoConfig": "code.Config"}
+    (folder / named_by).write_text(
+        json.dumps({"tokenizer_class": "Own", "model_type": "own", "auto_map": auto_map})
+    )
+    program = (
+        "import sys\nfrom pathlib import Path\n"
+        "from flux_jax.errors import exit_on_user_error\n"
+        "from flux_jax.tokenization import load_tokenizer\n"
+        "with exit_on_user_error():\n    load_tokenizer(Path(sys.argv[1]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        input="y\n" * 9,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert done.returncode == 2, done.stderr
+    assert not ran.exists()
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert lines == [
+        f"error: no usable tokenizer in {folder}: it needs Python code of its own (`auto_map` in "
+        f"{named_by}), which is never run"
+    ]
+    assert "[y/N]" not in done.stdout + done.stderr
 
 
 def test_ids_are_padded_or_cut_to_the_length(caplog):

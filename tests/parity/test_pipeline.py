@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import diffusers
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from flux_jax.compare import Finding, compare, psnr
 from flux_jax.functional import ModuleFunction
 from flux_jax.latents import pack, unpack
 from flux_jax.pipeline import FluxPipeline
+from flux_jax.reference import Reference
 from tests.parity.common import perturb_vectors, relative_error
 from tests.small_pipeline import CLIP, T5, T5_LENGTH, TRANSFORMER, VAE, tokenizers
 
@@ -145,6 +148,33 @@ def test_compare_finds_no_difference(folder):
     assert [finding.name for finding in findings if not finding.passed] == []
     names = {finding.name.split()[0].rstrip(",") for finding in findings}
     assert names >= {"text_encoder", "text_encoder_2", "scheduler", "transformer", "vae", "image"}
+
+
+def test_a_model_of_the_reference_is_gone_when_its_function_has_returned(folder, monkeypatch):
+    """Though it is in cycles: ours is loaded next, and both would need room."""
+    made = []
+    load = Reference._model
+
+    def watched(self, model_class, component):
+        model = load(self, model_class, component)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Reference, "_model", watched)
+    reference = Reference(folder, "float32")
+    rng = np.random.default_rng(0)
+    text = rng.standard_normal((1, 5, TRANSFORMER.context_in_dim), np.float32)
+    pooled = rng.standard_normal((1, TRANSFORMER.vec_in_dim), np.float32)
+    tokens = rng.standard_normal((1, 4, TRANSFORMER.in_channels), np.float32)
+    run = {"times": (0.5,), "guidance": 4.0, "steps": 1, "side": 4}
+    gc.disable()
+    try:
+        reference.transformer(tokens, (2, 2), text, pooled, **run)
+        reference.clip(np.zeros((1, 4), np.int32))
+        reference.vae(np.zeros((1, 16, 16, 3), np.float32), np.zeros((1, 2, 2, 4), np.float32))
+        assert [kept() is None for kept in made] == [True] * 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.long

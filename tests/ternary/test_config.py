@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from flux_jax.errors import UserError
 from ternary.config import CalibrateConfig, DistillConfig, QuantConfig, TrajectoryConfig
-from ternary.distillation.run_config import RunConfig, read_run_config, to_yaml
+from ternary.distillation.run_config import RunConfig, load_yaml, read_run_config, to_yaml
 
 NAN, INF = float("nan"), float("inf")
 
@@ -18,9 +19,11 @@ NAN, INF = float("nan"), float("inf")
         ({"activation_bits": 4}, "activation_bits must be 8 or 16, got 4"),
         ({"rank": -1}, "rank must be a whole number of at least 0, got -1"),
         ({"refit_steps": True}, "refit_steps must be a whole number of at least 0, got True"),
+        ({"activation_bits": 8.0}, "activation_bits must be a whole number of at least 1, got 8.0"),
+        ({"learned_scale": "no"}, "learned_scale must be True or False, got 'no'"),
     ],
 )
-def test_quantisation(fields, message):
+def test_quantisation(any_types, fields, message):
     with pytest.raises(UserError, match=message):
         QuantConfig(**fields)
 
@@ -29,6 +32,8 @@ def test_quantisation(fields, message):
     ("fields", "message"),
     [
         ({"sampling_steps": ()}, "sampling_steps must have at least one number of steps"),
+        ({"sampling_steps": 20}, r"sampling_steps must be a tuple .*, as \(20, 28\), got 20"),
+        ({"guidance": 3.5}, r"guidance must be a range \(low, high\), got 3.5"),
         ({"sampling_steps": (20, 0)}, "sampling_steps must be a whole number of .*, got 0"),
         ({"on_policy": 1.5}, r"on_policy must be in \[0, 1\], got 1.5"),
         ({"on_policy": NAN}, "on_policy must be a finite number of at least 0, got nan"),
@@ -37,7 +42,7 @@ def test_quantisation(fields, message):
         ({"groups": 0}, "groups must be a whole number of at least 1, got 0"),
     ],
 )
-def test_trajectories(fields, message):
+def test_trajectories(any_types, fields, message):
     with pytest.raises(UserError, match=message):
         TrajectoryConfig(**fields)
 
@@ -56,10 +61,12 @@ def test_trajectories(fields, message):
         ({"decay": 1.5}, r"decay must be in \[0, 1\], got 1.5"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, got 0.0"),
         ({"max_grad_norm": NAN}, "max_grad_norm must be above 0, got nan"),
+        ({"max_grad_norm": "1"}, "max_grad_norm must be above 0, got '1'"),
+        ({"remat": 1}, "remat must be True or False, got 1"),
         ({"ema": 1.0}, "ema must be below 1, got 1"),
     ],
 )
-def test_training(fields, message):
+def test_training(any_types, fields, message):
     with pytest.raises(UserError, match=message):
         DistillConfig(**fields)
 
@@ -77,14 +84,47 @@ def test_no_clipping():
         ({"accumulate": 0}, "accumulate must be a whole number of at least 1, got 0"),
         ({"guidance": (3.0, 1.0)}, "guidance must be a range"),
         ({"blocks": -1}, "blocks must be a number of at least 0, or names"),
+        (
+            {"blocks": "double_blocks.0"},
+            r"or names, as \('double_blocks.0',\), .*'double_blocks.0'",
+        ),
+        ({"blocks": True}, "blocks must be a number of at least 0, or names.*, got True"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"optimizer": "sgd"}, "optimizer must be one of"),
         ({"master_dtype": "float16"}, "master_dtype must be one of float32, bfloat16"),
     ],
 )
-def test_calibration(fields, message):
+def test_calibration(any_types, fields, message):
     with pytest.raises(UserError, match=message):
         CalibrateConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quant": {"rank": 2}}, "quant must be a QuantConfig, got {'rank': 2}"),
+        ({"policy": ("*",)}, r"policy must be a Policy, got \('\*',\)"),
+        ({"trajectory": None}, "trajectory must be a TrajectoryConfig, got None"),
+        ({"distill": None}, "distill must be a DistillConfig, got None"),
+        ({"mesh": "fsdp=2"}, "mesh must be a MeshConfig, got 'fsdp=2'"),
+        ({"height": "128"}, "height must be a whole number of at least 1, got '128'"),
+        ({"max_sequence_length": 0}, "max_sequence_length must be a whole number of at least 1"),
+        ({"held_out": None}, "held_out must be a whole number of at least 0, got None"),
+    ],
+)
+def test_parts_of_a_run(any_types, fields, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig(**fields)
+
+
+def test_lists_and_numbers_of_numpy_are_kept_as_plain_values(any_types):
+    trajectory = TrajectoryConfig(sampling_steps=[4, np.int64(8)], guidance=[1, np.float32(2)])
+    assert trajectory == TrajectoryConfig(sampling_steps=(4, 8), guidance=(1.0, 2.0))
+    assert hash(trajectory)
+    assert CalibrateConfig(blocks=["double_blocks.0"]).blocks == ("double_blocks.0",)
+    distill = DistillConfig(steps=np.int64(9), learning_rate=np.float64(0.5))
+    settings = to_yaml(RunConfig(trajectory=trajectory, distill=distill, seed=np.int32(3)))
+    assert load_yaml(settings)["distill"]["steps"] == 9
 
 
 @pytest.mark.parametrize(

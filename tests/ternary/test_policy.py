@@ -45,3 +45,16 @@ def test_exclude(dev):
 def test_patterns_that_match_nothing_are_errors(dev, policy, message):
     with pytest.raises(UserError, match=message):
         select(list(linears(dev)), policy)
+
+
+@pytest.mark.parametrize("field", ["include", "exclude"])
+@pytest.mark.parametrize("value", ["double_blocks.*", None, 3, ("double_blocks.*", 3)], ids=str)
+def test_patterns_are_a_tuple_of_texts(any_types, field, value):
+    with pytest.raises(UserError, match=rf"{field} must be a tuple of patterns, as \('double_bl"):
+        Policy(**{field: value})
+
+
+def test_a_list_of_patterns_is_kept_as_a_tuple(any_types):
+    policy = Policy(include=["single_blocks.*"], exclude=[])
+    assert policy == Policy(include=("single_blocks.*",))
+    assert hash(policy) == hash(Policy(include=("single_blocks.*",)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flux_jax.cli import app
+from flux_jax.errors import UserError
 from flux_jax.metadata import read_png
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.scorers.run import folder_names
 from tests.jobs import finish, start
 from tests.small_pipeline import small_folder
 
@@ -220,6 +224,44 @@ def test_inputs_are_refused(files, model, tmp_path):
     assert "is not empty and has no manifest.json" in refused("dpg", *dpg)
     (tmp_path / "small" / "manifest.json").write_text("[]")
     assert "manifest.json is no manifest of ours" in refused("dpg", *dpg)
+
+
+def test_each_model_has_a_folder_inside_of_out(tmp_path, monkeypatch):
+    inner = tmp_path / "parent" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    monkeypatch.setenv("HOME", str(tmp_path / "somebody"))
+    names = folder_names(["..", ".", "../../x/..", "~", "~/flux-dev", "a/b/", "tiny"])
+    assert names == ["parent", "inner", tmp_path.name, "somebody", "flux-dev", "b", "tiny"]
+    with pytest.raises(UserError, match="^/ has no name that its folder of pictures could have"):
+        folder_names(["/"])
+
+
+def test_a_model_that_computes_otherwise_wants_another_folder(files, model, tmp_path):
+    """The weights are the same; the manifest has the fingerprint of the settings too."""
+    changed = shutil.copytree(model, tmp_path / "small")
+    options = ("--prompts", files["geneval"], "--num-images", 1, *FAST, "--out", tmp_path / "out")
+    run("geneval", *options, "--model", changed)
+    # As a version wrote it that looked at the weights alone.
+    file = tmp_path / "out" / "small" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    pipe = FluxPipeline.from_pretrained(changed, dtype="float32")
+    assert manifest["fingerprint"] == pipe.fingerprints().model
+    file.write_text(json.dumps({**manifest, "fingerprint": pipe.fingerprints().weights}))
+    run("geneval", *options, "--model", changed)
+    assert json.loads(file.read_text()) == manifest
+    schedule = changed / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps({**json.loads(schedule.read_text()), "max_shift": 1.5}))
+    assert "holds pictures with fingerprint '" in refused("geneval", *options, "--model", changed)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"seed": ' + "1" * 5000 + "}"])
+def test_a_damaged_manifest_is_one_line(files, model, tmp_path, text):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "manifest.json").write_text(text)
+    options = ("--num-images", 1, *FAST, "--out", tmp_path)
+    told = refused("geneval", "--prompts", files["geneval"], "--model", model, *options)
+    assert "manifest.json: not valid JSON: " in told
 
 
 def test_it_goes_on_where_it_was_killed_at_its_first_write(files, model, tmp_path):

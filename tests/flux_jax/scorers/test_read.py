@@ -53,7 +53,9 @@ def test_dpg_folder_and_csv(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "text", "message"),
     [
-        (GenEval, json.dumps({**ENTRY, "prompt": "a"}) + "\n{", "line 2: is no JSON"),
+        (GenEval, json.dumps({**ENTRY, "prompt": "a"}) + "\n{", "line 2: not valid JSON"),
+        (GenEval, "[" * 100_000, "line 1: not valid JSON: nested too deeply"),
+        (GenEval, f'{{"n": {"1" * 5000}}}', "line 1: not valid JSON: a number has too many digits"),
         (GenEval, "[1]", "line 1: must be a JSON object"),
         (GenEval, json.dumps(ENTRY), "line 1: needs 'prompt', .* it has tag, include"),
         (GenEval, json.dumps({**ENTRY, "prompt": 3}), "line 1: needs 'prompt'"),

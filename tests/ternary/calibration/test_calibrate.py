@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,14 @@ from flux_jax.scheduler import make_schedule
 from flux_jax.tree import split_flat
 from ternary.calibration.calibrator import Listener
 from ternary.calibration.plan import make_plan
-from ternary.calibration.progress import Progress
-from ternary.calibration.run import choose_prompts, weights_fingerprint
-from ternary.calibration.states import Samples, trajectories
+from ternary.calibration.progress import PartReport, Progress
+from ternary.calibration.run import choose_prompts
+from ternary.calibration.states import Samples, choose_states, trajectories
 from ternary.calibration.streaming import HostWeights, parts_of
 from ternary.config import QuantConfig
 from ternary.distillation.step import PromptSet
 from ternary.policy import Policy
+from ternary.storage.tensor_file import TensorFile
 from ternary.student import make_student
 from tests.ternary.calibration.calibration_parts import (
     CONFIG,
@@ -219,8 +221,12 @@ def test_a_teacher_that_is_not_finite_is_refused(tmp_path, weights, prompts):
         for part in weights.parts
         for name, value in weights.part(part).items()
     }
-    with pytest.raises(UserError, match="velocity is not finite at step 0 of 6"):
+    message = "velocity is not finite at step 0 of 6 of its trajectories; its weights are damaged"
+    with pytest.raises(UserError, match=f"{message}$"):
         make(tmp_path / "p", HostWeights(FLUX, broken), prompts).run()
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    with pytest.raises(UserError, match=f"{message}, or it needs --compute-dtype float32$"):
+        make(tmp_path / "q", HostWeights(FLUX, broken), prompts, config=config).run()
 
 
 def test_another_runs_folder_is_refused(tmp_path, weights, prompts):
@@ -255,19 +261,6 @@ def test_a_rank_beyond_a_weight_is_refused_before_anything_is_drawn(tmp_path, we
         make(tmp_path / "p", weights, prompts, quant=QuantConfig(rank=33))
 
 
-@pytest.mark.parametrize("name", ["single_blocks.0.linear1.weight", "img_in.bias"])
-def test_another_teacher_of_the_same_shapes_has_another_name(weights, name):
-    """A fine-tuned teacher may differ in its matrices alone."""
-    flat = {
-        part.prefix + name: values
-        for part in weights.parts
-        for name, values in weights.part(part).items()
-    }
-    assert weights_fingerprint(HostWeights(FLUX, dict(flat))) == weights_fingerprint(weights)
-    other = HostWeights(FLUX, flat | {name: flat[name] * np.float32(1.01) + np.float32(0.01)})
-    assert weights_fingerprint(other) != weights_fingerprint(weights)
-
-
 def test_the_plan(weights):
     def trained(blocks, policy=None):
         config = dataclasses.replace(CONFIG, blocks=blocks)
@@ -298,6 +291,53 @@ def test_no_more_prompts_than_trajectories_are_encoded():
     assert chosen == sorted(set(chosen), key=int)
     assert chosen != prompts[:8]
     assert choose_prompts(prompts[:3], CONFIG) == prompts[:3]
+
+
+@pytest.mark.parametrize(
+    ("samples", "each", "steps"), [(256, 4, 20), (2000, 3, 20), (997, 3, 7), (22, 3, 6), (5, 8, 8)]
+)
+def test_all_noise_levels_alike(samples, each, steps):
+    config = dataclasses.replace(CONFIG, samples=samples, states_each=each, sampling_steps=steps)
+    counts = np.zeros(steps, int)
+    seeds = range(40)
+    for seed in seeds:
+        origin, at = choose_states(config, np.random.default_rng(seed))
+        assert len(set(zip(origin.tolist(), at.tolist(), strict=True))) == samples == len(at)
+        assert np.bincount(origin).max() <= each
+        assert origin.max() < trajectories(config)
+        counts += np.bincount(at, minlength=steps)
+    expected = len(seeds) * samples / steps
+    # Five standard deviations of independent draws; these are further apart from each other.
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_states_are_spread_over_their_trajectory():
+    config = dataclasses.replace(CONFIG, samples=400, states_each=4, sampling_steps=20)
+    _, at = choose_states(config, np.random.default_rng(0))
+    np.testing.assert_array_equal(at.reshape(100, 4) // 5, np.tile(np.arange(4), (100, 1)))
+
+
+@pytest.mark.parametrize("what", ["a part", "the states"])
+def test_a_file_that_cannot_be_written_is_not_left(tmp_path, weights, prompts, monkeypatch, what):
+    """From its first byte on it takes the room of the whole."""
+
+    def full(self, name, values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    progress = make(tmp_path / "p", weights, prompts).progress
+    monkeypatch.setattr(TensorFile, "write", full)
+    before = set((tmp_path / "p").iterdir())
+    part, one = weights.parts[0], np.ones(1, np.float32)
+    samples = Samples(np.zeros((1, 6, FLUX.in_channels), np.float32), one, one, one.astype(int))
+    report = PartReport(before=1.0, after=0.5, seconds=1.0)
+    write = {
+        "a part": lambda: progress.write(part, weights.part(part), report),
+        "the states": lambda: progress.write_samples(samples),
+    }
+    with pytest.raises(UserError, match="No space left on device; what is finished is kept there"):
+        write[what]()
+    assert set((tmp_path / "p").iterdir()) == before
+    assert progress.finished() == set()
 
 
 def test_samples_survive_the_disk(tmp_path):

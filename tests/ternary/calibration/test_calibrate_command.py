@@ -23,13 +23,13 @@ from flux_jax.files import claimed
 from flux_jax.linears import linears
 from flux_jax.loading import load_text_encoders
 from flux_jax.pipeline import FluxPipeline
-from flux_jax.prompts import TextEncoders
+from flux_jax.prompts import PromptEmbeds, TextEncoders
 from flux_jax.tree import split_flat, to_flat
 from ternary.calibration import run as run_module
-from ternary.calibration.run import encode_prompts, image_grid
+from ternary.calibration.run import calibrate_checkpoint, encode_prompts, image_grid
 from ternary.cli import app
 from ternary.commands.calibrate import parse_blocks
-from ternary.config import QuantConfig
+from ternary.config import CalibrateConfig, QuantConfig
 from ternary.distillation.step import PromptSet
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy
@@ -38,6 +38,7 @@ from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.latents import load_latents
 from ternary.student import make_student
 from tests.small_pipeline import small_folder
+from tests.ternary.teacher_files import negate_tensor
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +81,28 @@ def test_the_command_makes_a_pipeline_that_draws(folder, made):
     images = pipe("a red circle", num_inference_steps=2, seed=0, output_type="np").images
     assert np.isfinite(np.asarray(images)).all()
     assert not (folder / "whole.calibration").exists()
+
+
+def test_texts_give_the_commands_checkpoint(folder, made):
+    config = CalibrateConfig(samples=12, states_each=3, sampling_steps=4, batch_size=4, steps=60)
+    texts, out = ["a red circle", "the blue cube above a star"], folder / "from_python"
+    what = QuantConfig(), Policy(), config
+    calibrate_checkpoint(str(folder / "teacher"), str(out), texts, *what, latents=False)
+    one, other = (path / "transformer" / "ternary.safetensors" for path in (made[0], out))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_embeddings_of_the_pipeline_are_prompts(folder):
+    embeds = PromptEmbeds(
+        prompts=("a red circle",),
+        prompt_embeds=jnp.zeros((1, 12, 5)),
+        pooled_prompt_embeds=jnp.zeros((1, 4)),
+    )
+    what = QuantConfig(), Policy(), CalibrateConfig()
+    for prompts, message in ((embeds, "prompts have widths 5 and 4"), ([], "a non-empty list")):
+        with pytest.raises(UserError, match=message):
+            calibrate_checkpoint(folder / "teacher", folder / "no", prompts, *what, grid=(2, 2))
+    assert not list(folder.glob("no*"))
 
 
 def test_the_latents_are_those_of_the_checkpoint(folder, made):
@@ -149,6 +172,7 @@ def test_a_part_of_the_blocks_without_latents(folder):
         (("--blocks", "3"), "blocks must be at most 2"),
         (("--height", "33"), "height must be a multiple of"),
         (("--accumulate", "3"), "accumulate must divide batch_size"),
+        (("--compute-dtype", "float16"), "compute_dtype must be one of float32, bfloat16"),
         (("--rank", "999"), "rank must be at most"),
     ],
 )
@@ -229,6 +253,44 @@ def test_blocks_on_the_command_line_are_refused():
         parse_blocks(",")
 
 
+def stop_before_the_end(folder, out, *more):
+    """A call that is interrupted when all blocks are done."""
+    staged = run_module.files.staged
+
+    @contextlib.contextmanager
+    def killed(*given, **named):
+        with staged(*given, **named):
+            raise KeyboardInterrupt
+        yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module.files, "staged", killed)
+        assert CliRunner().invoke(app, arguments(folder, out, *more)).exit_code != 0
+    assert Path(f"{out}.calibration").is_dir()
+
+
+def test_a_call_does_not_go_on_with_another_teacher(folder, tmp_path):
+    """Neither with other attention values, as of a merged LoRA, nor with other text encoders."""
+    shutil.copytree(
+        folder, tmp_path / "f", ignore=shutil.ignore_patterns("whole*", "*.calibration")
+    )
+    teacher, out = tmp_path / "f" / "teacher", tmp_path / "out"
+    more = ("--quiet", "--steps", "2")
+    stop_before_the_end(tmp_path / "f", out, *more)
+    for component, tensor in (
+        ("transformer", "transformer_blocks.0.attn.to_v.weight"),
+        ("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.v.weight"),
+    ):
+        negate_tensor(teacher / component, tensor)
+        result = CliRunner().invoke(app, arguments(tmp_path / "f", out, *more))
+        assert result.exit_code == 2
+        assert "belongs to another calibration, with teacher_crc32" in result.stderr
+        assert result.stderr.count("\n") == 1
+        negate_tensor(teacher / component, tensor)
+    result = CliRunner().invoke(app, arguments(tmp_path / "f", out, *more))
+    assert result.exit_code == 0, result.stderr
+
+
 def test_a_call_goes_on_where_prompts_are_encoded_to_other_bits(folder, tmp_path, monkeypatch):
     """As another machine rounds them: they are known again by their texts."""
     out = tmp_path / "out"
@@ -241,18 +303,7 @@ def test_a_call_goes_on_where_prompts_are_encoded_to_other_bits(folder, tmp_path
         return PromptSet(*(np.asarray(part, np.float32) + off for part in found))
 
     monkeypatch.setattr(run_module, "encode_prompts", encoded)
-    rename = run_module.files.staged
-
-    @contextlib.contextmanager
-    def killed(*given, **named):
-        with rename(*given, **named):
-            raise KeyboardInterrupt
-        yield
-
-    with monkeypatch.context() as first:
-        first.setattr(run_module.files, "staged", killed)
-        assert CliRunner().invoke(app, arguments(folder, out)).exit_code != 0
-    assert (tmp_path / "out.calibration").is_dir()
+    stop_before_the_end(folder, out)
     result = CliRunner().invoke(app, arguments(folder, out))
     assert result.exit_code == 0, result.stderr
     assert len(calls) == 2

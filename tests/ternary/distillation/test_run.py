@@ -201,6 +201,21 @@ def test_a_stopped_run_says_where_it_goes_on(
     assert losses(out) == losses(whole[0])
 
 
+def test_an_interrupt_while_the_tables_are_opened_closes_the_checkpoints(
+    teacher, prompts, settings, tmp_path, monkeypatch
+):
+    def interrupted(self, *given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunLog, "__init__", interrupted)
+    task, hook = Task(teacher=str(teacher), prompts=prompts), sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            task, tmp_path / "run", read_run_config(settings), mesh=one_device(), progress=False
+        )
+    assert sys.unraisablehook is hook
+
+
 def test_a_drawing_that_a_kill_prevented_is_made(teacher, prompts, settings, whole, tmp_path):
     """Between the last checkpoint and its drawing: what is reported is of the last step."""
     out = tmp_path / "run"
@@ -422,6 +437,19 @@ def refused(teacher, prompts, out, *more):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     return result.stderr
+
+
+def test_paths_may_be_text(teacher, prompts, settings, tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    task = Task(teacher=teacher, prompts=str(prompts), held_out=prompts.with_name("other.txt"))
+    prompts.with_name("other.txt").write_text("a green star")
+    assert split_prompts(task, RunConfig()).held_out == ["a green star"]
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        distill(task, str(tmp_path), read_run_config(settings), mesh=one_device())
+    start = dataclasses.replace(task, start=str(tmp_path))
+    with pytest.raises(UserError, match=r"has no latents\.json"):
+        distill(start, str(tmp_path), read_run_config(settings), mesh=one_device())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_inputs_are_refused(whole, teacher, prompts, settings, tmp_path):

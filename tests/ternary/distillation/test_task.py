@@ -96,16 +96,19 @@ def test_a_folder_goes_on_with_its_own_teacher_alone(begun, tmp_path):
     out = begun(task, RunConfig())
     moved = dataclasses.replace(task, teacher=str(tmp_path / "moved"))
     (tmp_path / "teacher").rename(moved.teacher)
-    assert open_folder(out, moved, RunConfig(), TEXTS, TEACHER)
+    open_folder(out, moved, RunConfig(), TEXTS, TEACHER)
     with pytest.raises(UserError, match=r"\(teacher_crc32: 00c0ffee -> 00000bad\)"):
         open_folder(out, task, RunConfig(), TEXTS, 0xBAD)
-    # A run that was begun before its teacher had a name goes on by the path.
-    path = out / "run.yaml"
+
+
+@pytest.mark.parametrize("name", ["teacher_crc32", "prompts_crc32"])
+def test_a_folder_of_an_earlier_version_is_one_line(begun, name):
+    task = Task(teacher="tiny", prompts=Path("prompts.txt"))
+    path = begun(task, RunConfig()) / "run.yaml"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if not line.startswith("teacher_crc32")))
-    assert not open_folder(out, task, RunConfig(), TEXTS, 0xBAD)
-    with pytest.raises(UserError, match="teacher: .*teacher -> .*moved"):
-        open_folder(out, moved, RunConfig(), TEXTS, TEACHER)
+    path.write_text("".join(line for line in lines if not line.startswith(name)))
+    with pytest.raises(UserError, match=f"has no {name}: it was written by an earlier version"):
+        open_folder(path.parent, task, RunConfig(), TEXTS, TEACHER)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
@@ -131,15 +134,6 @@ def test_a_folder_goes_on_with_its_own_texts_alone(begun):
     longer = dataclasses.replace(TEXTS, train=["a cube", *TEXTS.train])
     with pytest.raises(UserError, match="prompts_crc32: .* -> "):
         open_folder(out, task, RunConfig(), longer, TEACHER)
-    # A run that was begun before its texts had a name goes on, if their files have the same.
-    path = out / "run.yaml"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if not line.startswith("prompts_crc32")))
-    open_folder(out, task, RunConfig(), longer, TEACHER)
-    with pytest.raises(UserError, match="held_out_prompts: None -> held.txt"):
-        open_folder(
-            out, dataclasses.replace(task, held_out="held.txt"), RunConfig(), longer, TEACHER
-        )
 
 
 @pytest.mark.parametrize("content", [b"", b"- a list", b"\xff", b"a: [", b"3", b"seed: 2024-99-99"])

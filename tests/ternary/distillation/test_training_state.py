@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import subprocess
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 from flux_jax.errors import UserError
@@ -83,6 +85,18 @@ finally:
     assert done.returncode == 143
     assert done.stderr == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_store_that_cannot_be_opened_leaves_reports_as_they_were(tmp_path, monkeypatch):
+    def fail(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp, "CheckpointManager", fail)
+    hook, level = sys.unraisablehook, logging.getLogger("absl").level
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        StateStore(tmp_path / "checkpoints", keep=1)
+    assert sys.unraisablehook is hook
+    assert logging.getLogger("absl").level == level
 
 
 def test_closing_does_not_wait_for_ever(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from flux_jax.configs import SchedulerConfig
 from flux_jax.scheduler import make_schedule
@@ -83,5 +84,24 @@ def test_moving_holds_the_others_still():
 
 
 def test_stagger_meets_every_time():
-    rules = make()
-    assert set(np.asarray(rules.stagger(rules.start(3))).ravel()) == {0, 1, 2}
+    rules = make(groups=8)
+    assert set(np.asarray(rules.stagger(rules.start(3))).ravel()) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("lengths", [(20,), (28,), (20, 28), (8,), (50,), (1,)])
+@pytest.mark.parametrize("batch_size", [4, 8, 32])
+def test_every_group_is_spread_over_the_whole_of_its_trajectories(lengths, batch_size):
+    """Trajectories of one length stay as far apart as they begin: a group sees no more, ever."""
+    config = TrajectoryConfig(sampling_steps=lengths, groups=8)
+    rules = Trajectories(
+        config, SchedulerConfig(), tokens=TOKENS, batch_size=batch_size, prompts=10
+    )
+    pool = rules.start(3)
+    reached = np.asarray(rules.stagger(pool))
+    length = np.asarray(rules.lengths)[np.asarray(pool.schedule)]
+    assert (reached >= 0).all()
+    assert (reached < length).all()
+    for group in np.sort(reached / length):
+        gaps = np.diff(group, append=group[0] + 1)
+        # The golden ratio's largest gap is 1.9 of the mean one; rounding adds a step.
+        assert gaps.max() <= 1.9 / batch_size + 1 / min(lengths)

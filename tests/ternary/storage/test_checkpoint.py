@@ -1,6 +1,7 @@
 """Ternary checkpoints: round trips, what loading holds in memory, and damage."""
 
 import errno
+import inspect
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from flux_jax.tree import to_flat
 from ternary.config import GRANULARITIES, QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy, select
-from ternary.storage import base3, checkpoint
+from ternary.storage import base3, checkpoint, inspection
 from ternary.storage.checkpoint import abstract_ternary, dense_shapes, open_checkpoint
 from ternary.storage.format import FILE, expected_tensors
 from ternary.storage.rounding import quantize_checkpoint
@@ -358,9 +359,43 @@ def test_layers_of_two_kinds_are_refused(teacher, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def test_what_is_no_ternary_transformer_is_refused(teacher, tmp_path):
+    with pytest.raises(UserError, match=r"FluxTransformer has no ternary linear.*flux_jax\.save"):
+        save_checkpoint(tmp_path / "m", transformer(teacher), rest=teacher)
+    other = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="holds a FluxTransformer, got Linear; save the"):
+        # Without the tests' own check of types.
+        inspect.unwrap(save_checkpoint)(tmp_path / "m", other, rest=teacher)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [FakeTernaryLinear, TernaryLinear])
+def test_a_path_may_be_text_and_a_module_is_inspected_as_it_would_be_stored(
+    teacher, tmp_path, monkeypatch, kind
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = student(teacher, QuantConfig(granularity="group128", activation_bits=8), kind)
+    save_checkpoint("~/m", model, rest=str(teacher))
+    stored = inspection.inspect_checkpoint(str(tmp_path / "m"))
+    assert inspection.inspect_checkpoint("~/m") == stored
+    assert inspection.inspect_checkpoint(model) == stored
+
+
+def test_a_dense_module_has_nothing_to_inspect(teacher):
+    with pytest.raises(UserError, match="this FluxTransformer has no ternary linear"):
+        inspection.inspect_checkpoint(transformer(teacher))
+
+
+def test_it_is_loaded_onto_the_default_device(rounded):
+    device = jax.devices()[3]
+    with jax.default_device(device), open_checkpoint(rounded) as checkpoint:
+        module = checkpoint.load_module(jnp.bfloat16)
+    assert {place for value in to_flat(module).values() for place in value.devices()} == {device}
+
+
 def test_an_existing_target_is_kept(teacher, rounded):
     before = (rounded / "transformer" / FILE).read_bytes()
-    with pytest.raises(UserError, match="exists already; --force replaces it"):
+    with pytest.raises(UserError, match=r"exists already; --force replaces it .*force=True\)"):
         quantize_checkpoint(teacher, rounded, QuantConfig(), Policy())
     assert (rounded / "transformer" / FILE).read_bytes() == before
 
