@@ -17,10 +17,10 @@ import numpy as np
 import typer
 from PIL import Image
 
-from benchmarks.common import Figure, OutOrNone, Peer, Result, results_folder, run
+from benchmarks.common import Commit, Figure, OutOrNone, Peer, Result, results_folder, run
 from benchmarks.composition import GUIDANCE
 from benchmarks.composition import figures as score_figures
-from benchmarks.machine import package_versions
+from benchmarks.machine import git_commit, package_versions
 from benchmarks.processes import folder_bytes
 from flux_jax.assets import STUDENT, TEACHER, shipped_path
 from flux_jax.evaluate import Evaluation, evaluate, file_name, select_prompts
@@ -69,6 +69,7 @@ def main(
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = GUIDANCE,
     out: OutOrNone = None,
+    commit: Commit = None,
 ) -> None:
     """Draw, score and compare; write the result file."""
     trial = {"--limit": limit is not None, "--guidance": guidance != GUIDANCE}
@@ -125,6 +126,7 @@ def main(
         device=jax.devices()[0].device_kind,
         figures=columns.pop("W1.58A16"),
         peers={name: Peer(versions=versions, figures=those) for name, those in columns.items()},
+        commit=commit or git_commit(),
     )
     for name, figure in result.figures.items():
         print(f"  {name:32} {figure.value:8.4g} {figure.unit:5} {figure.note}")
