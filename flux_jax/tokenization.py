@@ -154,7 +154,11 @@ def tokenize(
                 encoder,
                 room,
                 len(ids),
-                tokenizer.decode(ids[room:]),
-                prompt if len(prompt) <= 60 else prompt[:57] + "...",
+                _short(tokenizer.decode(ids[room:])),
+                _short(prompt),
             )
     return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
