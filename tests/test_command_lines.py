@@ -185,6 +185,8 @@ def send(phase, info):
     os.kill(os.getpid(), signal.{name})
     time.sleep(0.1)
 
+# A shell that runs the tests in its background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with exit_on_user_error():
     gc.callbacks.append(send)
     gc.collect()
