@@ -18,11 +18,15 @@ from flux_jax.processes import settings
 from tests.jobs import finish, start, with_devices
 from tests.small_pipeline import WORDS, small_folder
 
+# With 0, the loss of the second step depends by 2e-5 on the order of its sums, on every mesh alike;
+# those of the steps after it do not.
+SEED = 1
 PROMPTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in WORDS[6:10]]
-SETTINGS = """
-distill: {steps: 6, learning_rate: 2e-3, warmup: 1, compute_dtype: float32}
-policy: {include: ["single_blocks.*"]}
-trajectory: {sampling_steps: [3, 4], groups: 2}
+SETTINGS = f"""
+seed: {SEED}
+distill: {{steps: 6, learning_rate: 2e-3, warmup: 1, compute_dtype: float32}}
+policy: {{include: ["single_blocks.*"]}}
+trajectory: {{sampling_steps: [3, 4], groups: 2}}
 batch_size: 4
 held_out: 0
 sampling_steps: 1
