@@ -19,8 +19,9 @@ from convert.source import Component, Parameters, open_source, parameters
 from convert.tensors import Reader, read_whole
 from flux_jax.components import Config, abstract_module
 from flux_jax.configs import SchedulerConfig
-from flux_jax.sharding import default_device, flat_shardings
+from flux_jax.sharding import flat_shardings
 from flux_jax.tree import split_flat, to_flat
+from pallas_kernels.backends import default_device
 
 # Host copies that may be waiting for their transfer to a device.
 _HOST_BYTES = 512 << 20

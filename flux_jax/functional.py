@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from flux_jax.compile_cache import lowered_folder
 from flux_jax.partition import mesh_in_scope
-from flux_jax.sharding import axis_size, default_device
+from flux_jax.sharding import axis_size
 from flux_jax.stored import StoredProgram, has_own_name, is_ours
+from pallas_kernels.backends import default_device
 
 Axes = tuple[str | None, ...]
 # The dimensions of arguments that a mesh may divide when it draws, and the axes of it that do.

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flux_jax.sharding import default_device
 from flux_jax.transformer import FluxTransformer
+from pallas_kernels.backends import default_device
 
 # Where text encoders may be; "auto" chooses by the device's memory.
 RESIDENT, OFFLOADED, STREAMED, AUTO = "resident", "offloaded", "streamed", "auto"

@@ -27,6 +27,7 @@ from jax.sharding import (
 
 from flux_jax.errors import UserError
 from flux_jax.tree import parameter_path
+from pallas_kernels.backends import default_device
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -152,19 +153,6 @@ def make_mesh(
             f"fewer, or make the mesh larger"
         )
     return Mesh(np.array(chosen).reshape(tuple(sizes.values())), MESH_AXES)
-
-
-def default_device() -> jax.Device:
-    """Where arrays go that are placed nowhere: JAX's `jax_default_device`, if it is set.
-
-    Else the first device of this process.
-    """
-    config: Any = jax.config
-    chosen = config.jax_default_device
-    if chosen is None or isinstance(chosen, str):
-        # The name of a platform, or none.
-        return jax.local_devices(backend=chosen)[0]
-    return chosen
 
 
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:

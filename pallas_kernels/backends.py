@@ -24,11 +24,19 @@ def device_of(x: Any) -> Any:
     """Where x lies, or where a traced x will most likely lie: JAX's default device."""
     if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         return next(iter(x.devices()))
+    return default_device()
+
+
+def default_device() -> Any:
+    """Where arrays go that are placed nowhere: JAX's `jax_default_device`, if it is set.
+
+    Else the first device of this process.
+    """
     # There, but not in its types: a device, or the name of a platform.
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if default is None or isinstance(default, str):
-        return jax.local_devices(backend=default)[0]
-    return default
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen is None or isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return chosen
 
 
 def is_spread(*arrays: Any) -> bool:

@@ -27,7 +27,7 @@ IGMMA.64x128x32.S8.S8 R24, R152, gdesc[UR28], R24, gsb0
 
 def test_decoding_into_what_the_round_before_still_reads():
     found = hazards(loop(MULTIPLY + "WARPGROUP.DEPBAR.LE gsb0, 0x1"))
-    assert [one.instruction[:14] for one in found] == ["LOP3.LUT R152,"]
+    assert [one.text[:14] for one in found] == ["LOP3.LUT R152,"]
     assert not hazards(loop(MULTIPLY + "WARPGROUP.DEPBAR.LE gsb0, 0x0"))
 
 
@@ -63,7 +63,7 @@ def test_a_product_that_has_only_begun_is_running():
     IGMMA.64x128x32.S8.S8 R24, R160, gdesc[UR28], R24, gsb0
     WARPGROUP.DEPBAR.LE gsb0, 0x0
     """
-    assert [one.instruction for one in hazards(loop(body))] == ["MOV R155, R1"]
+    assert [one.text for one in hazards(loop(body))] == ["MOV R155, R1"]
 
 
 def test_operands_in_shared_memory_and_code_outside_of_loops_are_free():

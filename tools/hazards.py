@@ -37,45 +37,50 @@ _READERS = ("ST", "RED", "SYNCS", "UTMA", "R2UR")
 
 
 @dataclasses.dataclass(frozen=True)
-class Hazard:
-    """An instruction that writes what a running product reads: its address, and its text."""
+class Instruction:
+    """One of the machine code.
+
+    Attributes:
+      address: hexadecimal.
+      text: without its predicate.
+    """
 
     address: str
-    instruction: str
+    text: str
 
 
-def hazards(sass: str) -> list[Hazard]:
-    """Those of the innermost loops with tensor-core products in them.
+def hazards(sass: str) -> list[Instruction]:
+    """Instructions that write what a running product may still read, in the innermost loops.
 
     Args:
       sass: as `nvdisasm` prints it, of one kernel.
     """
     code, labels = _parse(sass)
-    found: dict[Hazard, None] = {}
+    found: dict[Instruction, None] = {}
     for start, end in _inner_loops(code, labels):
         found |= dict.fromkeys(_follow(code[start : end + 1] * _ROUNDS))
     return list(found)
 
 
-def _parse(sass: str) -> tuple[list[Hazard], dict[str, int]]:
-    code: list[Hazard] = []
+def _parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
         label, instruction = _LABEL.match(line), _INSTRUCTION.search(line)
         if label:
             labels[label[1]] = len(code)
         elif instruction:
-            code.append(Hazard(instruction[1], instruction[2]))
+            code.append(Instruction(instruction[1], instruction[2]))
     return code, labels
 
 
-def _inner_loops(code: list[Hazard], labels: dict[str, int]) -> list[tuple[int, int]]:
+def _inner_loops(code: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int]]:
     """First and last instruction of loops that multiply and have no such loop in them."""
     loops: list[tuple[int, int]] = []
     for end, one in enumerate(code):
-        branch = _BRANCH.search(one.instruction)
+        branch = _BRANCH.search(one.text)
         start = labels.get(branch[1], len(code)) if branch else len(code)
-        if any("GMMA" in inner.instruction for inner in code[start : end + 1]):
+        if any("GMMA" in inner.text for inner in code[start : end + 1]):
             loops.append((start, end))
     return [
         (start, end)
@@ -84,17 +89,17 @@ def _inner_loops(code: list[Hazard], labels: dict[str, int]) -> list[tuple[int, 
     ]
 
 
-def _follow(code: list[Hazard]) -> Iterator[Hazard]:
+def _follow(code: list[Instruction]) -> Iterator[Instruction]:
     running: list[set[int]] = []
     begun: set[int] = set()
     for one in code:
-        operand, wait = _OPERAND_A.match(one.instruction), _WAIT.match(one.instruction)
-        written = _WRITTEN.match(one.instruction)
-        if "GMMA" in one.instruction:
+        operand, wait = _OPERAND_A.match(one.text), _WAIT.match(one.text)
+        written = _WRITTEN.match(one.text)
+        if "GMMA" in one.text:
             if operand:
                 first = int(operand[1])
                 begun |= set(range(first, first + _OPERAND_REGISTERS))
-            if "gsb0" in one.instruction:
+            if "gsb0" in one.text:
                 running, begun = [*running, begun], set()
         elif wait:
             running = running[max(0, len(running) - int(wait[1], 16)) :]
@@ -162,8 +167,9 @@ def _compile(tile: Any, bits: int, grouped: bool, rank: int, device: Any, card: 
     from pallas_kernels import mosaic
     from pallas_kernels.operands import Operands
     from pallas_kernels.packing import GROUP
+    from pallas_kernels.tiles import FewTile
 
-    m, n, k = 40 if not hasattr(tile, "rows") else 2500, 4000, 1024
+    m, n, k = 40 if isinstance(tile, FewTile) else 2500, 4000, 1024
     shapes = {
         "scale": ((n, k // GROUP) if grouped else (n,), jnp.float16),
         "bias": ((n,), jnp.bfloat16),
@@ -195,7 +201,7 @@ def main() -> None:
             wrong += bool(found)
             print(f"{len(found)} hazards  {name}", flush=True)
             for hazard in found[:3]:
-                print(f"    /*{hazard.address}*/ {hazard.instruction}")
+                print(f"    /*{hazard.address}*/ {hazard.text}")
     raise typer.Exit(1 if wrong else 0)
 
 

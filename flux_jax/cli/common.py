@@ -321,7 +321,7 @@ def load_and_encode(
 
 def peak_device_bytes() -> int | None:
     """The most memory in use on the default device since the process started, if it is told."""
-    from flux_jax.sharding import default_device
+    from pallas_kernels.backends import default_device
 
     stats = default_device().memory_stats() or {}
     return stats.get("peak_bytes_in_use")

@@ -23,10 +23,10 @@ from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.linears import replace_linears
-from flux_jax.sharding import default_device
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat, to_flat
 from pallas_kernels import GROUP
+from pallas_kernels.backends import default_device
 from ternary.config import QuantConfig
 from ternary.layers import TernaryLinear
 from ternary.storage import files

@@ -79,29 +79,14 @@ def test_a_file_is_written_whole_or_left(tmp_path):
     assert sorted(found.name for found in tmp_path.iterdir()) == [other.name, "file", "folder"]
 
 
-def test_two_processes_write_a_file_at_a_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [1, os.getpid()], ids=["processes", "threads, or hosts"])
+def test_two_write_a_file_at_a_time(tmp_path, monkeypatch, number):
     """Each has a name of its own for the half: none is renamed before it is whole."""
     path, sync = tmp_path / "file", os.fsync
 
     def other(handle):
         monkeypatch.setattr(os, "fsync", sync)
-        monkeypatch.setattr(os, "getpid", lambda: 1)
-        write_whole(path, b"of the other")
-        assert path.read_bytes() == b"of the other"
-        sync(handle)
-
-    monkeypatch.setattr(os, "fsync", other)
-    write_whole(path, b"one")
-    assert path.read_bytes() == b"one"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_two_threads_write_a_file_at_a_time(tmp_path, monkeypatch):
-    """As two hosts whose processes have one number."""
-    path, sync = tmp_path / "file", os.fsync
-
-    def other(handle):
-        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(os, "getpid", lambda: number)
         write_whole(path, b"of the other")
         assert path.read_bytes() == b"of the other"
         sync(handle)

@@ -23,7 +23,8 @@ from flux_jax.prompt_rows import embed_rows, prompt_rows
 from flux_jax.prompts import TextEncoders
 from flux_jax.residence import modulation_layers
 from flux_jax.scheduler import make_schedule
-from flux_jax.sharding import default_device, make_mesh, shardings
+from flux_jax.sharding import make_mesh, shardings
+from pallas_kernels.backends import default_device
 from tests.random_module import random_module
 from tests.small_pipeline import VAE, small_folder, small_pipeline
 
