@@ -29,7 +29,7 @@ def figures(scores: Scores) -> dict[str, Figure]:
     shares = {"overall": scores.overall, **scores.categories}
     shares |= {f"held_out/{name}": share for name, share in scores.held_out.items() if share.count}
     return {
-        name: Figure(value=share.passed, unit="share", note=f"of {share.count} prompts")
+        name: Figure(value=share.passed, unit="share", note=f"of {share.count} pictures")
         for name, share in shares.items()
     }
 
