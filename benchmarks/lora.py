@@ -25,7 +25,7 @@ from flux_jax.errors import exit_on_user_error
 if TYPE_CHECKING:
     from flux_jax.lora import LoRA
     from flux_jax.pipeline import FluxPipeline
-    from flux_jax.prompts import PromptEmbeds
+    from flux_jax.prompt_embeds import PromptEmbeds
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 STEPS, REPEATS = 28, 3

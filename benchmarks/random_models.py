@@ -19,7 +19,7 @@ from benchmarks.scaled_weights import moments, ternary_layers
 from flux_jax.components import abstract_module
 from flux_jax.configs import AutoencoderConfig, FluxConfig
 from flux_jax.linears import linears
-from flux_jax.prompts import PromptEmbeds
+from flux_jax.prompt_embeds import PromptEmbeds
 from flux_jax.sharding import flat_shardings
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from flux_jax.pipeline import FluxPipeline
-    from flux_jax.prompts import PromptEmbeds
+    from flux_jax.prompt_embeds import PromptEmbeds
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
 Devices = Annotated[int, typer.Option(min=1, help="How many, from the first.")]

@@ -187,7 +187,7 @@ def step(size: Size, work: Path) -> dict[str, Any]:
 
     from flux_jax.configs import SchedulerConfig
     from flux_jax.denoise import denoise
-    from flux_jax.prompts import PromptEmbeds
+    from flux_jax.prompt_embeds import PromptEmbeds
     from flux_jax.scheduler import make_schedule
 
     transformer = load_transformer(work)

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import atomic, hub
 from convert.files import finish
-from convert.replaceable import is_checkpoint
+from convert.replaceable import check_target, is_checkpoint
 from convert.safetensors_header import SUFFIX
 from convert.source import Parameters, Source, open_source, parameters
 from convert.targets import OnComponentBlock, write_bfl, write_diffusers, write_flax
@@ -108,7 +108,7 @@ def convert(
             "another name"
         )
     # Before a download of tens of gigabytes.
-    atomic.check_target(dst, force=force, replaceable=is_checkpoint)
+    check_target(dst, force=force)
     src = hub.resolve(src, components, revision=revision)
     here, there = src.resolve(), dst.resolve()
     if there == here or there in here.parents:

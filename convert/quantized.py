@@ -1,10 +1,12 @@
-"""Components whose `config.json` has a `quantization_config`."""
+"""What `ternary` writes into checkpoints: the one place where `convert` reaches for it, late."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from convert.files import read_json
+from convert.safetensors_header import SUFFIX
 from flux_jax.errors import UserError
 
 KEY = "quantization_config"
@@ -21,7 +23,6 @@ def open_quantized(name: str, folder: Path, raw: dict[str, Any]) -> Any:
     Raises:
       UserError: quantised by another program, or damaged.
     """
-    # Late: without such a checkpoint nothing of `ternary` is needed.
     from ternary.storage.checkpoint import TernaryCheckpoint
     from ternary.storage.format import METHOD
 
@@ -33,3 +34,20 @@ def open_quantized(name: str, folder: Path, raw: dict[str, Any]) -> Any:
             f"without {KEY}, or a transformer with quant_method {METHOD!r}"
         )
     return TernaryCheckpoint(folder)
+
+
+def are_latents(folder: Path) -> bool:
+    """Whether a folder holds latent weights of ours, and nothing else.
+
+    Raises:
+      UserError: its index cannot be read.
+    """
+    from ternary.storage.latents import FORMAT, INDEX
+
+    index = folder / INDEX
+    if not index.is_file() or read_json(index).get("format") != FORMAT:
+        return False
+    return all(
+        entry.is_file() and (entry.name == INDEX or entry.suffix == SUFFIX)
+        for entry in folder.iterdir()
+    )

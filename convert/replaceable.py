@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from convert import single_file, tables
+from convert import atomic, quantized, single_file, tables
 from convert.files import read_json
 from convert.flax_config import FORMAT
 from convert.orbax_read import array_names
@@ -15,8 +17,6 @@ from convert.single_file import CONFIG_KEY
 from convert.source import PIPELINES
 from flux_jax.errors import UserError
 
-# What `ternary calibrate` leaves beside the pipeline.
-_LATENTS = "latents"
 _TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
@@ -24,6 +24,27 @@ _TOKENIZER_FILES = {
 _ORBAX_FILES = {"_METADATA", "_CHECKPOINT_METADATA", "_sharding", "commit_success.txt"}
 # Of an array of an Orbax checkpoint: its description, and its chunks by index.
 _ZARR_FILE = re.compile(r"\.zarray|\.zattrs|\d+(\.\d+)*")
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Whether a checkpoint may be written to `target`: said before long work.
+
+    Raises:
+      UserError: something is there, and not to be replaced.
+    """
+    atomic.check_target(target, force=force, replaceable=is_checkpoint)
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, force: bool) -> Iterator[Path]:
+    """A folder that becomes the checkpoint `target` at the end of the block, whole or not at all.
+
+    Raises:
+      UserError: see `atomic.staged`.
+    """
+    with atomic.staged(target, force=force, replaceable=is_checkpoint) as stage:
+        stage.mkdir()
+        yield stage
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -61,8 +82,8 @@ def _belongs(entry: Path) -> bool:
         return entry.is_file()
     if not entry.is_dir():
         return False
-    if name == _LATENTS:
-        return _are_latents(entry)
+    if name == tables.LATENTS:
+        return quantized.are_latents(entry)
     if name == "scheduler":
         return _holds_only(entry, {"scheduler_config.json"})
     if name in tables.TOKENIZERS:
@@ -78,13 +99,12 @@ def _holds_only(folder: Path, names: set[str]) -> bool:
 
 def _are_weights(folder: Path) -> bool:
     """Whether a component's folder holds its config and weights under their usual names alone."""
-    # Late: without such a folder nothing of `ternary` is needed.
-    from ternary.storage.format import FILE
-
     stem = tables.STEMS[folder.name]
     weights = re.compile(rf"{stem}((-\d{{5}}-of-\d{{5}})?{SUFFIX}|{SUFFIX}\.index\.json)")
     names = {entry.name for entry in folder.iterdir()}
-    return _holds_only(folder, {"config.json", FILE, *filter(weights.fullmatch, names)})
+    return _holds_only(
+        folder, {"config.json", tables.TERNARY_FILE, *filter(weights.fullmatch, names)}
+    )
 
 
 def _is_orbax(folder: Path) -> bool:
@@ -102,25 +122,6 @@ def _is_orbax(folder: Path) -> bool:
         if not all(_ZARR_FILE.fullmatch(file.name) and file.is_file() for file in entry.iterdir()):
             return False
     return True
-
-
-def _are_latents(folder: Path) -> bool:
-    """Whether a folder holds latent weights of ours, and nothing else.
-
-    Raises:
-      UserError: its index cannot be read.
-    """
-    # Late: without such a folder nothing of `ternary` is needed.
-    from ternary.storage.latents import FORMAT as LATENTS_FORMAT
-    from ternary.storage.latents import INDEX
-
-    index = folder / INDEX
-    if not index.is_file() or read_json(index).get("format") != LATENTS_FORMAT:
-        return False
-    return all(
-        entry.is_file() and (entry.name == INDEX or entry.suffix == SUFFIX)
-        for entry in folder.iterdir()
-    )
 
 
 def _is_single_file(path: Path) -> bool:

@@ -8,12 +8,38 @@ from pathlib import Path
 
 from convert.files import finish, write_all
 from convert.safetensors_header import DTYPES, INDEX_SUFFIX
-from convert.tensors import OnBlock, Reader, as_bytes, blocks, total_bytes
+from convert.tensors import OnBlock, Reader, Spec, as_bytes, blocks, total_bytes
 
 # Written pages go to the disk, and out of memory, this often. A conversion passes every byte once;
 # with gigabytes of pages in the cache that nobody will want again it took up to four times as long.
 SYNC_BYTES = 32 << 20
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+
+
+def make_header(
+    specs: Mapping[str, Spec], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the tensors, and where in the file each tensor begins, in its order.
+
+    Args:
+      specs: of the tensors. Wider dtypes go first, so that each is aligned to its item size.
+      metadata: strings for `__metadata__`.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts: dict[str, int] = {}
+    position = 0
+    for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+        spec, starts[name] = specs[name], position
+        entries[name] = {
+            "dtype": _KINDS[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
+        position += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}
 
 
 def write_file(
@@ -28,8 +54,7 @@ def write_file(
     Args:
       path: to be created.
       reader: of the tensors.
-      names: which of its tensors, in the order of the file (tensors of wider dtypes go first, so
-        that each is aligned to its item size).
+      names: which of its tensors; among those of one width, in their order.
       metadata: strings for `__metadata__`.
       on_block: called with the tensor name and each block after it is written, in row order.
 
@@ -37,23 +62,11 @@ def write_file(
       UserError: a tensor cannot be read.
       OSError: the file cannot be written.
     """
-    ordered = sorted(names, key=lambda name: -reader.specs[name].dtype.itemsize)
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for name in ordered:
-        spec = reader.specs[name]
-        entries[name] = {
-            "dtype": _KINDS[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [position, position + spec.nbytes],
-        }
-        position += spec.nbytes
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    header, starts = make_header({name: reader.specs[name] for name in names}, metadata)
     written = 0
     with open(path, "xb", buffering=0) as file:
-        write_all(file.fileno(), len(header).to_bytes(8, "little") + header)
-        for name in ordered:
+        write_all(file.fileno(), header)
+        for name in starts:
             for block in blocks(reader, name):
                 written += write_all(file.fileno(), as_bytes(block))
                 on_block(name, block)

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from convert import atomic, hub, tables
-from convert.engine import full_disk_explained, is_checkpoint
+from convert import hub, tables
+from convert.engine import full_disk_explained
 from convert.flax_config import write_config
 from convert.orbax_write import write_checkpoint
+from convert.replaceable import staged_folder
 from convert.targets import copy_tokenizers
 from convert.tensors import Spec
 from flux_jax.configs import SchedulerConfig
@@ -56,8 +57,7 @@ def save(
     for name, module in modules.items():
         _check_loadable(name, module, configs[name])
     path = hub.local_path(path)
-    with atomic.staged(path, force=force, replaceable=is_checkpoint) as stage:
-        stage.mkdir()
+    with staged_folder(path, force=force) as stage:
         with full_disk_explained(path):
             copy_tokenizers(tokenizers, stage)
             for name, module in modules.items():

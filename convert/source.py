@@ -66,7 +66,7 @@ class Component:
     @property
     def quantized(self) -> bool:
         """Whether codes are stored, which stand for the tensors that are read."""
-        return hasattr(self.stored, "stored_specs")
+        return hasattr(self.stored, "stored")
 
 
 @dataclasses.dataclass(frozen=True)

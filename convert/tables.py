@@ -44,6 +44,10 @@ CLASSES = {
     "text_encoder_2": ("transformers", "T5EncoderModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
+# Of a transformer that is packed, in the place of its safetensors file.
+TERNARY_FILE = "ternary.safetensors"
+# What a calibration leaves beside the components.
+LATENTS = "latents"
 
 
 def diffusers_map(component: str, config: Config) -> Map:

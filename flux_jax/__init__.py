@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from flux_jax.metadata import read_png as read_png
     from flux_jax.metadata import save_png as save_png
     from flux_jax.pipeline import FluxPipeline as FluxPipeline
-    from flux_jax.prompts import PromptEmbeds as PromptEmbeds
+    from flux_jax.prompt_embeds import PromptEmbeds as PromptEmbeds
     from flux_jax.prompts import TextEncoders as TextEncoders
     from flux_jax.rope import image_ids as image_ids
     from flux_jax.rope import text_ids as text_ids
@@ -46,7 +46,7 @@ _HOME = {
     "FluxPipeline": "pipeline",
     "FluxTransformer": "transformer",
     "LoRA": "lora",
-    "PromptEmbeds": "prompts",
+    "PromptEmbeds": "prompt_embeds",
     "SchedulerConfig": "configs",
     "T5Config": "configs",
     "T5Encoder": "t5",

@@ -203,3 +203,18 @@ def initial_latents(latents: Any, shape: tuple[int, int, int]) -> Float[np.ndarr
     if not np.isfinite(array).all():
         raise UserError("latents must be finite, got NaN or infinity in them")
     return array
+
+
+def dtype(value: Any) -> Any:
+    """`value` as a NumPy dtype, bfloat16 or float32.
+
+    Raises:
+      UserError: any other; in float16, T5 and the autoencoder overflow.
+    """
+    try:
+        resolved = jnp.dtype(value)
+    except TypeError:
+        resolved = None
+    if resolved not in (jnp.bfloat16, jnp.float32):
+        raise UserError(f"dtype must be bfloat16 or float32, got {value}")
+    return resolved

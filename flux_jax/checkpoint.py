@@ -213,7 +213,7 @@ def inspect_checkpoint(path_or_repo_id: str | Path, *, revision: str | None = No
         for name, component in opened.components.items():
             dense = component.stored.specs
             # Of a ternary transformer: what lies on the disk, beside what it stands for.
-            specs = getattr(component.stored, "stored_specs", dense).values()
+            specs = getattr(component.stored, "stored", dense).values()
             components[name] = ComponentContents(
                 config=component.config,
                 parameters=sum(math.prod(spec.shape) for spec in dense.values()),

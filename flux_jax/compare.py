@@ -27,7 +27,7 @@ from flux_jax.functional import ModuleFunction
 from flux_jax.images import decode, to_uint8, to_unit_range
 from flux_jax.latents import PATCH, check_size, noise, unpack
 from flux_jax.loading import check_whole
-from flux_jax.prompts import PromptEmbeds
+from flux_jax.prompt_embeds import PromptEmbeds
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.scheduler import Schedule, make_schedule
 from flux_jax.tokenization import load_tokenizer, max_length, tokenize

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from flux_jax.configs import FluxConfig
 from flux_jax.functional import ModuleFunction, SplitModule
-from flux_jax.prompts import PromptEmbeds
+from flux_jax.prompt_embeds import PromptEmbeds
 from flux_jax.residence import HostWeights
 from flux_jax.rope import image_ids, text_ids
 from flux_jax.scheduler import Schedule, euler_step, predict_clean

@@ -30,7 +30,7 @@ from flux_jax.metadata import (
 )
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.processes import Processes
-from flux_jax.prompts import PromptEmbeds
+from flux_jax.prompt_embeds import PromptEmbeds
 
 # Prompts whose embeddings are in memory together; half a gigabyte for FLUX.1.
 ENCODED_TOGETHER = 128
@@ -151,7 +151,7 @@ class _Wanted:
             "attention": pipe.attention,
         }
         # Of LoRAs too, however their paths are spelled.
-        self._fingerprints = pipe.fingerprints()
+        self._fingerprint = pipe.fingerprint()
 
     def is_drawn(self, path: Path, job: Job, replace: bool, remedy: str) -> bool:
         """Whether the file is the image; a file that is cut off is not.
@@ -162,17 +162,18 @@ class _Wanted:
         check_png_path(path)
         if not path.is_file():
             return False
-        model = self._fingerprints.model
-        expected = {"prompt": job.prompt, "seed": job.seed, **self._shared, "fingerprint": model}
+        expected = {
+            "prompt": job.prompt,
+            "seed": job.seed,
+            **self._shared,
+            "fingerprint": self._fingerprint,
+        }
         try:
             record = read_png(path, pixels=False)
         except UserError:
             if is_cut_off_png(path):
                 return False
             raise
-        if record.fingerprint == self._fingerprints.weights:
-            # Drawn by a version that did not look at the model's settings.
-            record = dataclasses.replace(record, fingerprint=model)
         differs = [name for name, value in expected.items() if getattr(record, name) != value]
         if differs and not replace:
             name = differs[0]
@@ -218,7 +219,7 @@ class _Wanted:
         return self._pipe.encode_prompt(prompts, max_sequence_length=length)
 
     def _record(self, record: GenerationRecord) -> GenerationRecord:
-        return dataclasses.replace(record, fingerprint=self._fingerprints.model)
+        return dataclasses.replace(record, fingerprint=self._fingerprint)
 
 
 def _finish(saving: list[Future[None]]) -> None:

@@ -21,7 +21,7 @@ from flux_jax.errors import UserError
 from flux_jax.files import write_whole
 from flux_jax.metadata import GenerationRecord, read_picture
 from flux_jax.pipeline import FluxPipeline
-from flux_jax.prompts import PromptEmbeds
+from flux_jax.prompt_embeds import PromptEmbeds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -158,34 +158,13 @@ def _plain(value: Any) -> Any:
     return float(value) if is_number else value
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fingerprints:
-    """The fingerprints of a model, 16 hexadecimal digits each.
-
-    Attributes:
-      model: of its weights and settings.
-      weights: of its weights alone, which is what earlier versions put into an image.
-    """
-
-    model: str
-    weights: str
-
-    def __contains__(self, found: object) -> bool:
-        """Whether what an image carries is one of them."""
-        return found in (self.model, self.weights)
-
-
-def fingerprints(digests: Mapping[str, str], settings: Mapping[str, str]) -> Fingerprints:
-    """The fingerprints of a model.
+def fingerprint(digests: Mapping[str, str], settings: Mapping[str, str]) -> str:
+    """The fingerprint of a model, 16 hexadecimal digits.
 
     Args:
       digests: component name to `component_digest`.
       settings: name to `component_settings`, and those of the scheduler.
     """
-    weights = [f"{name} {digest}" for name, digest in sorted(digests.items())]
-    others = [f"{name} {line}" for name, line in sorted(settings.items())]
-    return Fingerprints(model=_short([*weights, *others]), weights=_short(weights))
-
-
-def _short(lines: list[str]) -> str:
+    lines = [f"{name} {digest}" for name, digest in sorted(digests.items())]
+    lines += [f"{name} {line}" for name, line in sorted(settings.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:DIGITS]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from flux_jax import arguments, assets, stages
@@ -18,20 +17,15 @@ from flux_jax.checkpoint import (
     load_checkpoint,
     load_lora,
     resolve_checkpoint,
-    stored_component,
 )
 from flux_jax.configs import SchedulerConfig
-from flux_jax.encoding import StreamedT5
 from flux_jax.errors import UserError
 from flux_jax.lora import LoRA, attach, read_name
 from flux_jax.plan import ARGUMENTS, Plan, make_plan
-from flux_jax.prompts import TextEncoders
-from flux_jax.residence import AUTO, PLACEMENTS, RESIDENT, STREAMED, fits
+from flux_jax.prompts import TEXT_ENCODERS, TOKENIZERS
 from flux_jax.sharding import place_shapes
-from flux_jax.tokenization import load_tokenizer, stored_max_length
+from flux_jax.tokenization import stored_max_length
 
-_TEXT = ("text_encoder", "text_encoder_2")
-_TOKENIZERS = ("tokenizer", "tokenizer_2")
 _IMAGE = ("transformer", "vae")
 
 
@@ -120,8 +114,8 @@ def check_whole(name: str, found: Contents) -> SchedulerConfig:
     Raises:
       UserError: it lacks some.
     """
-    missing = [part for part in (*_TEXT, *_IMAGE) if part not in found.components]
-    missing += [part for part in _TOKENIZERS if part not in found.tokenizer_paths]
+    missing = [part for part in (*TEXT_ENCODERS, *_IMAGE) if part not in found.components]
+    missing += [part for part in TOKENIZERS if part not in found.tokenizer_paths]
     if missing or found.scheduler is None:
         missing += ["scheduler"] if found.scheduler is None else []
         raise UserError(f"{name} is no whole pipeline: it has no {', '.join(missing)}")
@@ -136,7 +130,7 @@ def lower_ahead(request: Request, dtype: Any, mesh: jax.sharding.Mesh | None = N
     if mesh is not None:
         return []
     models: dict[str, Any] = {
-        name: make(check_dtype(dtype)) for name, make in request.abstract.items()
+        name: make(arguments.dtype(dtype)) for name, make in request.abstract.items()
     }
     for lora in request.loras:
         attach(models["transformer"], lora)
@@ -163,48 +157,8 @@ def local_folder(
       UserError: no such path, repository or revision.
     """
     image = [name for name in _IMAGE if name not in without]
-    wanted = [*(_TEXT if text_encoders else ()), *image]
+    wanted = [*(TEXT_ENCODERS if text_encoders else ()), *image]
     return resolve_checkpoint(path, wanted, revision=revision)
-
-
-def load_text_encoders(
-    path: str | Path,
-    *,
-    dtype: Any,
-    mesh: jax.sharding.Mesh | None,
-    placement: str,
-    revision: str | None = None,
-) -> TextEncoders:
-    """Both text encoders with their tokenizers; arguments as for `TextEncoders.from_pretrained`.
-
-    On a mesh, "auto" is "resident".
-
-    Raises:
-      UserError: a checkpoint without an encoder or tokenizer, or another placement.
-    """
-    arguments.choice("text_encoders", placement, PLACEMENTS)
-    dtype = check_dtype(dtype)
-    path = resolve_checkpoint(path, _TEXT, revision=revision)
-    streamed = {}
-    if placement in (AUTO, STREAMED):
-        stored = stored_component(path, "text_encoder_2", dtype=dtype)
-        if placement == AUTO:
-            placement = RESIDENT if mesh is not None or fits(stored.nbytes) else STREAMED
-        if placement == STREAMED:
-            config: Any = stored.config
-            t5 = StreamedT5(config, stored.open, dtype=dtype, mesh=mesh)
-            streamed = {"text_encoder_2": t5}
-    wanted = [name for name in _TEXT if name not in streamed]
-    checkpoint = load_checkpoint(path, components=wanted, dtype=dtype, mesh=mesh)
-    missing = [name for name in _TOKENIZERS if name not in checkpoint.tokenizer_paths]
-    if missing:
-        raise UserError(f"{path} has no {' and no '.join(missing)}, which prompts need")
-    return TextEncoders(
-        **checkpoint.modules,
-        **streamed,
-        **{name: load_tokenizer(checkpoint.tokenizer_paths[name]) for name in _TOKENIZERS},
-        placement=placement,
-    )
 
 
 def load_image_parts(
@@ -224,22 +178,7 @@ def load_image_parts(
       UserError: a checkpoint without one of them.
     """
     wanted = [name for name in _IMAGE if name not in given]
-    checkpoint = load_checkpoint(path, components=wanted, dtype=check_dtype(dtype), mesh=mesh)
+    checkpoint = load_checkpoint(path, components=wanted, dtype=arguments.dtype(dtype), mesh=mesh)
     if checkpoint.scheduler is None:
         raise UserError(f"{path} has no scheduler configuration (scheduler/scheduler_config.json)")
     return {"scheduler": checkpoint.scheduler, **checkpoint.modules, **given}
-
-
-def check_dtype(dtype: Any) -> Any:
-    """`dtype` as a NumPy dtype, bfloat16 or float32.
-
-    Raises:
-      UserError: any other; in float16, T5 and the autoencoder overflow.
-    """
-    try:
-        resolved = jnp.dtype(dtype)
-    except TypeError:
-        resolved = None
-    if resolved not in (jnp.bfloat16, jnp.float32):
-        raise UserError(f"dtype must be bfloat16 or float32, got {dtype}")
-    return resolved

@@ -43,8 +43,7 @@ class GenerationRecord:
       kernels, attention: as named to `FluxPipeline.use_kernels`; None where the choice was left,
         and in records of earlier versions.
       dtype: of the transformer's weights.
-      fingerprint: of the model (`flux_jax.fingerprint`), earlier of its weights alone; None if not
-        computed.
+      fingerprint: of the model (`flux_jax.fingerprint`); None if not computed.
       version: of flux_jax.
       platform: the kind of device, "cpu" or "gpu".
     """

@@ -12,7 +12,8 @@ from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.latents import PATCH
-from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.prompt_embeds import PromptEmbeds
+from flux_jax.prompts import TextEncoders
 from flux_jax.sharding import MESH_AXES, axis_size
 from flux_jax.transformer import FluxTransformer
 

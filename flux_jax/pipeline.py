@@ -19,11 +19,10 @@ from flux_jax.autoencoder import Autoencoder
 from flux_jax.configs import SchedulerConfig
 from flux_jax.denoise import denoise
 from flux_jax.fingerprint import (
-    Fingerprints,
     component_digest,
     component_settings,
     config_settings,
-    fingerprints,
+    fingerprint,
 )
 from flux_jax.kernels import suit_mesh, use_kernels
 from flux_jax.lora import LoRA, attach, detach
@@ -37,8 +36,9 @@ from flux_jax.parts import (
     encoded_length,
 )
 from flux_jax.plan import Plan, initial_noise, make_plan, sequence_length
+from flux_jax.prompt_embeds import PromptEmbeds
 from flux_jax.prompt_rows import ImagePrompts, Prompt, embed_rows, prompt_rows
-from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.prompts import TextEncoders
 from flux_jax.residence import AUTO, PLACEMENTS, HostWeights, modulation_layers
 from flux_jax.sharding import spread
 from flux_jax.tokenization import max_length
@@ -292,16 +292,12 @@ class FluxPipeline:
         Reads every weight once. Text encoders that were freed before it was ever asked for are
         left out, which changes it.
         """
-        return self.fingerprints().model
-
-    def fingerprints(self) -> Fingerprints:
-        """As `fingerprint`, and that of the weights alone, which older images carry."""
         models = {"transformer": self.transformer, "vae": self.vae}
         digests = {name: component_digest(name, module) for name, module in models.items()}
         digests.update(self.text_encoders.digests())
         settings = {name: component_settings(module) for name, module in models.items()}
         settings["scheduler"] = config_settings(self.scheduler)
-        return fingerprints(digests, {**settings, **self.text_encoders.settings()})
+        return fingerprint(digests, {**settings, **self.text_encoders.settings()})
 
     def plan(self, **settings: Any) -> Plan:
         """What a call with these arguments would do; they are checked, and nothing is computed.

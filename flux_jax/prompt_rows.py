@@ -9,7 +9,8 @@ from typing import Any
 from flux_jax import arguments
 from flux_jax.errors import UserError
 from flux_jax.plan import Plan
-from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.prompt_embeds import PromptEmbeds
+from flux_jax.prompts import TextEncoders
 
 Prompt = str | Sequence[str] | PromptEmbeds
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -17,81 +16,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flux_jax import arguments
+from flux_jax.checkpoint import load_checkpoint, resolve_checkpoint, stored_component
 from flux_jax.clip import CLIPTextEncoder
 from flux_jax.encoding import StreamedT5, t5_states
 from flux_jax.errors import UserError
 from flux_jax.fingerprint import component_digest, component_settings
 from flux_jax.functional import ModuleFunction
-from flux_jax.residence import AUTO, OFFLOADED, RESIDENT, STREAMED, HostWeights
+from flux_jax.prompt_embeds import PromptEmbeds, take_rows
+from flux_jax.residence import AUTO, OFFLOADED, PLACEMENTS, RESIDENT, STREAMED, HostWeights, fits
 from flux_jax.sharding import spread
 from flux_jax.t5 import T5Encoder
-from flux_jax.tokenization import max_length, tokenize
+from flux_jax.tokenization import load_tokenizer, max_length, tokenize
 
-
-@jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class PromptEmbeds:
-    """Encoded prompts, accepted by the pipeline wherever a prompt is.
-
-    A pytree of the two arrays, for `jax.jit` and `jax.grad`; the texts are part of its structure.
-
-    Attributes:
-      prompts: the P texts, at least one.
-      prompt_embeds: (P, T, C) from T5, padding included.
-      pooled_prompt_embeds: (P, V) from CLIP.
-
-    Raises:
-      UserError: no prompt, another number of rows than of prompts, or arrays of another rank.
-    """
-
-    prompts: tuple[str, ...]
-    prompt_embeds: Float[Array, "P T C"]
-    pooled_prompt_embeds: Float[Array, "P V"]
-
-    def __post_init__(self) -> None:
-        arguments.check_shapes(vars(self), {"prompt_embeds": ("prompts", "tokens", "width")})
-        arguments.check_shapes(vars(self), {"pooled_prompt_embeds": ("prompts", "width")})
-        rows = len(self.prompt_embeds), len(self.pooled_prompt_embeds)
-        if not self.prompts or rows != (len(self.prompts), len(self.prompts)):
-            raise UserError(
-                "prompts, prompt_embeds and pooled_prompt_embeds must have a row for each prompt, "
-                f"at least one; got {len(self.prompts)}, {rows[0]} and {rows[1]}"
-            )
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
-        """As JAX takes a pytree apart."""
-        names = ("prompt_embeds", "pooled_prompt_embeds")
-        keys = map(jax.tree_util.GetAttrKey, names)
-        return tuple(zip(keys, map(vars(self).get, names), strict=True)), self.prompts
-
-    @classmethod
-    def tree_unflatten(cls, prompts: tuple[str, ...], arrays: Sequence[Any]) -> PromptEmbeds:
-        """As JAX puts it together, of anything: nothing is checked."""
-        embeds = object.__new__(cls)
-        named = {"prompt_embeds": arrays[0], "pooled_prompt_embeds": arrays[1]}
-        vars(embeds).update(prompts=prompts, **named)
-        return embeds
-
-    def take(self, rows: Sequence[int]) -> PromptEmbeds:
-        """The prompts at `rows`, in that order."""
-        index = np.asarray(rows, np.int32)
-        return PromptEmbeds(
-            prompts=tuple(self.prompts[row] for row in rows),
-            prompt_embeds=_rows(self.prompt_embeds, index),
-            pooled_prompt_embeds=_rows(self.pooled_prompt_embeds, index),
-        )
-
-
-@jax.jit
-def _gather(array: Array, index: Array) -> Array:
-    return array[index]
-
-
-def _rows(array: Any, index: Int[np.ndarray, " R"]) -> Any:
-    """Rows of an array where it is, with no transfer that is not asked for."""
-    if isinstance(array, np.ndarray):
-        return array[index]
-    return _gather(array, jax.device_put(index))
+# The components that read prompts, and theirs.
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 def _clip(encoder: CLIPTextEncoder, ids: Int[Array, "B T"]) -> Float[Array, "B V"]:
@@ -112,7 +51,9 @@ def in_batches(
     filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])
     outputs = function(np.split(filled, len(filled) // size))
     whole = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
-    return whole if len(whole) == len(rows) else _rows(whole, np.arange(len(rows), dtype=np.int32))
+    if len(whole) == len(rows):
+        return whole
+    return take_rows(whole, np.arange(len(rows), dtype=np.int32))
 
 
 # A tokenizer of transformers keeps how it was last called: in two threads at once, one would pad as
@@ -179,7 +120,10 @@ class TextEncoders:
         Args:
           path, dtype, mesh, revision: as for `FluxPipeline.from_pretrained`.
           placement: as its `text_encoders`. "streamed", T5 is read from the checkpoint's files at
-            each call and takes no host memory in between.
+            each call and takes no host memory in between. On a mesh, "auto" is "resident".
+
+        Raises:
+          UserError: a checkpoint without an encoder or tokenizer, or another placement.
 
         Example:
           encoders = TextEncoders.from_pretrained(path)
@@ -188,11 +132,28 @@ class TextEncoders:
           pipe = FluxPipeline.from_pretrained(path, text_encoders=encoders)
           image = pipe(embeds, seed=0).images[0]
         """
-        # Late: an encoder of given parts does not need the readers of checkpoints.
-        from flux_jax.loading import load_text_encoders
-
-        return load_text_encoders(
-            path, dtype=dtype, mesh=mesh, placement=placement, revision=revision
+        arguments.choice("text_encoders", placement, PLACEMENTS)
+        dtype = arguments.dtype(dtype)
+        path = resolve_checkpoint(path, TEXT_ENCODERS, revision=revision)
+        streamed = {}
+        if placement in (AUTO, STREAMED):
+            stored = stored_component(path, "text_encoder_2", dtype=dtype)
+            if placement == AUTO:
+                placement = RESIDENT if mesh is not None or fits(stored.nbytes) else STREAMED
+            if placement == STREAMED:
+                config: Any = stored.config
+                t5 = StreamedT5(config, stored.open, dtype=dtype, mesh=mesh)
+                streamed = {"text_encoder_2": t5}
+        wanted = [name for name in TEXT_ENCODERS if name not in streamed]
+        checkpoint = load_checkpoint(path, components=wanted, dtype=dtype, mesh=mesh)
+        missing = [name for name in TOKENIZERS if name not in checkpoint.tokenizer_paths]
+        if missing:
+            raise UserError(f"{path} has no {' and no '.join(missing)}, which prompts need")
+        return cls(
+            **checkpoint.modules,
+            **streamed,
+            **{name: load_tokenizer(checkpoint.tokenizer_paths[name]) for name in TOKENIZERS},
+            placement=placement,
         )
 
     def modules(self) -> dict[str, CLIPTextEncoder | T5Encoder | StreamedT5]:

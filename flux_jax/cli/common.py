@@ -25,10 +25,9 @@ from pallas_kernels.command_line import print_json as print_json
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from flux_jax.fingerprint import Fingerprints
     from flux_jax.pipeline import FluxPipeline
     from flux_jax.plan import Plan
-    from flux_jax.prompts import PromptEmbeds
+    from flux_jax.prompt_embeds import PromptEmbeds
 
 logger = logging.getLogger(__name__)
 
@@ -221,18 +220,13 @@ class ReadyPipeline:
     Attributes:
       pipe: the pipeline, its text encoders used and freed.
       prompts, negative: encoded; `negative` is None without a negative prompt.
-      fingerprints: of the model; None if not wanted.
+      fingerprint: of the model; None if not wanted.
     """
 
     pipe: FluxPipeline
     prompts: PromptEmbeds
     negative: PromptEmbeds | None
-    fingerprints: Fingerprints | None
-
-    @property
-    def fingerprint(self) -> str | None:
-        """The model's; None if not wanted."""
-        return None if self.fingerprints is None else self.fingerprints.model
+    fingerprint: str | None
 
 
 def load_and_encode(
@@ -315,7 +309,7 @@ def load_and_encode(
         pipe=pipe,
         prompts=embeds.take(range(len(prompts))),
         negative=None if negative is None else embeds.take([len(prompts)]),
-        fingerprints=pipe.fingerprints() if with_fingerprint else None,
+        fingerprint=pipe.fingerprint() if with_fingerprint else None,
     )
 
 

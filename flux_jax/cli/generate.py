@@ -191,14 +191,14 @@ def _generate(
             loras=loras,
             revision=revision,
         )
-    before, here = None if expected is None else expected.fingerprint, loaded.fingerprints
-    if before is not None and here is not None and before not in here:
+    before, here = None if expected is None else expected.fingerprint, loaded.fingerprint
+    if None not in (before, here) and before != here:
         logger.warning(
             "%s is of a model with another configuration, or was drawn with other weights "
             "(fingerprint %s, here %s): the image will differ",
             replay,
             before,
-            here.model,
+            here,
         )
     if expected is not None:
         _take_kernels(loaded.pipe, expected, replay)

@@ -22,7 +22,6 @@ from flux_jax import loading
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
 from flux_jax.files import make_folder, partial_paths, write_whole
-from flux_jax.fingerprint import Fingerprints
 from flux_jax.json_values import parse_json
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.plan import Plan
@@ -156,11 +155,10 @@ def draw_model(
     pipe = FluxPipeline.from_pretrained(
         request.path, name=request.name, dtype=dtype, mesh=mesh, text_encoders=STREAMED
     )
-    fingerprints = pipe.fingerprints()
-    weights = {"model": request.name, "fingerprint": fingerprints.model, "dtype": dtype}
+    weights = {"model": request.name, "fingerprint": pipe.fingerprint(), "dtype": dtype}
     manifest = _manifest(task, plan, **weights)
     if processes.first:
-        _claim(folder, manifest, fingerprints)
+        _claim(folder, manifest)
     processes.wait("manifest")
     drawn = draw(
         pipe,
@@ -220,13 +218,12 @@ def _digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _claim(folder: Path, manifest: Mapping[str, Any], fingerprints: Fingerprints) -> None:
+def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Say what the folder is for, or see that it is for this.
 
     Args:
       folder: of the pictures.
       manifest: what is asked for.
-      fingerprints: of the model; earlier versions put that of the weights into a manifest.
 
     Raises:
       UserError: it is for something else, or cannot be written to.
@@ -247,8 +244,6 @@ def _claim(folder: Path, manifest: Mapping[str, Any], fingerprints: Fingerprints
     if not isinstance(before, dict):
         raise UserError(f"{path} is no manifest of ours: choose another folder")
     for name, value in manifest.items():
-        if name == "fingerprint" and before.get(name) in fingerprints:
-            continue
         # The same weights may lie elsewhere by now.
         if name != "model" and before.get(name) != value:
             raise UserError(

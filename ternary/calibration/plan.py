@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from convert.transforms import Shape
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from ternary.calibration.streaming import part_name, parts_of
@@ -12,7 +13,7 @@ from ternary.config import CalibrateConfig
 from ternary.distillation.step import PromptSet
 from ternary.policy import Policy, select
 from ternary.quantize import check_rank
-from ternary.storage.format import WEIGHT, Shape, linears_in
+from ternary.storage.format import WEIGHT, linears_in
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from convert.files import read_json
+from convert.safetensors_read import SafetensorsReader
+from convert.tensors import Spec, read_whole
 from flux_jax.errors import UserError
 from flux_jax.files import write_whole, writing
 from ternary.calibration.states import Samples
 from ternary.calibration.streaming import Part
-from ternary.storage import files
-from ternary.storage.format import Stored
 from ternary.storage.latents import Checksums, Latents, write_part
 from ternary.storage.tensor_file import TensorFile
 
@@ -72,7 +73,7 @@ class Progress:
         wanted = json.loads(json.dumps(run))
         # Without states nothing is lost.
         if (folder / _SAMPLES).is_file():
-            found = files.read_json(folder / _RUN)
+            found = read_json(folder / _RUN)
             other = [k for k in sorted(wanted | found) if wanted.get(k) != found.get(k)]
             if other:
                 raise UserError(
@@ -129,11 +130,13 @@ class Progress:
         path = self.folder / _SAMPLES
         if not path.is_file():
             return None
-        stored = files.StoredTensors(path)
+        stored = SafetensorsReader.open_file(path)
         try:
-            values = {name: stored.read(name) for name in Samples._fields if name != "prompt"}
+            values = {
+                name: read_whole(stored, name) for name in Samples._fields if name != "prompt"
+            }
             # Row numbers, far below the 2**24 that float32 counts exactly.
-            prompt = stored.read("prompt").astype(np.int32)
+            prompt = read_whole(stored, "prompt").astype(np.int32)
             return Samples(**values, prompt=prompt)
         finally:
             stored.close()
@@ -145,7 +148,7 @@ class Progress:
           UserError: they cannot be written.
         """
         arrays = {n: v.astype(np.float32, copy=False) for n, v in samples._asdict().items()}
-        stored = {name: Stored(v.shape, v.dtype) for name, v in arrays.items()}
+        stored = {name: Spec(v.shape, v.dtype) for name, v in arrays.items()}
         with self._replacing(self.folder / _SAMPLES) as waiting:
             with TensorFile(waiting, stored) as file:
                 for name, values in arrays.items():
@@ -155,7 +158,7 @@ class Progress:
         for path in self.folder.glob("*.json"):
             if path.name == _RUN:
                 continue
-            raw = files.read_json(path)
+            raw = read_json(path)
             try:
                 report = PartReport(**{f.name: raw[f.name] for f in dataclasses.fields(PartReport)})
                 self._finished[path.stem] = dict(raw["crc32"]), report

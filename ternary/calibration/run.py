@@ -13,6 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from convert import hub
+from convert.replaceable import check_target, staged_folder
+from convert.tables import LATENTS
+from convert.tensors import BFLOAT16
 from flux_jax import arguments
 from flux_jax.checkpoint import inspect_checkpoint
 from flux_jax.configs import SchedulerConfig
@@ -20,7 +24,8 @@ from flux_jax.errors import UserError
 from flux_jax.files import claimed, writing
 from flux_jax.latents import PATCH, check_size
 from flux_jax.plan import sequence_length
-from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.prompt_embeds import PromptEmbeds
+from flux_jax.prompts import TextEncoders
 from flux_jax.tokenization import stored_max_length
 from ternary.calibration.calibrator import Calibrator, Listener
 from ternary.calibration.plan import check_prompts, make_plan
@@ -30,12 +35,9 @@ from ternary.calibration.streaming import HostWeights, Part
 from ternary.config import CalibrateConfig, QuantConfig
 from ternary.distillation.step import PromptSet
 from ternary.policy import Coverage, Policy, coverage
-from ternary.storage import files
-from ternary.storage.format import BFLOAT16
 from ternary.storage.latents import Checksums, write_index, write_part
 from ternary.storage.saving import stored_layer, write_transformer
-
-LATENTS = "latents"
+from ternary.storage.source import open_dense_pipeline, weights_crc32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def check_teacher(
       UserError: it has no transformer, or a ternary one; a pattern that matches nothing, a rank
         beyond a weight, or blocks that are not there.
     """
-    with files.open_dense_pipeline(src) as pipeline:
+    with open_dense_pipeline(src) as pipeline:
         make_plan(pipeline.config, pipeline.shapes, policy, config, rank=quant.rank)
 
 
@@ -167,8 +169,8 @@ def calibrate_checkpoint(
     Raises:
       UserError: anything wrong with the source, the target, the prompts or the training.
     """
-    dst = files.local_path(dst)
-    files.check_target(dst, force=force)
+    dst = hub.local_path(dst)
+    check_target(dst, force=force)
     grid = image_grid(src) if grid is None else grid
     check_grid(grid)
     listener = listener or Listener()
@@ -180,7 +182,7 @@ def calibrate_checkpoint(
         check_teacher(src, quant, policy, config)
         prompts = encode_prompts(src, texts)
     folder = Path(f"{os.path.abspath(dst)}.calibration")
-    with files.open_dense_pipeline(src) as pipeline:
+    with open_dense_pipeline(src) as pipeline:
         # What can be refused is, before 24 GB are read.
         make_plan(pipeline.config, pipeline.shapes, policy, config, rank=quant.rank)
         check_prompts(pipeline.config, prompts)
@@ -189,7 +191,7 @@ def calibrate_checkpoint(
         scheduler = pipeline.scheduler or SchedulerConfig.dev()
         run = {
             # Of all components: where prompts go by a name, it says nothing of their encoders.
-            "teacher_crc32": f"{files.weights_crc32(src, dtype):08x}",
+            "teacher_crc32": f"{weights_crc32(src, dtype):08x}",
             "prompts": prompts_name or prompts_fingerprint(prompts),
             "grid": grid,
             "scheduler": dataclasses.asdict(scheduler),
@@ -210,7 +212,7 @@ def calibrate_checkpoint(
                 for part in weights.parts
                 for layer in calibrator.plan.layers[part.name]
             ]
-            with files.staged(dst, force=force) as stage:
+            with staged_folder(dst, force=force) as stage:
                 pipeline.write_rest(stage)
                 target = stage / LATENTS if latents else None
                 tensors = _write_parts(calibrator, quant, policy, target)

@@ -20,13 +20,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int, Shaped
 
+from convert.transforms import Shape
 from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
 from flux_jax.kernels import leave_to_xla
 from flux_jax.rope import Rotation
 from flux_jax.tree import Flat
-from ternary.storage.files import Pipeline
-from ternary.storage.format import Shape
+from ternary.storage.source import Pipeline
 
 # What a part computes, by its kind: each output is (B, tokens, channels), `vec` (B, channels).
 OUTPUTS = {

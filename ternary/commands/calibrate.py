@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from convert.replaceable import check_target
 from flux_jax.errors import UserError
 from pallas_kernels.command_line import Force, Json, Quiet
 from ternary.commands.options import (
@@ -106,7 +107,6 @@ def calibrate(
     )
     from ternary.config import CalibrateConfig, QuantConfig
     from ternary.policy import DEFAULT_PATTERNS, Policy
-    from ternary.storage import files
 
     quant = QuantConfig(
         granularity=granularity,
@@ -131,7 +131,7 @@ def calibrate(
         blocks=parse_blocks(blocks),
         seed=seed,
     )
-    files.check_target(out, force=force)
+    check_target(out, force=force)
     enable_compilation_cache()
     texts = read_prompts(prompts)
     src = resolve(teacher)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from flux_jax import images
 from flux_jax.pipeline import FluxPipeline
-from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.prompt_embeds import PromptEmbeds
+from flux_jax.prompts import TextEncoders
 from flux_jax.transformer import FluxTransformer
 from ternary.distillation.placement import on_every_device
 

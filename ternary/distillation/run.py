@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from convert.hub import local_path
 from flux_jax import loading
 from flux_jax.errors import UserError
 from flux_jax.files import claimed, make_folder
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.processes import Processes
-from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.prompt_embeds import PromptEmbeds
+from flux_jax.prompts import TextEncoders
 from flux_jax.sharding import axis_size
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import split_flat
@@ -48,8 +50,8 @@ from ternary.distillation.task import (
 from ternary.distillation.text_cache import TextTable, cached_embeds
 from ternary.distillation.training_state import PATIENCE, StateStore, complete_steps
 from ternary.distillation.trajectory import Trajectories
-from ternary.storage.files import local_path, weights_crc32
 from ternary.storage.saving import save_checkpoint
+from ternary.storage.source import weights_crc32
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
+from convert.hub import local_path
 from flux_jax import loading
 from flux_jax.composition.prompts import EvalPrompt, load_prompts
 from flux_jax.errors import UserError
@@ -29,7 +30,6 @@ from ternary.distillation.placement import abstract_student
 from ternary.distillation.run_config import RunConfig, differences, load_yaml, to_yaml
 from ternary.distillation.training_state import complete_steps
 from ternary.layers import TernaryLinear
-from ternary.storage.files import local_path
 from ternary.storage.latents import Latents, load_latents
 
 logger = logging.getLogger(__name__)

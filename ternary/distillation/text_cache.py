@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from convert.safetensors_read import SafetensorsReader
+from convert.tensors import BFLOAT16, Spec
 from flux_jax.errors import UserError
 from flux_jax.files import writing
 from flux_jax.processes import Processes
-from flux_jax.prompts import PromptEmbeds
-from ternary.storage import files
-from ternary.storage.format import BFLOAT16, Stored
+from flux_jax.prompt_embeds import PromptEmbeds
 from ternary.storage.tensor_file import TensorFile
 
 # Prompts of one file: what is in host memory at a time while it is written.
@@ -45,10 +45,10 @@ class TextTable:
           UserError: a file that is missing or damaged, or holds other shapes.
         """
         self.shape = shape
-        self._files: dict[int, files.StoredTensors] = {}
+        self._files: dict[int, SafetensorsReader] = {}
         for start in range(0, count, CHUNK):
             path = _path(folder, start)
-            found = self._files[start] = files.StoredTensors(path)
+            found = self._files[start] = SafetensorsReader.open_file(path)
             wanted = _tensors(min(CHUNK, count - start), shape)
             if found.specs != wanted:
                 raise UserError(f"{path}: holds {found.specs}, expected {wanted}; delete {folder}")
@@ -67,8 +67,8 @@ class TextTable:
         pooled = np.empty((flat.size, pooled_width), BFLOAT16)
         for place, row in enumerate(flat.tolist()):
             file = self._files[row - row % CHUNK]
-            file.read_rows("txt", row % CHUNK, txt[place : place + 1])
-            file.read_rows("pooled", row % CHUNK, pooled[place : place + 1])
+            file.read_into("txt", row % CHUNK, txt[place : place + 1])
+            file.read_into("pooled", row % CHUNK, pooled[place : place + 1])
         return txt.reshape(*rows.shape, tokens, width), pooled.reshape(*rows.shape, pooled_width)
 
     def close(self) -> None:
@@ -114,11 +114,11 @@ def _path(folder: Path, start: int) -> Path:
     return folder / f"{start:06d}.safetensors"
 
 
-def _tensors(count: int, shape: Shape) -> dict[str, Stored]:
+def _tensors(count: int, shape: Shape) -> dict[str, Spec]:
     tokens, width, pooled = shape
     return {
-        "txt": Stored((count, tokens, width), BFLOAT16),
-        "pooled": Stored((count, pooled), BFLOAT16),
+        "txt": Spec((count, tokens, width), BFLOAT16),
+        "pooled": Spec((count, pooled), BFLOAT16),
     }
 
 

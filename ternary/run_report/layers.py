@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from flux_jax.assets import SHIPPED
-from ternary.storage import files
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.format import WEIGHT
 from ternary.storage.inspection import LayerReport, Report, inspect_checkpoint
 from ternary.storage.pack import quantize_weight
+from ternary.storage.source import open_pipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def inspect_student(
         if local:
             assert teacher is not None
             granularity = checkpoint.description.quant.granularity
-            with files.open_pipeline(teacher) as pipeline:
+            with open_pipeline(teacher) as pipeline:
                 for name in checkpoint.layers:
                     on_layer(total)
                     if pipeline.shapes.get(name + WEIGHT) == checkpoint.shapes[name + WEIGHT]:

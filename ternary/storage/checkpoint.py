@@ -19,6 +19,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Shaped, UInt8
 
+from convert import tables
+from convert.files import read_json
+from convert.safetensors_read import SafetensorsReader
+from convert.tensors import BFLOAT16, Spec, as_bytes, read_whole
+from convert.transforms import Shape
 from flux_jax.components import abstract_module
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
@@ -29,16 +34,11 @@ from pallas_kernels import GROUP
 from pallas_kernels.backends import default_device
 from ternary.config import QuantConfig
 from ternary.layers import TernaryLinear
-from ternary.storage import files
 from ternary.storage.base3 import base3_to_packed, unpack_base3
 from ternary.storage.device_base3 import base3_to_packed_on
 from ternary.storage.format import (
-    BFLOAT16,
     CODES,
-    FILE,
     WEIGHT,
-    Shape,
-    Stored,
     check_tensors,
     expected_tensors,
     layers_in,
@@ -70,16 +70,16 @@ class TernaryCheckpoint:
           UserError: another format or version, or a file that is damaged; the message names the
             tensor.
         """
-        raw = files.read_json(folder / "config.json")
-        self._what = str(folder / FILE)
+        raw = read_json(folder / "config.json")
+        self._what = str(folder / tables.TERNARY_FILE)
         self.description = read_description(
             raw.pop("quantization_config", None), str(folder / "config.json")
         )
-        self.config = files.config_from_json(raw)
+        self.config = _config(raw)
         self.shapes = dense_shapes(self.config)
-        self._tensors = files.StoredTensors(folder / FILE)
+        self._reader = SafetensorsReader.open_file(folder / tables.TERNARY_FILE)
         try:
-            self.stored = self._tensors.specs
+            self.stored = self._reader.specs
             self.layers = layers_in(self.stored)
             expected = expected_tensors(self.shapes, self.layers, self.description.quant)
             check_tensors(self.stored, expected, self._what)
@@ -89,16 +89,9 @@ class TernaryCheckpoint:
         except UserError:
             self.close()
             raise
-        self.specs = files.reader_specs(
-            {name: Stored(shape, BFLOAT16) for name, shape in self.shapes.items()}
-        )
+        self.specs = {name: Spec(shape, BFLOAT16) for name, shape in self.shapes.items()}
         self.read_once = False  # of `convert`'s readers; without effect
         self._decoded: tuple[str, np.ndarray] | None = None
-
-    @property
-    def stored_specs(self) -> dict[str, Any]:
-        """What lies on the disk, as `convert` describes tensors."""
-        return files.reader_specs(self.stored)
 
     def read(self, name: str) -> Shaped[np.ndarray, ...]:
         """A tensor as it is stored.
@@ -106,13 +99,12 @@ class TernaryCheckpoint:
         Raises:
           UserError: its bytes are not those that were written, or no base-3 digits.
         """
-        values = self._tensors.read(name)
-        data = values.reshape(-1).view(np.uint8)
-        if zlib.crc32(data.data) != self.description.crc32[name]:
+        values = read_whole(self._reader, name)
+        found, expected = zlib.crc32(as_bytes(values)), self.description.crc32[name]
+        if found != expected:
             raise UserError(
-                f"{self._what}: tensor `{name}` is damaged: its checksum is "
-                f"{zlib.crc32(data.data):08x}, expected {self.description.crc32[name]:08x}; "
-                "copy or download it again"
+                f"{self._what}: tensor `{name}` is damaged: its checksum is {found:08x}, expected "
+                f"{expected:08x}; copy or download it again"
             )
         return values
 
@@ -199,7 +191,12 @@ class TernaryCheckpoint:
 
     def close(self) -> None:
         """Close the file."""
-        self._tensors.close()
+        self._reader.close()
+
+
+def _config(raw: Mapping[str, Any]) -> FluxConfig:
+    config: Any = tables.config_from_hf("transformer", raw)
+    return config
 
 
 def _decoder(place: jax.sharding.Sharding) -> jax.Device | None:

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from convert.problems import refusal
+from convert.tensors import BFLOAT16, Spec
+from convert.transforms import Shape
 from flux_jax.errors import UserError
 from pallas_kernels import GROUP
 from ternary.config import QuantConfig, scale_shape
@@ -27,19 +29,8 @@ from ternary.storage.base3 import base3_width
 
 METHOD = "flux_ternary"
 VERSION = 1
-FILE = "ternary.safetensors"
 CODES = ".ternary"
 WEIGHT = ".weight"
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-Shape = tuple[int, ...]
-
-
-class Stored(NamedTuple):
-    """Shape and dtype of a stored tensor."""
-
-    shape: Shape
-    dtype: np.dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +123,7 @@ def layers_in(stored: Iterable[str]) -> list[str]:
 
 def expected_tensors(
     dense: Mapping[str, Shape], layers: Iterable[str], quant: QuantConfig
-) -> dict[str, Stored]:
+) -> dict[str, Spec]:
     """Every tensor of a checkpoint.
 
     Args:
@@ -147,23 +138,23 @@ def expected_tensors(
     strangers = sorted(name for name in chosen if len(dense.get(name + WEIGHT, ())) != 2)
     if strangers:
         raise UserError(f"tensor `{strangers[0]}{CODES}` belongs to no linear of this model")
-    found: dict[str, Stored] = {}
+    found: dict[str, Spec] = {}
     for name, shape in dense.items():
         layer = name.removesuffix(WEIGHT)
         if not name.endswith(WEIGHT) or layer not in chosen:
-            found[name] = Stored(shape, BFLOAT16)
+            found[name] = Spec(shape, BFLOAT16)
             continue
         rows, columns = shape
         scale = scale_shape(quant.granularity, rows, columns)
-        found[layer + CODES] = Stored((rows, base3_width(columns)), np.dtype(np.uint8))
-        found[f"{layer}.scale"] = Stored(scale, np.dtype(np.float16))
+        found[layer + CODES] = Spec((rows, base3_width(columns)), np.dtype(np.uint8))
+        found[f"{layer}.scale"] = Spec(scale, np.dtype(np.float16))
         if quant.rank:
-            found[f"{layer}.low_rank_a"] = Stored((quant.rank, columns), BFLOAT16)
-            found[f"{layer}.low_rank_b"] = Stored((rows, quant.rank), BFLOAT16)
+            found[f"{layer}.low_rank_a"] = Spec((quant.rank, columns), BFLOAT16)
+            found[f"{layer}.low_rank_b"] = Spec((rows, quant.rank), BFLOAT16)
     return found
 
 
-def check_tensors(found: Mapping[str, Stored], expected: Mapping[str, Stored], what: str) -> None:
+def check_tensors(found: Mapping[str, Spec], expected: Mapping[str, Spec], what: str) -> None:
     """Compare what is stored with what should be.
 
     Raises:
@@ -175,9 +166,8 @@ def check_tensors(found: Mapping[str, Stored], expected: Mapping[str, Stored], w
         if name in found and found[name] != wanted:
             problems.append(f"tensor `{name}` is {_show(found[name])}, expected {_show(wanted)}")
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{what}: {'; '.join(problems[:5])}{more}")
+        raise refusal(what, problems)
 
 
-def _show(stored: Stored) -> str:
-    return f"{stored.dtype} {stored.shape}"
+def _show(spec: Spec) -> str:
+    return f"{spec.dtype} {spec.shape}"

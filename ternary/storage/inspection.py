@@ -11,15 +11,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
+from convert import hub
+from convert.tensors import Spec
+from convert.transforms import Shape
 from flux_jax.assets import resolve
 from flux_jax.tree import to_flat
 from pallas_kernels import unpack_codes
 from ternary.config import QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import coverage
-from ternary.storage import files
 from ternary.storage.checkpoint import open_checkpoint
-from ternary.storage.format import CODES, WEIGHT, Shape, Stored, expected_tensors
+from ternary.storage.format import CODES, WEIGHT, expected_tensors
 from ternary.storage.saving import ternary_layers
 
 
@@ -96,7 +98,7 @@ def inspect_checkpoint(
     """
     if isinstance(folder, nnx.Module):
         return _inspect_module(folder, on_layer)
-    with open_checkpoint(files.local_path(resolve(folder))) as checkpoint:
+    with open_checkpoint(hub.local_path(resolve(folder))) as checkpoint:
         layers = []
         for name in checkpoint.layers:
             on_layer(len(checkpoint.layers))
@@ -137,11 +139,11 @@ def _shape(layer: TernaryLinear | FakeTernaryLinear) -> tuple[int, int]:
 def _report(
     quant: QuantConfig,
     shapes: Mapping[str, Shape],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, Spec],
     layers: Sequence[LayerReport],
 ) -> Report:
     counted = coverage(shapes, [layer.name for layer in layers])
-    nbytes = sum(_nbytes(each) for each in stored.values())
+    nbytes = sum(spec.nbytes for spec in stored.values())
     return Report(
         granularity=quant.granularity,
         activation_bits=quant.activation_bits,
@@ -161,12 +163,12 @@ def _layer(
     name: str,
     codes: UInt8[np.ndarray, "N K"],
     scale: Float[np.ndarray, "*scale"],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, Spec],
     relative_error: float | None,
 ) -> LayerReport:
     rows, columns = codes.shape
     own = (CODES, ".scale", ".low_rank_a", ".low_rank_b")
-    nbytes = sum(_nbytes(stored[name + s]) for s in own if name + s in stored)
+    nbytes = sum(stored[name + s].nbytes for s in own if name + s in stored)
     return LayerReport(
         name=name,
         shape=(rows, columns),
@@ -175,10 +177,6 @@ def _layer(
         relative_error=relative_error,
         bits=8 * nbytes / codes.size,
     )
-
-
-def _nbytes(stored: Stored) -> int:
-    return math.prod(stored.shape) * stored.dtype.itemsize
 
 
 def table(report: Report) -> list[str]:

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from convert.files import read_json
+from convert.safetensors_read import SafetensorsReader
+from convert.tensors import Spec, as_bytes, read_whole
 from flux_jax.errors import UserError
 from ternary.config import QuantConfig
 from ternary.policy import Policy
-from ternary.storage import files
-from ternary.storage.format import Stored
 from ternary.storage.tensor_file import TensorFile
 
 FORMAT = "flux_ternary_latents"
@@ -50,28 +51,28 @@ class Latents(Mapping[str, np.ndarray]):
         Raises:
           UserError: a file that is missing or damaged, or has other tensors than it should.
         """
-        self._readers: dict[str, files.StoredTensors] = {}
+        self._readers: dict[str, SafetensorsReader] = {}
         self._places: dict[str, tuple[str, int]] = {}
         self._what = folder
         for part, expected in checksums.items():
             if Path(part).name != part:
                 raise UserError(f"{folder / INDEX}: {ascii(part)[:60]} is no file of this folder")
             path = folder / f"{part}.safetensors"
-            reader = self._readers[part] = files.StoredTensors(path)
+            reader = self._readers[part] = SafetensorsReader.open_file(path)
             wrong = sorted(reader.specs.keys() ^ expected.keys())
             if wrong:
                 state = "is missing" if wrong[0] in expected else "is not expected"
                 raise UserError(f"{path}: tensor `{wrong[0]}` {state}; make the latents again")
             self._places |= {name: (part, crc) for name, crc in expected.items()}
 
-    def spec(self, name: str) -> Stored:
+    def spec(self, name: str) -> Spec:
         """Shape and dtype of a tensor, from the header."""
         return self._readers[self._places[name][0]].specs[name]
 
     def __getitem__(self, name: str) -> np.ndarray:
         part, crc = self._places[name]
-        values = self._readers[part].read(name)
-        found = zlib.crc32(values.reshape(-1).view(np.uint8).data)
+        values = read_whole(self._readers[part], name)
+        found = zlib.crc32(as_bytes(values))
         if found != crc:
             raise UserError(
                 f"{self._what}: tensor `{name}` of {part} is damaged: its checksum is "
@@ -103,7 +104,7 @@ def write_part(path: Path, tensors: Mapping[str, Any]) -> Checksums:
     Raises:
       OSError: it cannot be written.
     """
-    stored = {n: Stored(tuple(v.shape), np.dtype(v.dtype)) for n, v in tensors.items()}
+    stored = {n: Spec(tuple(v.shape), np.dtype(v.dtype)) for n, v in tensors.items()}
     with TensorFile(path, stored) as file:
         for name, values in tensors.items():
             file.write(name, np.asarray(values))
@@ -152,7 +153,7 @@ def load_latents(folder: Path) -> tuple[Latents, QuantConfig, Policy]:
         raise UserError(
             f"{folder}: has no {INDEX}; expected the latents of `python -m ternary calibrate`"
         )
-    raw = files.read_json(path)
+    raw = read_json(path)
     if raw.get("format") != FORMAT:
         raise UserError(f"{path}: format {ascii(raw.get('format'))[:40]}, expected {FORMAT!r}")
     if raw.get("format_version") != VERSION:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from convert.tensors import BFLOAT16
 from flux_jax.errors import UserError
 from pallas_kernels import GROUP, group_count
 from ternary.storage.base3 import base3_width, encode_block
-from ternary.storage.format import BFLOAT16
 from ternary.storage.threads import over_rows
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from convert import hub
+from convert.replaceable import check_target, staged_folder
+from convert.tensors import BFLOAT16
 from flux_jax.errors import UserError
 from ternary.config import QuantConfig
 from ternary.policy import Coverage, Policy, coverage, select
-from ternary.storage import files
-from ternary.storage.format import BFLOAT16, CODES, WEIGHT, linears_in
+from ternary.storage.format import CODES, WEIGHT, linears_in
 from ternary.storage.pack import quantize_weight
 from ternary.storage.saving import write_transformer
+from ternary.storage.source import open_dense_pipeline
 
 
 def quantize_checkpoint(
@@ -49,9 +52,9 @@ def quantize_checkpoint(
     quant, policy = quant or QuantConfig(), policy or Policy()
     if quant.rank:
         raise UserError("rounding without training makes no low-rank branch; rank must be 0")
-    dst = files.local_path(dst)
-    files.check_target(dst, force=force)
-    with files.open_dense_pipeline(src) as pipeline:
+    dst = hub.local_path(dst)
+    check_target(dst, force=force)
+    with open_dense_pipeline(src) as pipeline:
         shapes = pipeline.shapes
         layers = select(linears_in(shapes), policy)
         chosen = set(layers)
@@ -71,7 +74,7 @@ def quantize_checkpoint(
                     yield name, values.astype(BFLOAT16, copy=False)
                 on_bytes(2 * math.prod(shape))
 
-        with files.staged(dst, force=force) as stage:
+        with staged_folder(dst, force=force) as stage:
             pipeline.write_rest(stage)
             write_transformer(
                 stage / "transformer", pipeline.config, quant, layers, tensors(), errors

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convert import hub, tables
+from convert.replaceable import staged_folder
+from convert.tensors import BFLOAT16
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.linears import linears
@@ -19,10 +22,10 @@ from flux_jax.tree import to_flat
 from pallas_kernels import unpack_codes
 from ternary.config import GRANULARITIES, QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
-from ternary.storage import files
 from ternary.storage.base3 import pack_base3
 from ternary.storage.checkpoint import dense_shapes
-from ternary.storage.format import BFLOAT16, CODES, FILE, Description, expected_tensors
+from ternary.storage.format import CODES, Description, expected_tensors
+from ternary.storage.source import open_pipeline
 from ternary.storage.tensor_file import TensorFile
 
 
@@ -49,7 +52,7 @@ def write_transformer(
     """
     folder.mkdir()
     expected = expected_tensors(dense_shapes(config), layers, quant)
-    with TensorFile(folder / FILE, expected) as file:
+    with TensorFile(folder / tables.TERNARY_FILE, expected) as file:
         for name, values in tensors:
             file.write(name, values)
     description = Description(
@@ -57,7 +60,10 @@ def write_transformer(
         crc32={name: file.crc32[name] for name in expected},
         relative_error=relative_error,
     )
-    content = {**files.config_to_json(config), "quantization_config": description.to_json()}
+    content = {
+        **tables.config_to_hf("transformer", config),
+        "quantization_config": description.to_json(),
+    }
     (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -84,8 +90,8 @@ def save_checkpoint(
         )
     check_no_lora(transformer)
     found, quant = ternary_layers(transformer)
-    path = files.local_path(path)
-    with files.open_pipeline(rest) as pipeline, files.staged(path, force=force) as stage:
+    path = hub.local_path(path)
+    with open_pipeline(rest) as pipeline, staged_folder(path, force=force) as stage:
         pipeline.write_rest(stage)
         tensors = _stored_tensors(transformer, found)
         write_transformer(

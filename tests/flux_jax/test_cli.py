@@ -22,7 +22,6 @@ from flux_jax.cli import app, common
 from flux_jax.errors import UserError
 from flux_jax.loading import check_request
 from flux_jax.metadata import read_png, save_png
-from flux_jax.pipeline import FluxPipeline
 from tests.small_pipeline import small_folder
 
 
@@ -188,19 +187,6 @@ def test_replay_says_when_the_weights_are_others(folder, tmp_path, caplog):
     caplog.clear()
     run("generate", "--replay", out, "--out", tmp_path / "again.png")
     assert f"other weights (fingerprint {'0' * 16}, here {record.fingerprint})" in caplog.text
-
-
-def test_replay_of_an_image_of_an_earlier_version(folder, tmp_path, caplog):
-    """Its record has the weights' fingerprint, and no word of kernels."""
-    out = tmp_path / "image.png"
-    draw(folder, out, "a red circle", "--seed", 5)
-    weights = FluxPipeline.from_pretrained(folder).fingerprints().weights
-    record = dataclasses.replace(read_png(out), fingerprint=weights)
-    save_png(Image.open(out), out, record)
-    caplog.clear()
-    run("generate", "--replay", out, "--out", tmp_path / "again.png")
-    assert "fingerprint" not in caplog.text
-    np.testing.assert_array_equal(pixels(tmp_path / "again.png"), pixels(out))
 
 
 def test_replay_takes_the_attention_that_drew_the_image(folder, tmp_path, caplog):

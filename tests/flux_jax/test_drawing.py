@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import os
 import subprocess
@@ -15,7 +14,7 @@ from flux_jax import drawing
 from flux_jax.configs import SchedulerConfig
 from flux_jax.drawing import Job, draw
 from flux_jax.errors import UserError
-from flux_jax.metadata import read_png, save_png
+from flux_jax.metadata import read_png
 from flux_jax.processes import Processes
 from tests.small_pipeline import small_pipeline
 
@@ -87,16 +86,6 @@ def test_an_image_of_another_scheduler_or_attention_is_refused(jobs, tmp_path):
     pipe.scheduler = SchedulerConfig(shift=2.0, use_dynamic_shifting=False)
     with pytest.raises(UserError, match="is there with fingerprint"):
         draw(pipe, jobs[:1], tmp_path, settings=SETTINGS, progress=False)
-
-
-def test_an_image_of_an_earlier_version_is_left_alone(pipe, jobs, tmp_path):
-    """Its fingerprint was of the weights alone."""
-    draw(pipe, jobs[:1], tmp_path, settings=SETTINGS, progress=False)
-    path = tmp_path / jobs[0].file
-    earlier = dataclasses.replace(read_png(path), fingerprint=pipe.fingerprints().weights)
-    with Image.open(path) as image:
-        save_png(image, path, earlier)
-    assert draw(pipe, jobs[:1], tmp_path, settings=SETTINGS, progress=False) == 0
 
 
 def test_an_image_of_other_settings_is_refused_or_replaced(pipe, jobs, tmp_path):

@@ -34,12 +34,7 @@ def test_fingerprint_tells_settings_apart(pipe):
     changed[1].scheduler = dataclasses.replace(pipe.scheduler, shift=1.5)
     t5 = changed[2].text_encoders.text_encoder_2
     t5.config = dataclasses.replace(t5.config, layer_norm_epsilon=1e-5)
-    found = [one.fingerprints() for one in (pipe, *changed)]
-    assert len({one.model for one in found}) == 4
-    assert len({one.weights for one in found}) == 1
-    assert found[1].model in found[1]
-    assert found[1].weights in found[1]
-    assert found[0].model not in found[1]
+    assert len({one.fingerprint() for one in (pipe, *changed)}) == 4
 
 
 def test_fingerprint_tells_activation_bits_apart():
@@ -68,9 +63,9 @@ def test_settings_do_not_depend_on_how_numbers_are_written(pipe):
 
 def test_fingerprint_outlives_the_text_encoders():
     pipe = small_pipeline()
-    before = pipe.fingerprints()
+    before = pipe.fingerprint()
     pipe.free_text_encoders()
-    assert pipe.fingerprints() == before
+    assert pipe.fingerprint() == before
 
 
 @pytest.mark.parametrize("placement", ["resident", "offloaded", "streamed"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flux_jax.errors import UserError
-from flux_jax.prompts import PromptEmbeds
+from flux_jax.prompt_embeds import PromptEmbeds
 
 
 def test_arrays_of_another_rank_are_refused():

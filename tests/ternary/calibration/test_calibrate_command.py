@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from convert.replaceable import check_target
 from flux_jax.errors import UserError
 from flux_jax.files import claimed
 from flux_jax.linears import linears
-from flux_jax.loading import load_text_encoders
 from flux_jax.pipeline import FluxPipeline
-from flux_jax.prompts import PromptEmbeds, TextEncoders
+from flux_jax.prompt_embeds import PromptEmbeds
+from flux_jax.prompts import TextEncoders
 from flux_jax.tree import split_flat, to_flat
 from ternary.calibration import run as run_module
 from ternary.calibration.run import calibrate_checkpoint, encode_prompts, image_grid
@@ -33,7 +34,6 @@ from ternary.config import CalibrateConfig, QuantConfig
 from ternary.distillation.step import PromptSet
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy
-from ternary.storage import files
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.latents import load_latents
 from ternary.student import make_student
@@ -225,15 +225,13 @@ def test_a_target_that_is_there_is_refused_before_any_work(folder, made):
     assert "exists already; --force replaces it" in result.stderr
     # What it wrote itself, latent weights and all, it may replace.
     assert (made[0] / "latents").is_dir()
-    files.check_target(made[0], force=True)
+    check_target(made[0], force=True)
 
 
 def test_prompts_are_encoded_as_the_pipeline_does(folder):
     texts = [f"a {colour} cube" for colour in ("red", "blue", "green")] * 3
     found = encode_prompts(folder / "teacher", texts)
-    encoders = load_text_encoders(
-        folder / "teacher", dtype=jnp.bfloat16, mesh=None, placement="resident"
-    )
+    encoders = TextEncoders.from_pretrained(folder / "teacher", placement="resident")
     expected = encoders.encode(texts)
     np.testing.assert_array_equal(found.txt, np.asarray(expected.prompt_embeds))
     np.testing.assert_array_equal(found.pooled, np.asarray(expected.pooled_prompt_embeds))
@@ -255,7 +253,7 @@ def test_blocks_on_the_command_line_are_refused():
 
 def stop_before_the_end(folder, out, *more):
     """A call that is interrupted when all blocks are done."""
-    staged = run_module.files.staged
+    staged = run_module.staged_folder
 
     @contextlib.contextmanager
     def killed(*given, **named):
@@ -264,7 +262,7 @@ def stop_before_the_end(folder, out, *more):
         yield
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.files, "staged", killed)
+        patch.setattr(run_module, "staged_folder", killed)
         assert CliRunner().invoke(app, arguments(folder, out, *more)).exit_code != 0
     assert Path(f"{out}.calibration").is_dir()
 

@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from flux_jax.prompts import PromptEmbeds
+from flux_jax.prompt_embeds import PromptEmbeds
 from ternary.distillation.text_cache import cached_embeds
 from tests.jobs import with_devices
 

@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 from convert import engine
+from convert.tables import TERNARY_FILE as FILE
 from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
@@ -29,7 +30,7 @@ from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy, select
 from ternary.storage import base3, checkpoint, inspection
 from ternary.storage.checkpoint import abstract_ternary, dense_shapes, open_checkpoint
-from ternary.storage.format import FILE, expected_tensors
+from ternary.storage.format import expected_tensors
 from ternary.storage.rounding import quantize_checkpoint
 from ternary.storage.saving import save_checkpoint
 from ternary.storage.tensor_file import TensorFile

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ternary.storage.files import weights_crc32
+from ternary.storage.source import weights_crc32
 from tests.small_pipeline import small_folder
 from tests.ternary.teacher_files import negate_tensor
 
