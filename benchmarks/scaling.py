@@ -6,7 +6,9 @@
     python -m benchmarks.scaling distill --devices 2 --tiny     # anywhere
 
 Each run adds its rows to `benchmarks/results/scaling_<what>_<device>.json` and takes a few minutes;
-the rows of other numbers of devices stay, and what compares them is computed anew.
+the rows of other numbers of devices stay, and what compares them is computed anew. Compiling a
+training step takes four minutes, in which the devices idle: with JAX_COMPILATION_CACHE_DIR set,
+`distill --only-compile` does it ahead, for several numbers of devices side by side.
 
 Distillation: `--steps` training steps with one state a device, split over fsdp. Model-FLOP
 utilisation counts a forward pass for the teacher and three for the student (the gradient is two),
@@ -158,7 +160,7 @@ def train(
     Args:
       flux, size: the transformer, and the tokens of a state.
       devices: how many, from the first.
-      steps: of the training.
+      steps: of the training; with 0 its step is only compiled.
       optimizer: as in `DistillConfig`.
     """
     import jax
@@ -171,7 +173,7 @@ def train(
     from ternary.config import DistillConfig
 
     mesh = make_mesh(fsdp=devices)
-    teacher = random_transformer(flux, mesh=mesh)
+    teacher = random_transformer(flux, mesh=mesh) if steps else None
     setup = Setup.of(
         flux,
         mesh,
@@ -185,6 +187,8 @@ def train(
     program = setup.compiled()
     compiled = time.perf_counter() - begun
     print(f"  compiled in {compiled:.0f} s", flush=True)
+    if teacher is None:
+        return Trained(compile=compiled, seconds=[], losses=[])
     state, weights = setup.start.from_teacher(), split_flat(teacher)[1]
     draw = jax.jit(
         lambda key: jax.tree.map(
@@ -211,6 +215,9 @@ def distill(
     devices: Devices,
     steps: Annotated[int, typer.Option(min=2, help="Training steps.")] = 50,
     optimizer: Annotated[str, typer.Option(help="adamw, lion or adafactor.")] = "adamw",
+    only_compile: Annotated[
+        bool, typer.Option("--only-compile", help="Fill JAX's cache, which takes no memory.")
+    ] = False,
     tiny: Tiny = False,
     out: Out = RESULTS,
     commit: Commit = None,
@@ -218,6 +225,9 @@ def distill(
     """Distil at random states; time, loss, memory and utilisation."""
     flux = FluxConfig.tiny() if tiny else FluxConfig.dev()
     size = paper.SIZES["tiny" if tiny else "full"][1]
+    if only_compile:
+        train(flux, size, devices=devices, steps=0, optimizer=optimizer)
+        return
     found = train(flux, size, devices=devices, steps=steps, optimizer=optimizer)
     tenth = max(1, steps // 10)
     first, last = statistics.fmean(found.losses[:tenth]), statistics.fmean(found.losses[-tenth:])

@@ -136,12 +136,14 @@ class RunLog:
         values: list[Any] = jax.device_get(list(pending))
         states = self._config.batch_size * self._config.distill.accumulate
         speed = len(values) * states / (time.perf_counter() - since)
+        first = done - len(values)
+        # Of all steps at once, lest each wait for the device. The schedule counts from 0.
+        rates = np.asarray(self._rate(np.arange(first, done)))
         rows: list[dict[str, Any]] = []
-        for number, metrics in enumerate(values, done - len(values) + 1):
+        for number, metrics, rate in zip(range(first + 1, done + 1), values, rates, strict=True):
             row: dict[str, Any] = {"step": number}
             row |= {name: float(np.asarray(value)) for name, value in metrics._asdict().items()}
-            # The schedule counts the steps before this one.
-            row["learning_rate"] = float(np.asarray(self._rate(number - 1)))
+            row["learning_rate"] = float(rate)
             row["states_per_second"] = round(speed, 2)
             rows.append(row)
         return rows

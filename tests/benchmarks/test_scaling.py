@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks import paper, scaling, scaling_times
 from benchmarks.common import RESULTS, Figure, Result, read_result
+from benchmarks.distill_setup import Setup
 from flux_jax.configs import FluxConfig
 
 
@@ -39,6 +40,27 @@ def test_distill_adds_a_row_for_each_number_of_devices(tmp_path):
     ratio = found[f"{four}/rate"].value / found[f"{two}/rate"].value
     assert found[f"{four}/scaling"].value == pytest.approx(ratio, rel=1e-4)
     assert f"{two}/scaling" not in found
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("shallow")
+def test_what_is_compiled_ahead_is_what_runs(tmp_path):
+    """The same program to the letter, so that the run finds it in the cache."""
+    arguments = ["distill", "--devices", "2", "--tiny", "--out", str(tmp_path)]
+    programs = []
+    compiled = Setup.compiled
+
+    def kept(setup):
+        lowered = setup.program.lower(setup.start.abstract(), setup.teacher, setup.rows)
+        programs.append(lowered.as_text())
+        return compiled(setup)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Setup, "compiled", kept)
+        assert CliRunner().invoke(scaling.app, [*arguments, "--only-compile"]).exit_code == 0
+        assert list(tmp_path.iterdir()) == []
+        assert CliRunner().invoke(scaling.app, [*arguments, "--steps", "12"]).exit_code == 0
+    assert programs[0] == programs[1]
 
 
 @pytest.mark.long
