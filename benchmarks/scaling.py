@@ -271,21 +271,25 @@ def draw(
       repeats: timed calls, after one that compiles.
     """
     count = len(embeds.prompts)
-    seconds = []
-    for _ in range(repeats + 1):
+
+    def timed(output_type: str) -> float:
         begun = time.perf_counter()
         pipe(
             embeds,
             seed=0,
             num_inference_steps=steps,
             max_sequence_length=embeds.prompt_embeds.shape[1],
-            output_type="np",
+            output_type=output_type,
             progress=False,
         )
-        seconds.append(time.perf_counter() - begun)
+        return time.perf_counter() - begun
+
+    seconds = [timed("np") for _ in range(repeats + 1)]
     taken = statistics.median(seconds[1:])
+    latents = statistics.median(timed("latent") for _ in range(repeats))
     figures = {
         "seconds": Figure(value=taken, unit="s", note=f"{steps} steps and the decoder"),
+        "latents": Figure(value=latents, unit="s", note="the same without the decoder"),
         "rate": Figure(value=count / taken, unit="images/s"),
         "first": Figure(value=seconds[0], unit="s", note="compilation included"),
     }
