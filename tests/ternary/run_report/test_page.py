@@ -240,10 +240,10 @@ def test_all_steps_without_a_student(tmp_path):
 
 
 def test_the_record_of_the_shipped_student():
-    """A real run, of which only the tables and settings are kept."""
+    """A real run of before the pictures had legends; only its tables and settings were kept."""
     page = page_of(ROOT / "examples" / "tiny_flux" / "record" / "student")
-    assert "All 36,000 steps are taken; student/ is not in the folder." in page.text
-    assert "composition score 0.931 98.2% kept; teacher 0.947" in page.text
+    assert "All 18,000 steps are taken; student/ is not in the folder." in page.text
+    assert "composition score 0.936 98.4% kept; teacher 0.951" in page.text
     assert "samples/ has no pictures." in page.text
     assert "this run recorded no categories" in page.text
 
