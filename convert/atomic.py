@@ -2,7 +2,7 @@
 
 Everything is written beside the target, in `NAME.partial-XXXXXXXX`, and renamed when it is whole.
 A killed run leaves such a folder behind; the next run to the same target removes it. A lock in the
-folder tells a dead run from one that is still writing.
+folder tells a dead run from one that is still writing, and from a folder of the user's own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) ->
     lock = None
     try:
         lock = os.open(stage / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Some network disks lock nothing.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield stage / target.name
         _on_disk(stage / target.name)
         _put_in_place(stage / target.name, target, force=force)
@@ -68,10 +70,14 @@ def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], boo
     """Whether `staged` may write to `target`.
 
     Raises:
-      UserError: it exists and is not to be replaced.
+      UserError: it exists and is not to be replaced, or is a mount point, which cannot be.
     """
     if not target.exists() and not target.is_symlink():
         return
+    if os.path.ismount(target):
+        raise UserError(
+            f"{target}: is a mount point, in whose place nothing can be put; give a folder in it"
+        )
     if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         return
     if not force:
@@ -100,17 +106,21 @@ def _remove_stale(target: Path) -> None:
     for stage in target.parent.glob(f"{_escape(target.name)}.partial-????????"):
         try:
             lock = os.open(stage / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            lock = None  # killed before it had one
+        except (FileNotFoundError, NotADirectoryError):
+            # Killed before it had one; or somebody's `model.partial-training`.
+            with contextlib.suppress(OSError):
+                stage.rmdir()
+            continue
         try:
-            if lock is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(stage)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{target}: another conversion is writing to it, in {stage}") from None
+        except OSError:
+            pass  # without locks a dead run cannot be told from one that is alive
+        else:
+            shutil.rmtree(stage)
         finally:
-            if lock is not None:
-                os.close(lock)
+            os.close(lock)
 
 
 def _escape(name: str) -> str:
@@ -121,11 +131,20 @@ def _escape(name: str) -> str:
 def _on_disk(made: Path) -> None:
     """Everything that was made, files and folders, before it gets its name."""
     for path in [made, *made.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network disks and shared folders do that for no folder.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _put_in_place(made: Path, target: Path, *, force: bool) -> None:
@@ -145,11 +164,7 @@ def _put_in_place(made: Path, target: Path, *, force: bool) -> None:
         target.rename(old)
         made.rename(target)
         remove(old)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(target.parent)
 
 
 def remove(path: Path) -> None:

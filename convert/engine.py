@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import atomic, hub
 from convert.files import finish
-from convert.replaceable import check_target, is_checkpoint
+from convert.replaceable import check_apart, check_target, is_checkpoint
 from convert.safetensors_header import SUFFIX
 from convert.source import Parameters, Source, open_source, parameters
 from convert.targets import OnComponentBlock, write_bfl, write_diffusers, write_flax
@@ -110,13 +110,7 @@ def convert(
     # Before a download of tens of gigabytes.
     check_target(dst, force=force)
     src = hub.resolve(src, components, revision=revision)
-    here, there = src.resolve(), dst.resolve()
-    if there == here or there in here.parents:
-        raise UserError(f"{dst}: the target would replace the source {src}; choose another place")
-    if here in there.parents and there.exists():
-        raise UserError(
-            f"{dst}: the target would replace what is in the source {src}; choose another place"
-        )
+    check_apart(src, dst)
     with open_source(src, components, read_once=True) as source:
         if not source.components:
             raise UserError(f"{src}: none of the wanted components in it")

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from convert.orbax_read import OrbaxReader, restore_onto
+from convert.quantized import PackedReader
 from convert.source import Component, Parameters, open_source, parameters
 from convert.tensors import Reader, read_whole
 from flux_jax.components import Config, abstract_module
@@ -102,10 +103,8 @@ def load_component(name: str, source: Component, *, dtype: Any, mesh: Mesh | Non
       UserError: see `parameters`.
     """
     dtype = np.dtype(dtype)
-    # A quantised component makes its module itself; its dense weights are never there.
-    load_module = getattr(source.stored, "load_module", None)
-    if load_module is not None:
-        return load_module(dtype, lambda module: _shardings(module, mesh))
+    if isinstance(source.stored, PackedReader):
+        return source.stored.load_module(dtype, lambda module: _shardings(module, mesh))
     ours = parameters(name, source, dtype)
     abstract = abstract_module(name, source.config, dtype)
     rebuild, flat = split_flat(abstract)

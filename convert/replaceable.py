@@ -35,6 +35,24 @@ def check_target(target: Path, *, force: bool) -> None:
     atomic.check_target(target, force=force, replaceable=is_checkpoint)
 
 
+def check_apart(source: Path, target: Path) -> None:
+    """Refuses to replace a checkpoint by what is made of it.
+
+    Raises:
+      UserError: the target is the source, has it in it, or is there and in the source.
+    """
+    here, there = source.resolve(), target.resolve()
+    if there == here or there in here.parents:
+        raise UserError(
+            f"{target}: the target would replace the source {source}; choose another place"
+        )
+    if here in there.parents and there.exists():
+        raise UserError(
+            f"{target}: the target would replace what is in the source {source}; choose another "
+            "place"
+        )
+
+
 @contextlib.contextmanager
 def staged_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """A folder that becomes the checkpoint `target` at the end of the block, whole or not at all.
@@ -55,8 +73,8 @@ def is_checkpoint(path: Path) -> bool:
     single files that all carry our note: anybody may keep others in one folder.
     """
     try:
-        if path.is_file():
-            return path.suffix == SUFFIX and _is_single_file(path)
+        if not path.is_dir():
+            return path.suffix == SUFFIX and path.is_file() and _is_single_file(path)
         if (path / "model_index.json").is_file():
             is_ours = read_json(path / "model_index.json").get("_class_name") in PIPELINES
             return is_ours and all(map(_belongs, path.iterdir()))

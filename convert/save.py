@@ -41,10 +41,10 @@ class _Arrays:
 
 
 def save(
-    path: Path,
+    path: str | Path,
     modules: Mapping[str, nnx.Module],
     scheduler: SchedulerConfig | None,
-    tokenizers: Mapping[str, Path],
+    tokenizers: Mapping[str, str | Path],
     *,
     force: bool,
 ) -> None:
@@ -56,10 +56,17 @@ def save(
         raise UserError(f"{', '.join(without)}: a module without `config` cannot be saved")
     for name, module in modules.items():
         _check_loadable(name, module, configs[name])
+    folders = {name: hub.local_path(folder) for name, folder in tokenizers.items()}
+    for name, folder in folders.items():
+        if name not in tables.TOKENIZERS or not folder.is_dir():
+            raise UserError(
+                f"tokenizers must be folders by name, of {' and '.join(tables.TOKENIZERS)}; got "
+                f"{name!r}: {folder}"
+            )
     path = hub.local_path(path)
     with staged_folder(path, force=force) as stage:
         with full_disk_explained(path):
-            copy_tokenizers(tokenizers, stage)
+            copy_tokenizers(folders, stage)
             for name, module in modules.items():
                 write_checkpoint(stage / name, _Arrays(to_flat(module)))
         write_config(stage, configs, scheduler)

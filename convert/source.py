@@ -66,7 +66,7 @@ class Component:
     @property
     def quantized(self) -> bool:
         """Whether codes are stored, which stand for the tensors that are read."""
-        return hasattr(self.stored, "stored")
+        return isinstance(self.stored, quantized.PackedReader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _tokenizers(path: Path) -> dict[str, Path]:
 
 def _diffusers_component(name: str, folder: Path) -> Component:
     raw = read_json(folder / "config.json")
-    if raw.get(quantized.KEY) is not None:
+    if raw.get(tables.QUANTIZATION) is not None:
         opened = quantized.open_quantized(name, folder, raw)
         return Component(opened.config, opened, None, f"{name} of {folder}")
     with naming(folder / "config.json"):

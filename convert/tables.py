@@ -44,6 +44,8 @@ CLASSES = {
     "text_encoder_2": ("transformers", "T5EncoderModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
+# Of a component that is quantised: how, in its `config.json`.
+QUANTIZATION = "quantization_config"
 # Of a transformer that is packed, in the place of its safetensors file.
 TERNARY_FILE = "ternary.safetensors"
 # What a calibration leaves beside the components.

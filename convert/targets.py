@@ -74,8 +74,14 @@ def copy_tokenizers(tokenizers: Mapping[str, Path], folder: Path) -> None:
         if here.parent.parent.name == "snapshots":
             allowed.append(here.parent.parent.parent / "blobs")
         (folder / name).mkdir()
-        files = {file for pattern in tables.TOKENIZER_FILES for file in source.glob(pattern)}
-        for file in sorted(files):
+        try:
+            # Not by `glob`, which finds nothing in a folder that may not be read.
+            files = sorted(source.iterdir())
+        except OSError as error:
+            raise UserError(f"{source}: cannot be copied: {error.strerror or error}") from error
+        for file in files:
+            if not any(map(file.match, tables.TOKENIZER_FILES)):
+                continue
             real = file.resolve()
             if real.exists() and not any(real.is_relative_to(place) for place in allowed):
                 raise UserError(f"{file}: a link leads out of its folder, which is not followed")

@@ -205,27 +205,25 @@ def inspect_checkpoint(path_or_repo_id: str | Path, *, revision: str | None = No
     Raises:
       UserError: as for `load_checkpoint`.
     """
-    from convert import source
+    from convert import quantized, source
 
     path = resolve_checkpoint(path_or_repo_id, revision=revision)
     with source.open_source(path) as opened:
         components = {}
         for name, component in opened.components.items():
-            dense = component.stored.specs
-            # Of a ternary transformer: what lies on the disk, beside what it stands for.
-            specs = getattr(component.stored, "stored", dense).values()
+            reader = component.stored
+            specs: Mapping[str, Any] = reader.specs
+            abstract = functools.partial(abstract_module, name, component.config)
+            if isinstance(reader, quantized.PackedReader):
+                # What lies on the disk, beside what it stands for.
+                specs, abstract = reader.stored, reader.abstract_module
             components[name] = ComponentContents(
                 config=component.config,
-                parameters=sum(math.prod(spec.shape) for spec in dense.values()),
-                nbytes=sum(spec.nbytes for spec in specs),
-                dtypes=frozenset(spec.dtype.name for spec in specs),
+                parameters=sum(math.prod(spec.shape) for spec in reader.specs.values()),
+                nbytes=sum(spec.nbytes for spec in specs.values()),
+                dtypes=frozenset(spec.dtype.name for spec in specs.values()),
                 quantized=component.quantized,
-                # A quantised component knows its module itself.
-                abstract=getattr(
-                    component.stored,
-                    "abstract_module",
-                    functools.partial(abstract_module, name, component.config),
-                ),
+                abstract=abstract,
             )
         return Contents(
             path=path,
@@ -260,7 +258,7 @@ def save_checkpoint(
     modules: Mapping[str, nnx.Module],
     *,
     scheduler: SchedulerConfig | None = None,
-    tokenizers: Mapping[str, Path] | None = None,
+    tokenizers: Mapping[str, str | Path] | None = None,
     force: bool = False,
 ) -> None:
     """Write a Flax checkpoint, in the layout of `python -m convert`, from modules in memory.
@@ -276,11 +274,11 @@ def save_checkpoint(
       force: replace an existing checkpoint, once the new one is whole.
 
     Raises:
-      UserError: the path exists or cannot be written to, or a module whose parameters are not those
-        of its config.
+      UserError: the path exists or cannot be written to, a module whose parameters are not those
+        of its config, or a tokenizer that is no folder.
     """
     from convert import save
 
     for module in modules.values():
         check_no_lora(module)
-    save.save(Path(path), modules, scheduler, tokenizers or {}, force=force)
+    save.save(path, modules, scheduler, tokenizers or {}, force=force)

@@ -13,6 +13,7 @@ import importlib.metadata
 import inspect
 import json as json_module
 import logging
+import os
 import platform
 import sys
 import tempfile
@@ -133,8 +134,10 @@ def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(**values: Any) -> None:
         quiet, verbose = values["quiet"], values["verbose"]
+        _replace_closed_streams()
         if quiet and verbose:
-            raise typer.BadParameter("give --quiet or --verbose, not both")
+            show_error("give --quiet or --verbose, not both")
+            raise typer.Exit(BAD_INPUT)
         with exit_on_user_error(verbose=verbose), _messages(quiet=quiet, verbose=verbose):
             function(**{name: value for name, value in values.items() if name in own})
 
@@ -143,6 +146,18 @@ def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     setattr(run, "__signature__", whole)  # noqa: B010
     run.__annotations__ = {name: each.annotation for name, each in whole.parameters.items()}
     return run
+
+
+def _replace_closed_streams() -> None:
+    """Lets go what is written to a stream that was closed before the start, as by `2>&-`.
+
+    Python has None in its place, which progress bars do not take; and the next file that is opened
+    would have the stream's number, and with it all that libraries print.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nothing = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+            setattr(sys, name, nothing)
 
 
 def check_folder_of(option: str, path: Path, *, make: bool = False) -> None:

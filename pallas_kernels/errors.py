@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -23,9 +24,9 @@ class UserError(ValueError):
 def exit_on_user_error(*, verbose: bool = False) -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code, without a traceback.
 
-    A `UserError` ends with code 2, and so does a file that may not be opened; a device whose memory
-    is full with 1. SIGTERM ends the block as an exception does, so that what was half-written is
-    removed; neither it nor an interrupt is lost where Python drops exceptions.
+    A `UserError` ends with code 2, and so do a file that may not be opened and a full disk; a
+    device whose memory is full with 1. SIGTERM ends the block as an exception does, so that what
+    was half-written is removed; neither it nor an interrupt is lost where Python drops exceptions.
 
     Args:
       verbose: the traceback stands above the line.
@@ -36,10 +37,10 @@ def exit_on_user_error(*, verbose: bool = False) -> Iterator[None]:
         except UserError as error:
             show_error(str(error), verbose=verbose)
             raise SystemExit(BAD_INPUT) from None
-        except PermissionError as error:
-            if error.filename is None:
+        except OSError as error:
+            told = _of_the_system(error)
+            if told is None:
                 raise
-            told = f"{error.filename}: cannot be opened: {error.strerror}"
             show_error(told, verbose=verbose)
             raise SystemExit(BAD_INPUT) from None
         except RuntimeError as error:
@@ -61,6 +62,17 @@ def show_error(message: str, *, verbose: bool = False) -> None:
     if verbose:
         traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _of_the_system(error: OSError) -> str | None:
+    """What the user can mend of it, told; None if it may be a bug."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # It names no file where one is open already, as stdout is.
+        named = "a file, or what is printed" if error.filename is None else error.filename
+        return f"{named}: cannot be written: {error.strerror}"
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"{error.filename}: cannot be opened: {error.strerror}"
+    return None
 
 
 def _memory_is_full(error: RuntimeError) -> bool:

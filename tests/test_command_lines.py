@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib
 import importlib.metadata
@@ -31,6 +32,16 @@ FOUND = list(commands.commands())
 def options(command: commands.Command) -> dict:
     """The options of a command by their long name."""
     return {p.opts[0]: p for p in command.parameters if p.param_type_name == "option"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_command_line_is_light(package):
+    """So that `--help` is there at once: commands import late what they work with."""
+    program = f"import sys, {package}.cli; print([*sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not {"jax", "torch", "orbax", "transformers"} & set(ast.literal_eval(done.stdout))
 
 
 def test_every_command_is_found():
@@ -129,6 +140,10 @@ def make_app() -> App:
             raise jax.errors.JaxRuntimeError("INTERNAL: Out of memory allocating 9 bytes.")
         if what == "locked":
             raise PermissionError(errno.EACCES, "Permission denied", "the/file")
+        if what == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if what == "full file":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", "the/file")
         if what == "bug":
             raise jax.errors.JaxRuntimeError("INTERNAL: no such thing")
         if what == "interrupt":
@@ -162,6 +177,12 @@ def make_app() -> App:
             "(docs/troubleshooting.md)\n",
         ),
         ("locked", 2, "error: the/file: cannot be opened: Permission denied\n"),
+        (
+            "full",
+            2,
+            "error: a file, or what is printed: cannot be written: No space left on device\n",
+        ),
+        ("full file", 2, "error: the/file: cannot be written: Disk quota exceeded\n"),
         ("interrupt", 130, ""),
         ("terminate", 143, ""),
     ],
@@ -232,7 +253,39 @@ def test_messages_are_on_stderr_as_loud_as_is_asked():
     assert plain.stderr == "INFO: on the way\n"
     both = CliRunner().invoke(make_app(), ["nothing", "--quiet", "--verbose"])
     assert both.exit_code == 2
-    assert "--quiet or --verbose, not both" in both.stderr
+    assert both.stderr == "error: give --quiet or --verbose, not both\n"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stream_that_was_closed_takes_what_is_written(tmp_path, number):
+    program = f"""
+import os, pathlib, sys
+import typer
+from tqdm import tqdm
+from pallas_kernels.command_line import App
+
+app = App()
+
+@app.command()
+def main(out: pathlib.Path) -> None:
+    for _ in tqdm(range(1)):
+        print("printed")
+    # As a library in C writes.
+    with out.open("wb") as file:
+        os.write({number}, b"lost")
+        file.write(b"kept")
+
+app()
+"""
+    out, script = tmp_path / "out", tmp_path / "script.py"
+    script.write_text(program)
+    command = f'exec "$0" "$1" "$2" {number}>&-'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, str(script), str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == b"kept"
+    assert done.stdout == ("" if number == 1 else "printed\n")
 
 
 def test_verbose_shows_the_traceback():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import hub
-from convert.replaceable import check_target, staged_folder
+from convert.replaceable import check_apart, check_target, staged_folder
 from convert.tables import LATENTS
 from convert.tensors import BFLOAT16
 from flux_jax import arguments
@@ -61,15 +61,16 @@ def choose_prompts(prompts: Sequence[str], config: CalibrateConfig) -> list[str]
 
 
 def check_teacher(
-    src: str | Path, quant: QuantConfig, policy: Policy, config: CalibrateConfig
+    src: str | Path, dst: Path, quant: QuantConfig, policy: Policy, config: CalibrateConfig
 ) -> None:
     """Refuse a teacher that these settings do not fit, before its prompts are encoded.
 
     Raises:
-      UserError: it has no transformer, or a ternary one; a pattern that matches nothing, a rank
-        beyond a weight, or blocks that are not there.
+      UserError: it has no transformer, or a ternary one, or would be replaced by `dst`; a pattern
+        that matches nothing, a rank beyond a weight, or blocks that are not there.
     """
     with open_dense_pipeline(src) as pipeline:
+        check_apart(pipeline.path, dst)
         make_plan(pipeline.config, pipeline.shapes, policy, config, rank=quant.rank)
 
 
@@ -179,11 +180,12 @@ def calibrate_checkpoint(
     elif not isinstance(prompts, PromptSet):
         texts = choose_prompts(arguments.texts("prompts", prompts), config)
         prompts_name = prompts_name or texts_fingerprint(texts, None)
-        check_teacher(src, quant, policy, config)
+        check_teacher(src, dst, quant, policy, config)
         prompts = encode_prompts(src, texts)
     folder = Path(f"{os.path.abspath(dst)}.calibration")
     with open_dense_pipeline(src) as pipeline:
         # What can be refused is, before 24 GB are read.
+        check_apart(pipeline.path, dst)
         make_plan(pipeline.config, pipeline.shapes, policy, config, rank=quant.rank)
         check_prompts(pipeline.config, prompts)
         dtype = jnp.dtype(config.compute_dtype)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from convert.replaceable import check_target
 from flux_jax.errors import UserError
 from pallas_kernels.command_line import Force, Json, Quiet
 from ternary.commands.options import (
@@ -94,6 +93,8 @@ def calibrate(
         --out OUT --batch-size 4 --accumulate 4
     """
     # Late: JAX takes a second, and --help should not.
+    from convert.hub import local_path
+    from convert.replaceable import check_target
     from flux_jax.assets import resolve
     from flux_jax.compile_cache import enable_compilation_cache
     from flux_jax.prompt_file import read_prompts
@@ -131,11 +132,12 @@ def calibrate(
         blocks=parse_blocks(blocks),
         seed=seed,
     )
+    out = local_path(out)
     check_target(out, force=force)
     enable_compilation_cache()
     texts = read_prompts(prompts)
     src = resolve(teacher)
-    check_teacher(src, quant, policy, config)
+    check_teacher(src, out, quant, policy, config)
     grid = image_grid(src, height, width)
     texts = choose_prompts(texts, config)
     with Bars(config.steps, quiet=quiet) as bars:

@@ -21,6 +21,8 @@ from jaxtyping import Float, Shaped, UInt8
 
 from convert import tables
 from convert.files import read_json
+from convert.maps.transformer import config_from_hf
+from convert.problems import naming
 from convert.safetensors_read import SafetensorsReader
 from convert.tensors import BFLOAT16, Spec, as_bytes, read_whole
 from convert.transforms import Shape
@@ -29,7 +31,7 @@ from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.linears import replace_linears
 from flux_jax.transformer import FluxTransformer
-from flux_jax.tree import split_flat, to_flat
+from flux_jax.tree import split_flat
 from pallas_kernels import GROUP
 from pallas_kernels.backends import default_device
 from ternary.config import QuantConfig
@@ -70,18 +72,19 @@ class TernaryCheckpoint:
           UserError: another format or version, or a file that is damaged; the message names the
             tensor.
         """
-        raw = read_json(folder / "config.json")
+        file = folder / "config.json"
+        raw = read_json(file)
         self._what = str(folder / tables.TERNARY_FILE)
-        self.description = read_description(
-            raw.pop("quantization_config", None), str(folder / "config.json")
-        )
-        self.config = _config(raw)
+        self.description = read_description(raw.get(tables.QUANTIZATION), str(file))
+        with naming(file):
+            self.config = config_from_hf(raw)
         self.shapes = dense_shapes(self.config)
         self._reader = SafetensorsReader.open_file(folder / tables.TERNARY_FILE)
         try:
             self.stored = self._reader.specs
             self.layers = layers_in(self.stored)
-            expected = expected_tensors(self.shapes, self.layers, self.description.quant)
+            with naming(self._what):
+                expected = expected_tensors(self.shapes, self.layers, self.description.quant)
             check_tensors(self.stored, expected, self._what)
             without = [name for name in expected if name not in self.description.crc32]
             if without:
@@ -194,11 +197,6 @@ class TernaryCheckpoint:
         self._reader.close()
 
 
-def _config(raw: Mapping[str, Any]) -> FluxConfig:
-    config: Any = tables.config_from_hf("transformer", raw)
-    return config
-
-
 def _decoder(place: jax.sharding.Sharding) -> jax.Device | None:
     """The device that decodes what goes to `place`; None leaves it to the host."""
     first = min(place.addressable_devices, key=lambda device: device.id)
@@ -228,13 +226,7 @@ def open_checkpoint(folder: Path) -> Iterator[TernaryCheckpoint]:
 
 def dense_shapes(config: FluxConfig) -> dict[str, Shape]:
     """Shapes of a dense transformer's parameters by path."""
-    return dict(_dense_shapes(config))
-
-
-@functools.lru_cache(maxsize=4)
-def _dense_shapes(config: FluxConfig) -> tuple[tuple[str, Shape], ...]:
-    flat = to_flat(abstract_module("transformer", config))
-    return tuple((name, tuple(value.shape)) for name, value in flat.items())
+    return tables.our_shapes("transformer", config)
 
 
 def abstract_ternary(

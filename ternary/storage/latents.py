@@ -21,6 +21,7 @@ import numpy as np
 
 from convert.files import read_json
 from convert.safetensors_read import SafetensorsReader
+from convert.tables import LATENTS
 from convert.tensors import Spec, as_bytes, read_whole
 from flux_jax.errors import UserError
 from ternary.config import QuantConfig
@@ -146,7 +147,7 @@ def load_latents(folder: Path) -> tuple[Latents, QuantConfig, Policy]:
       UserError: no such folder, another format or version, or a file that is damaged; a damaged
         tensor when it is asked for.
     """
-    inner = folder / "latents"
+    inner = folder / LATENTS
     folder = inner if inner.is_dir() else folder
     path = folder / INDEX
     if not path.is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from convert import hub
-from convert.replaceable import check_target, staged_folder
+from convert.replaceable import check_apart, check_target, staged_folder
 from convert.tensors import BFLOAT16
 from flux_jax.errors import UserError
 from ternary.config import QuantConfig
@@ -55,6 +55,7 @@ def quantize_checkpoint(
     dst = hub.local_path(dst)
     check_target(dst, force=force)
     with open_dense_pipeline(src) as pipeline:
+        check_apart(pipeline.path, dst)
         shapes = pipeline.shapes
         layers = select(linears_in(shapes), policy)
         chosen = set(layers)

@@ -62,7 +62,7 @@ def write_transformer(
     )
     content = {
         **tables.config_to_hf("transformer", config),
-        "quantization_config": description.to_json(),
+        tables.QUANTIZATION: description.to_json(),
     }
     (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
 

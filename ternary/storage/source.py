@@ -27,6 +27,7 @@ class Pipeline:
     """An opened checkpoint, of any layout, as something to be quantised.
 
     Attributes:
+      path: the local folder or file.
       config: of the transformer.
       shapes: of its parameters, by our names.
       read: a parameter by name, as it is stored (float8 becomes bfloat16).
@@ -35,6 +36,7 @@ class Pipeline:
       ternary: whether the transformer is packed already, and what is read stands for it.
     """
 
+    path: Path
     config: FluxConfig
     shapes: dict[str, Shape]
     read: Callable[[str], np.ndarray]
@@ -71,6 +73,7 @@ def open_pipeline(path_or_repo_id: str | Path) -> Iterator[Pipeline]:
             index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
         yield Pipeline(
+            path=path,
             config=config,
             shapes={name: spec.shape for name, spec in transformer.reader.specs.items()},
             read=lambda name: read_whole(transformer.reader, name),

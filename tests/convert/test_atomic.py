@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,26 @@ def test_what_a_dead_run_left_is_removed_and_other_files_are_not(tmp_path):
     assert entries(tmp_path) == ["t", "t2.partial-cccccccc"]
 
 
+def test_a_folder_of_the_users_is_no_leftover(tmp_path):
+    for name in ("t.partial-training", "t.partial-aaaaaaaa"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("mine")
+    (tmp_path / "t.partial-finished").touch()
+    make(tmp_path / "t")
+    assert (tmp_path / "t.partial-training" / "file").read_text() == "mine"
+    assert len(entries(tmp_path)) == 4
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    """A container's volume: empty, but not to be renamed or removed."""
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "t")
+    with pytest.raises(UserError, match="t: is a mount point, .* give a folder in it"):
+        make(tmp_path / "t")
+    make(tmp_path / "t" / "inside")
+    assert entries(tmp_path / "t") == ["inside"]
+
+
 def test_a_name_with_glob_characters_removes_its_own_leftovers_only(tmp_path):
     (tmp_path / "tx.partial-aaaaaaaa").mkdir()
     (tmp_path / "t[x].partial-aaaaaaaa").mkdir()
@@ -140,6 +161,38 @@ def test_a_run_that_is_alive_is_not_disturbed(tmp_path):
         with pytest.raises(UserError, match="another conversion is writing to it, in .*aaaaaaaa"):
             make(tmp_path / "t")
     assert stage.exists()
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    """There a run that is alive looks like a dead one, and is left alone."""
+
+    def no_locks(descriptor, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / "t.partial-aaaaaaaa").mkdir()
+    (tmp_path / "t.partial-aaaaaaaa" / ".lock").touch()
+    make(tmp_path / "t")
+    assert entries(tmp_path) == ["t", "t.partial-aaaaaaaa"]
+
+
+@pytest.mark.parametrize("refused", [stat.S_ISDIR, stat.S_ISREG])
+def test_a_disk_that_syncs_no_folders(tmp_path, monkeypatch, refused):
+    sync = os.fsync
+
+    def partly(descriptor):
+        if refused(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", partly)
+    if refused is stat.S_ISDIR:
+        make(tmp_path / "t")
+        assert entries(tmp_path) == ["t"]
+    else:
+        with pytest.raises(UserError, match="cannot be written: Invalid argument"):
+            make(tmp_path / "t")
+        assert entries(tmp_path) == []
 
 
 def test_a_killed_process_is_a_dead_run(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,14 +104,6 @@ def test_that_codes_become_dense_weights_is_told(out):
     assert "became dense" not in run("tiny", out, "--force", "--components", "vae").stderr
 
 
-def test_importing_the_command_line_is_light():
-    program = (
-        "import sys, convert.cli; print([m for m in ('jax', 'torch', 'orbax') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
 def test_an_existing_target_needs_force(folder, out):
     assert run(folder, out, "--quiet").exit_code == 0
     before = (out / "config.json").stat().st_ino
@@ -202,6 +195,14 @@ def test_force_does_not_replace_a_file_of_another_kind(folder, tmp_path):
     assert file.read_text() == "not flux at all"
 
 
+def test_force_does_not_replace_what_is_no_file(folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = run(folder, tmp_path / "pipe", "--to", "bfl", "--components", "vae", "--force")
+    assert result.exit_code == 2
+    assert "no checkpoint that --force would replace" in result.stderr
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_what_was_read_only_is_replaced_and_removed(copy, out):
     """A tokenizer's folder, as from a disk that one may only read."""
     (copy / "tokenizer").chmod(0o555)
@@ -280,6 +281,19 @@ def test_a_tokenizer_that_is_not_whole(copy, out):
     """In the hub's cache, files are links: to nothing, where a download was cut short."""
     (copy / "tokenizer" / "vocab.json").symlink_to(copy / "gone")
     assert_refused(run(copy, out), out, "vocab.json: cannot be copied: ", "No such file")
+
+
+def test_a_tokenizer_that_may_not_be_read(copy, out, monkeypatch):
+    """It is not copied as an empty folder."""
+    listed = Path.iterdir
+
+    def refused(path):
+        if path == copy / "tokenizer":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert_refused(run(copy, out), out, "tokenizer: cannot be copied: Permission denied")
 
 
 @pytest.fixture

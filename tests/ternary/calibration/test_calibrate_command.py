@@ -228,6 +228,17 @@ def test_a_target_that_is_there_is_refused_before_any_work(folder, made):
     check_target(made[0], force=True)
 
 
+def test_a_teacher_is_not_replaced_by_its_student(folder, tmp_path):
+    teacher = shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    shutil.copy(folder / "prompts.txt", tmp_path)
+    before = sorted(path.stat().st_mtime_ns for path in teacher.rglob("*"))
+    result = CliRunner().invoke(app, arguments(tmp_path, teacher, "--force"))
+    assert result.exit_code == 2
+    assert "the target would replace the source" in result.stderr
+    assert sorted(path.stat().st_mtime_ns for path in teacher.rglob("*")) == before
+    assert not Path(f"{teacher}.calibration").exists()
+
+
 def test_prompts_are_encoded_as_the_pipeline_does(folder):
     texts = [f"a {colour} cube" for colour in ("red", "blue", "green")] * 3
     found = encode_prompts(folder / "teacher", texts)

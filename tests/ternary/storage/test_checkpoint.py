@@ -18,6 +18,7 @@ from flax import nnx
 
 from convert import engine
 from convert.tables import TERNARY_FILE as FILE
+from convert.tensors import Spec
 from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
@@ -301,14 +302,20 @@ def test_another_config_is_refused(copy, change, message):
         transformer(copy.parent)
 
 
+def test_a_config_that_is_not_whole_is_named(copy):
+    file = copy / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": "two"}))
+    with pytest.raises(UserError, match=r"config\.json: transformer config: depth must be"):
+        transformer(copy.parent)
+
+
 def rewrite(folder, change):
     """The file again, its tensors changed by `change`."""
     with open_checkpoint(folder) as checkpoint:
         tensors = {name: checkpoint.read(name) for name in checkpoint.stored}
-        stored = dict(checkpoint.stored)
     change(tensors)
     (folder / FILE).unlink()
-    stored = {n: type(stored["img_in.weight"])(v.shape, v.dtype) for n, v in tensors.items()}
+    stored = {name: Spec(values.shape, values.dtype) for name, values in tensors.items()}
     with TensorFile(folder / FILE, stored) as file:
         for name, values in tensors.items():
             file.write(name, values)
@@ -325,7 +332,7 @@ def rewrite(folder, change):
         ),
         (
             lambda t: t.update({"final_layer.x.ternary": t[CODES]}),
-            "tensor `final_layer.x.ternary` belongs to no linear of this model",
+            f"{FILE}: tensor `final_layer.x.ternary` belongs to no linear of this model",
         ),
     ],
 )
@@ -399,6 +406,16 @@ def test_an_existing_target_is_kept(teacher, rounded):
     with pytest.raises(UserError, match=r"exists already; --force replaces it .*force=True\)"):
         quantize_checkpoint(teacher, rounded, QuantConfig(), Policy())
     assert (rounded / "transformer" / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_rounding_does_not_replace_the_source(teacher, tmp_path, part):
+    """Nothing makes the dense weights of the rounded ones again."""
+    source = tmp_path / "m"
+    shutil.copytree(teacher, source)
+    with pytest.raises(UserError, match="the target would replace the source"):
+        quantize_checkpoint(source / part, source, force=True)
+    assert (source / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def test_rounding_makes_no_branch(teacher, tmp_path):
