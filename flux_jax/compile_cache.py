@@ -41,16 +41,16 @@ def enable_compilation_cache() -> Path | str | None:
         jax.config.update("jax_compilation_cache_dir", None)
         _enabled.clear()
         return None
-    named = wanted or config.jax_compilation_cache_dir or default_folder()
+    named = wanted or config.jax_compilation_cache_dir
     if "://" in str(named):
         place = str(named)
         _enabled.clear()
     else:
-        place = Path(named).expanduser()
         try:
+            place = Path(named or default_folder()).expanduser()
             place.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            # A read-only home is no reason not to draw.
+        except (OSError, RuntimeError):
+            # A read-only home, or none, is no reason not to draw.
             return None
         _enabled[:] = [place]
     jax.config.update("jax_compilation_cache_dir", str(place))

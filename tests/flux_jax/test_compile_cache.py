@@ -73,3 +73,16 @@ def test_a_folder_that_cannot_be_made_is_no_error(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     assert run(XDG_CACHE_HOME=str(file)) == "None"
+
+
+def test_a_user_without_a_home_is_no_error():
+    script = (
+        """
+import pathlib
+def nowhere(*given):
+    raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = classmethod(nowhere)
+"""
+        + SCRIPT
+    )
+    assert run(script) == "None"
