@@ -92,7 +92,7 @@ class DistillConfig:
         branches and dense parameters are rounded to bf16 only when they are saved: the last
         drawing of held-out prompts is then not bit for bit the saved student's.
       master_dtype: type of the latent weights and of the optimiser's state.
-      ema: decay of an average of the weights; 0 keeps none.
+      ema: decay of an average of the weights, which is then what is drawn and saved; 0 keeps none.
     """
 
     steps: int = 10_000
@@ -110,21 +110,12 @@ class DistillConfig:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        arguments.choice("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("compute_dtype", "master_dtype"):
-            arguments.choice(name, getattr(self, name), DTYPES)
-        check_counts(self, "steps", "accumulate")
-        check_counts(self, "warmup", least=0)
+        _check_training(self)
         _check_flags(self, "remat")
-        for name in ("learning_rate", "weight_decay", "block_loss"):
-            store(self, name, arguments.scale(name, getattr(self, name)))
-        _check_shares(self, "decay", "ema")
+        _check_scales(self, "block_loss")
+        _check_shares(self, "ema")
         if self.ema == 1:
             raise UserError("ema must be below 1, got 1: the average would never move")
-        # Infinity is no clipping.
-        norm = self.max_grad_norm
-        if not isinstance(norm, numbers.Real) or isinstance(norm, bool) or not norm > 0:
-            raise UserError(f"max_grad_norm must be above 0, got {norm!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,8 +161,7 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         _check_guidance(self)
         check_counts(self, "samples", "states_each", "sampling_steps", "batch_size")
-        # And what `DistillConfig` checks, `accumulate` among it.
-        self.training()
+        _check_training(self)
         if self.states_each > self.sampling_steps:
             raise UserError(
                 f"states_each must be at most sampling_steps ({self.sampling_steps}), got "
@@ -183,25 +173,6 @@ class CalibrateConfig:
             )
         store(self, "blocks", _blocks(self.blocks))
         check_counts(self, "seed", least=0)
-
-    def training(self) -> DistillConfig:
-        """One block's training, as a configuration of the optimiser.
-
-        Raises:
-          UserError: a field that `DistillConfig` refuses.
-        """
-        return DistillConfig(
-            steps=self.steps,
-            accumulate=self.accumulate,
-            optimizer=self.optimizer,
-            learning_rate=self.learning_rate,
-            warmup=self.warmup,
-            decay=self.decay,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            compute_dtype=self.compute_dtype,
-            master_dtype=self.master_dtype,
-        )
 
 
 def scale_shape(granularity: str, out_features: int, in_features: int) -> tuple[int, ...]:
@@ -234,12 +205,33 @@ def _check_flags(config: Any, *names: str) -> None:
             raise UserError(f"{name} must be True or False, got {getattr(config, name)!r}")
 
 
+def _check_scales(config: Any, *names: str) -> None:
+    for name in names:
+        store(config, name, arguments.scale(name, getattr(config, name)))
+
+
 def _check_shares(config: Any, *names: str) -> None:
     for name in names:
         value = arguments.scale(name, getattr(config, name))
         if value > 1:
             raise UserError(f"{name} must be in [0, 1], got {value}")
         store(config, name, value)
+
+
+def _check_training(config: DistillConfig | CalibrateConfig) -> None:
+    """What the training of all blocks and that of one have in common."""
+    arguments.choice("optimizer", config.optimizer, OPTIMIZERS)
+    for name in ("compute_dtype", "master_dtype"):
+        arguments.choice(name, getattr(config, name), DTYPES)
+    check_counts(config, "steps", "accumulate")
+    check_counts(config, "warmup", least=0)
+    _check_scales(config, "learning_rate", "weight_decay")
+    _check_shares(config, "decay")
+    # Infinity is no clipping.
+    norm = config.max_grad_norm
+    if not isinstance(norm, numbers.Real) or isinstance(norm, bool) or not norm > 0:
+        raise UserError(f"max_grad_norm must be above 0, got {norm!r}")
+    store(config, "max_grad_norm", float(norm))
 
 
 def _items(config: Any, name: str, expected: str) -> tuple[Any, ...]:

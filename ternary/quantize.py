@@ -9,8 +9,8 @@ The scale starts as the mean absolute value of what shares it. A refit is one st
 algorithm: with the codes fixed, the best scale is the mean magnitude of the weights that are not
 zero; with the scale fixed, the codes above are the nearest. No step makes the error larger.
 
-Scales are rounded to float16, as they are stored, before any code is found: what is trained is what
-is saved.
+What comes of it is rounded to float16, as it is stored, before the codes of the weight are found:
+what is trained is what is saved.
 """
 
 from __future__ import annotations

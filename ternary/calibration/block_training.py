@@ -59,7 +59,7 @@ class PartPrograms:
         self.calibrate = calibrate
         self.dtype = jnp.dtype(calibrate.compute_dtype)
         self.master = jnp.dtype(calibrate.master_dtype)
-        self.optimizer = make_optimizer(calibrate.training())
+        self.optimizer = make_optimizer(calibrate)
         self.start_optimizer = jax.jit(self.optimizer.init)
         self.measure = jax.jit(relative_errors)
         self._rotation = rotation

@@ -41,7 +41,7 @@ class PartReport:
 
     Attributes:
       before, after: mean loss over all samples: `|student - teacher|^2 / |teacher|^2` of the
-        part's outputs, after plain rounding and after training.
+        part's outputs, rounded but not trained, and after training.
       seconds: that the training took.
     """
 

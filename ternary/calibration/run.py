@@ -195,7 +195,7 @@ def calibrate_checkpoint(
             # Of all components: where prompts go by a name, it says nothing of their encoders.
             "teacher_crc32": f"{weights_crc32(src, dtype):08x}",
             "prompts": prompts_name or prompts_fingerprint(prompts),
-            "grid": grid,
+            "grid": tuple(map(int, grid)),
             "scheduler": dataclasses.asdict(scheduler),
             **dataclasses.asdict(quant),
             **dataclasses.asdict(policy),

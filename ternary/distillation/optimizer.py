@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from flux_jax.tree import Flat
-from ternary.config import DistillConfig
+from ternary.config import CalibrateConfig, DistillConfig
 
 
-def learning_rate(config: DistillConfig) -> optax.Schedule:
+def learning_rate(config: DistillConfig | CalibrateConfig) -> optax.Schedule:
     """Linear warm-up, constant, linear decay to zero; no step has the rate zero."""
     falling = max(int(config.decay * config.steps), 1)
     warmup = min(config.warmup, max(config.steps - falling, 1))
@@ -26,7 +26,7 @@ def learning_rate(config: DistillConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: DistillConfig) -> optax.GradientTransformation:
+def make_optimizer(config: DistillConfig | CalibrateConfig) -> optax.GradientTransformation:
     """The chosen optimiser behind gradient clipping.
 
     A step takes `rate * weight_decay` of every matrix away, whichever the optimiser. Learned scales

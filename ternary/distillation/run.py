@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -293,22 +292,26 @@ class _Training:
         # A process that was killed between a checkpoint and its drawing has left that to us.
         if self._drawing_due() and not self._is_drawn():
             self._draw(state)
-        since = time.perf_counter()
+        run.log.start_clock()
         while self.done < total:
             state, result = program(state, self._teacher, self._feed.next())
             self.done += 1
             pending.append(result)
             save = self.done == total or self.done % config.checkpoint_every == 0
             look = self._drawing_due()
-            if save or look or len(pending) >= config.log_every:
-                self._look(pending, since)
+            if save or look:
+                self._look(self.done, pending)
                 pending = []
+            elif len(pending) > config.log_every:
+                # All but the last, which the devices have to do meanwhile.
+                self._look(self.done - 1, pending[:-1])
+                pending = pending[-1:]
             if save:
                 run.store.save(self.done, state)
             if look:
                 self._draw(state)
-            if not pending:
-                since = time.perf_counter()
+            if save or look:
+                run.log.start_clock()
         run.store.wait()
         return self._frozen(state)
 
@@ -380,9 +383,9 @@ class _Training:
             )
         )
 
-    def _look(self, pending: Sequence[Metrics], since: float) -> None:
-        """Report the last steps; stop if one is not finite."""
-        rows = self._run.log.rows(self.done, pending, since)
+    def _look(self, last: int, pending: Sequence[Metrics]) -> None:
+        """Report some steps, of which `last` is the last; stop if one is not finite."""
+        rows = self._run.log.rows(last, pending)
         # A gradient that is not finite has made the parameters so, which the next loss would show.
         wrong = first_not_finite(rows, ("loss", "grad_norm"))
         if wrong is not None:

@@ -33,7 +33,7 @@ class RunConfig:
       distill: how the student is trained.
       mesh: how the devices are laid out; a run may go on on another.
       batch_size: states of one group of trajectories, over all devices.
-      seed: the seed of every draw.
+      seed: of every draw of the trajectories. Held-out pictures have seeds of their own, from 0 on.
       height, width: pixels of the pictures whose trajectories are followed; None for the model's.
       max_sequence_length: T5 tokens of a prompt; None for the model's.
       held_out: prompts of the file that are kept from training, to be drawn; not used where

@@ -24,12 +24,11 @@ from flux_jax.errors import UserError
 from flux_jax.files import writing
 from ternary.distillation.held_out import Comparison, HeldOut, gap, grid
 from ternary.distillation.metrics import Board, Table
-from ternary.distillation.optimizer import learning_rate
 from ternary.distillation.run_config import RunConfig
 from ternary.distillation.step import Metrics
 
 SHOWN = 16
-METRICS = ("step", *Metrics._fields, "learning_rate", "states_per_second")
+METRICS = ("step", *Metrics._fields, "states_per_second")
 HELD_OUT = ("step", "median_psnr_db", "low_psnr_db", "score", "teacher_score")
 
 
@@ -65,7 +64,6 @@ class RunLog:
         self.loss = float("nan")
         self.held_out: dict[str, Any] = {}
         self._config, self._judged = config, judged
-        self._rate = learning_rate(config.distill)
         self._out = out
         self._parts = contextlib.ExitStack()
         self._files: tuple[Table, Table, Board] | None = None
@@ -79,6 +77,7 @@ class RunLog:
                 raise
         self._bar: tqdm | None = None
         self._shown, self._done = progress and writes, done or 0
+        self._since = 0.0
 
     def _open(self, done: int | None) -> tuple[Table, Table, Board]:
         """The tables, cut back to the last checkpoint; what they say last is known again."""
@@ -125,25 +124,25 @@ class RunLog:
         with self._writing():
             self._parts.close()
 
-    def rows(self, done: int, pending: Sequence[Metrics], since: float) -> list[dict[str, Any]]:
-        """The metrics of the last steps, as rows of `metrics.csv`; waits for them.
+    def start_clock(self) -> None:
+        """What was done since the last steps is no part of the next ones' time."""
+        self._since = time.perf_counter()
+
+    def rows(self, done: int, pending: Sequence[Metrics]) -> list[dict[str, Any]]:
+        """The metrics of some steps, as rows of `metrics.csv`; waits for them.
 
         Args:
-          done: steps taken.
-          pending: metrics of the last of them.
-          since: `time.perf_counter()` before those.
+          done: the last of these steps.
+          pending: their metrics.
         """
         values: list[Any] = jax.device_get(list(pending))
+        began, self._since = self._since, time.perf_counter()
         states = self._config.batch_size * self._config.distill.accumulate
-        speed = len(values) * states / (time.perf_counter() - since)
-        first = done - len(values)
-        # Of all steps at once, lest each wait for the device. The schedule counts from 0.
-        rates = np.asarray(self._rate(np.arange(first, done)))
+        speed = len(values) * states / (self._since - began)
         rows: list[dict[str, Any]] = []
-        for number, metrics, rate in zip(range(first + 1, done + 1), values, rates, strict=True):
+        for number, metrics in enumerate(values, done - len(values) + 1):
             row: dict[str, Any] = {"step": number}
             row |= {name: float(np.asarray(value)) for name, value in metrics._asdict().items()}
-            row["learning_rate"] = float(rate)
             row["states_per_second"] = round(speed, 2)
             rows.append(row)
         return rows

@@ -26,7 +26,7 @@ from flux_jax.sharding import flat_shardings
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import Flat, split_flat, to_flat
 from ternary.config import DistillConfig
-from ternary.distillation.optimizer import apply_gradients, make_optimizer
+from ternary.distillation.optimizer import apply_gradients, learning_rate, make_optimizer
 from ternary.distillation.trajectory import Pool, States, Trajectories
 from ternary.layers import FakeTernaryLinear, trained_dtype
 
@@ -81,6 +81,7 @@ class Metrics(NamedTuple):
       relative: squared error of the velocity over the teacher's square, each state by itself.
       blocks: mean relative squared error of the blocks' outputs (0 where it is not asked for).
       grad_norm: before clipping.
+      learning_rate: of the step.
     """
 
     loss: Float[Array, ""]
@@ -88,6 +89,7 @@ class Metrics(NamedTuple):
     relative: Float[Array, ""]
     blocks: Float[Array, ""]
     grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
 
 
 class StepFunction:
@@ -127,6 +129,7 @@ class StepFunction:
                 f"grid must hold the {trajectories.tokens[0]} image tokens, got {self._grid}"
             )
         self.optimizer = make_optimizer(config)
+        self._rate = learning_rate(config)
         self._teacher, _ = split_flat(teacher)
         self._student, _ = split_flat(student)
         self._latent = latent_names(student)
@@ -177,7 +180,7 @@ class StepFunction:
         prompts: PromptSet | PromptRows,
         target: tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]],
     ) -> tuple[Float[Array, ""], tuple[Float[Array, "B I P"], Metrics]]:
-        """The loss at some states; also the student's velocity there and the metrics."""
+        """The loss at some states; also the student's velocity there and the metrics of a pass."""
         model = self.student(params)
         wanted, wanted_blocks = target
         velocity, blocks = self._velocity(
@@ -192,7 +195,8 @@ class StepFunction:
         block_error = jnp.mean(jnp.stack(apart)) if apart else jnp.float32(0)
         loss = error + self.config.block_loss * block_error
         relative = jnp.mean(relative_error(velocity, wanted))
-        return loss, (velocity, Metrics(loss, error, relative, block_error, jnp.float32(0)))
+        later = jnp.float32(0)
+        return loss, (velocity, Metrics(loss, error, relative, block_error, later, later))
 
     def __call__(
         self, state: TrainState, teacher: Flat, prompts: PromptSet | PromptRows
@@ -217,6 +221,8 @@ class StepFunction:
             if decay
             else {}
         )
+        # Asked of the schedule by the host, it would wait for the device.
+        metrics = metrics._replace(learning_rate=jnp.asarray(self._rate(state.step), jnp.float32))
         return TrainState(params, ema, optimizer, pool, state.step + 1), metrics
 
     def _gradients(

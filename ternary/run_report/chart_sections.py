@@ -31,7 +31,7 @@ def curves(run: Run) -> Element:
         if name in run.metrics and len(steps):
             line = thinned(title.lower(), "student", steps, run.metrics[name])
             each = -(-len(steps) // len(line.x))
-            band = f"Means of {each} rows; the band is their range." if each > 1 else ""
+            band = f"Means of up to {each} rows; the band is their range." if each > 1 else ""
             charts.append(line_chart(title, [line], log=log, note=band))
     drawn = run.held_out
     if "median_psnr_db" in drawn:

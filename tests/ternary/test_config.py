@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
@@ -122,9 +125,18 @@ def test_lists_and_numbers_of_numpy_are_kept_as_plain_values(any_types):
     assert trajectory == TrajectoryConfig(sampling_steps=(4, 8), guidance=(1.0, 2.0))
     assert hash(trajectory)
     assert CalibrateConfig(blocks=["double_blocks.0"]).blocks == ("double_blocks.0",)
-    distill = DistillConfig(steps=np.int64(9), learning_rate=np.float64(0.5))
+    numbers = {
+        "steps": np.int64(9),
+        "learning_rate": np.float64(0.5),
+        "weight_decay": np.float32(0.25),
+        "max_grad_norm": np.float32(2),
+    }
+    distill = DistillConfig(**numbers)
     settings = to_yaml(RunConfig(trajectory=trajectory, distill=distill, seed=np.int32(3)))
     assert load_yaml(settings)["distill"]["steps"] == 9
+    # What a calibration has finished, JSON remembers.
+    calibrate = json.loads(json.dumps(dataclasses.asdict(CalibrateConfig(**numbers))))
+    assert numbers.items() <= calibrate.items()
 
 
 @pytest.mark.parametrize(

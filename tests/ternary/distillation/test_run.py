@@ -26,6 +26,8 @@ from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
 from flux_jax.tree import to_flat
 from ternary.cli import app
+from ternary.distillation.optimizer import learning_rate
+from ternary.distillation.prompt_feed import PromptFeed
 from ternary.distillation.run import distill
 from ternary.distillation.run_config import RunConfig, read_run_config
 from ternary.distillation.run_log import RunLog
@@ -74,9 +76,13 @@ def settings(tmp_path_factory):
     return path
 
 
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def losses(out):
-    with (out / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out / "metrics.csv")
     assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
     return [row["loss"] for row in rows]
 
@@ -94,8 +100,7 @@ def test_a_run_leaves_all_that_it_promises(whole):
     out, outcome = whole
     assert outcome.steps == 9
     assert len(losses(out)) == 9
-    with (out / "held_out.csv").open(newline="") as file:
-        drawn = list(csv.DictReader(file))
+    drawn = rows_of(out / "held_out.csv")
     # Held-out prompts are drawn from step 0 on.
     assert [int(row["step"]) for row in drawn] == [0, 4, 8, 9]
     assert float(drawn[-1]["median_psnr_db"]) == pytest.approx(outcome.median_psnr, abs=1e-3)
@@ -199,6 +204,32 @@ def test_a_stopped_run_says_where_it_goes_on(
     distill(task, out, config, mesh=one_device(), progress=False)
     assert "going on from step 3 of 9" in caplog.messages
     assert losses(out) == losses(whole[0])
+
+
+def test_the_devices_have_a_step_to_do_while_others_are_reported(
+    teacher, prompts, settings, tmp_path, monkeypatch
+):
+    """All that is taken is reported before a checkpoint alone, or a drawing."""
+    begun, behind = [], {}
+    give, add = PromptFeed.next, RunLog.add
+
+    def given(self):
+        begun.append(give(self))
+        return begun[-1]
+
+    def added(self, rows):
+        behind[rows[-1]["step"]] = len(begun) - rows[-1]["step"]
+        add(self, rows)
+
+    monkeypatch.setattr(PromptFeed, "next", given)
+    monkeypatch.setattr(RunLog, "add", added)
+    config = read_run_config(settings, ["held_out=0", "checkpoint_every=9"])
+    task, out = Task(teacher=str(teacher), prompts=prompts), tmp_path / "run"
+    distill(task, out, config, mesh=one_device(), progress=False)
+    assert behind == {2: 1, 4: 0, 6: 1, 8: 0, 9: 0}
+    assert len(losses(out)) == 9
+    rates = [float(row["learning_rate"]) for row in rows_of(out / "metrics.csv")]
+    np.testing.assert_allclose(rates, learning_rate(config.distill)(np.arange(9)), rtol=1e-6)
 
 
 def test_an_interrupt_while_the_tables_are_opened_closes_the_checkpoints(
