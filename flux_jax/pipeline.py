@@ -24,6 +24,7 @@ from flux_jax.fingerprint import (
     config_settings,
     fingerprint,
 )
+from flux_jax.functional import common_sharding
 from flux_jax.kernels import suit_mesh, use_kernels
 from flux_jax.lora import LoRA, attach, detach
 from flux_jax.metadata import GenerationRecord
@@ -40,7 +41,7 @@ from flux_jax.prompt_embeds import PromptEmbeds
 from flux_jax.prompt_rows import ImagePrompts, Prompt, embed_rows, prompt_rows
 from flux_jax.prompts import TextEncoders
 from flux_jax.residence import AUTO, PLACEMENTS, HostWeights, modulation_layers
-from flux_jax.sharding import spread
+from flux_jax.sharding import no_mesh_set, spread
 from flux_jax.tokenization import max_length
 from flux_jax.transformer import FluxTransformer
 
@@ -252,7 +253,8 @@ class FluxPipeline:
         return self._loras
 
     def _offload(self) -> None:
-        self._waiting = HostWeights(modulation_layers(self.transformer))
+        home = common_sharding(jax.tree.leaves(self.transformer))
+        self._waiting = HostWeights(modulation_layers(self.transformer), home=home)
 
     @contextlib.contextmanager
     def _weights_on_device(self) -> Iterator[None]:
@@ -286,6 +288,7 @@ class FluxPipeline:
         """Drop both text encoders and their memory; calls then need `encode_prompt`'s results."""
         self.text_encoders.free()
 
+    @no_mesh_set()
     def fingerprint(self) -> str:
         """A short name for the weights and settings of all components; see `flux_jax.fingerprint`.
 
@@ -334,6 +337,7 @@ class FluxPipeline:
     def _token_limit(self) -> int:
         return max_length(self.text_encoders.tokenizer_2)
 
+    @no_mesh_set()
     def __call__(
         self,
         prompt: Prompt,
@@ -479,6 +483,7 @@ class FluxPipeline:
                     bar.update()
                 yield indices, tokens
 
+    @no_mesh_set()
     def _decode(
         self, tokens: Array, plan: Plan, tiled: bool | None
     ) -> Float[np.ndarray, "B H W C"]:

@@ -24,7 +24,7 @@ from flux_jax.fingerprint import component_digest, component_settings
 from flux_jax.functional import ModuleFunction
 from flux_jax.prompt_embeds import PromptEmbeds, take_rows
 from flux_jax.residence import AUTO, OFFLOADED, PLACEMENTS, RESIDENT, STREAMED, HostWeights, fits
-from flux_jax.sharding import spread
+from flux_jax.sharding import no_mesh_set, spread
 from flux_jax.t5 import T5Encoder
 from flux_jax.tokenization import load_tokenizer, max_length, tokenize
 
@@ -195,6 +195,7 @@ class TextEncoders:
         """The encoders whose weights are here, on the device or waiting."""
         return [module for module in self.modules().values() if isinstance(module, nnx.Module)]
 
+    @no_mesh_set()
     def encode(
         self,
         prompts: str | Sequence[str],

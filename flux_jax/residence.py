@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from flux_jax.transformer import FluxTransformer
 from pallas_kernels.backends import default_device
@@ -29,11 +30,20 @@ class HostWeights:
     The modules hold the arrays wherever they are: what is written to them meanwhile counts.
     """
 
-    def __init__(self, modules: Sequence[nnx.Module]):
-        """Moves the arrays to the host. Bound functions keep what they were bound to."""
+    def __init__(self, modules: Sequence[nnx.Module], *, home: Sharding | None = None):
+        """Moves the arrays to the host. Bound functions keep what they were bound to.
+
+        Args:
+          modules: whose arrays.
+          home: where those belong that wait on the host already, for another pipeline of the same
+            modules; None for the default device.
+        """
+        home = SingleDeviceSharding(default_device()) if home is None else home
         states = [nnx.state(module) for module in modules]
         self._modules = list(modules)
-        self._places = [jax.tree.map(lambda array: array.sharding, state) for state in states]
+        self._places = [
+            jax.tree.map(lambda array: getattr(array, "sharding", home), state) for state in states
+        ]
         # Threads may be inside `on_device` together: the first brings, the last takes away.
         self._lock = threading.Lock()
         self._inside = 0

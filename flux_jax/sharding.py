@@ -8,9 +8,10 @@ call divides of its arguments when it draws is `flux_jax.functional.SPLIT`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -158,6 +159,20 @@ def make_mesh(
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """The size of an axis, 1 if the mesh does not have it."""
     return mesh.shape.get(axis, 1)
+
+
+@contextlib.contextmanager
+def no_mesh_set() -> Iterator[None]:
+    """What a caller's `jax.set_mesh` says has no effect: arrays say themselves where they lie.
+
+    JAX would refuse arrays that lie on other devices than that mesh's, or on a mesh whose axes are
+    of another kind.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        yield
+        return
+    with jax.set_mesh(None):
+        yield
 
 
 def mesh_of(array: Any) -> Mesh | None:

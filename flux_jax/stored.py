@@ -80,7 +80,7 @@ class StoredProgram:
     """`jax.jit` of a function of (arrays, arguments), lowered in this process only if never before.
 
     As `jax.jit`'s, it is called or lowered; the function must be pure and may close over nothing
-    but what `made_of` names. JAX's settings count as they are when shapes are first met.
+    but what `made_of` names.
     """
 
     def __init__(self, function: Program, folder: Path, made_of: tuple[Any, ...], **options: Any):
@@ -95,27 +95,27 @@ class StoredProgram:
         self._function = function
         self._folder = folder
         self._made_of = made_of
-        self._options = options
-        self._found: dict[Any, Any] = {}
+
+        def found(leaves: list[Any], args: tuple[Any, ...]) -> Any:
+            # Looked for while this is traced: then `jax.jit` knows when shapes or JAX's settings
+            # are others.
+            return self._find(leaves, args)(leaves, args)
+
+        found.__name__ = function.__name__
+        self._program = jax.jit(found, **options)
 
     def __call__(self, leaves: list[Any], args: tuple[Any, ...]) -> Any:
-        return self._find(leaves, args)(leaves, args)
+        return self._program(leaves, args)
 
     def lower(self, leaves: list[Any], args: tuple[Any, ...]) -> jax.stages.Lowered:
         """As of a jitted function; shapes are enough."""
-        return self._find(leaves, args).lower(leaves, args)
+        return self._program.lower(leaves, args)
 
-    def _find(self, leaves: list[Any], args: tuple[Any, ...]) -> Any:
-        flat, tree = jax.tree.flatten((leaves, args))
-        shapes = tuple(map(_shape, flat))
-        program = self._found.get((tree, shapes))
-        if program is None:
-            program = self._found[tree, shapes] = jax.jit(self._load(tree, shapes), **self._options)
-        return program
-
-    def _load(self, tree: Any, shapes: tuple[Any, ...]) -> Program:
+    def _find(self, leaves: list[Any], args: tuple[Any, ...]) -> Program:
         from jax import export
 
+        flat, tree = jax.tree.flatten((leaves, args))
+        shapes = tuple(map(_shape, flat))
         name = _digest(*_environment(), *self._made_of, tree, shapes)
         path = self._folder / f"{self._function.__name__.strip('_')}-{name}"
         try:
@@ -146,7 +146,6 @@ class StoredProgram:
             )
             return exported.call(*needed)
 
-        call.__name__ = self._function.__name__
         return call
 
     def _export(self, tree: Any, shapes: tuple[Any, ...]) -> Any:

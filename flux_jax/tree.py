@@ -46,11 +46,14 @@ def split_flat(module: Module) -> tuple[Callable[[Mapping[str, jax.Array]], Modu
       (rebuild, parameters): `rebuild(parameters)` is the module with these values. The values may
       be traced, and of another dtype than before.
     """
-    graphdef, state = nnx.split(module)
-    flat = nnx.to_flat_state(state)
+    # As a pytree: `nnx.merge`, too, leaves reference cycles (see `to_flat`).
+    found, structure = jax.tree_util.tree_flatten_with_path(module)
+    # Without the last key, which is a variable's value.
+    flat = {
+        jax.tree_util.keystr(path[:-1], simple=True, separator="."): value for path, value in found
+    }
 
     def rebuild(values: Mapping[str, jax.Array]) -> Module:
-        pairs = [(path, v.replace(values[parameter_path(path)])) for path, v in flat]
-        return nnx.merge(graphdef, nnx.from_flat_state(pairs))
+        return jax.tree.unflatten(structure, [values[path] for path in flat])
 
-    return rebuild, {parameter_path(path): v.get_value() for path, v in flat}
+    return rebuild, flat

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -362,9 +361,6 @@ class _Training:
         if self._pictures is None:
             return
         self._run.log.draw(self.done, self._frozen(state), self._pictures)
-        # Modules that nnx has put together are reference cycles: a student of 3 GB would stay on
-        # every device, one for each drawing.
-        gc.collect()
 
     def _drawing_due(self) -> bool:
         """Whether the held-out prompts are drawn after as many steps as are taken."""

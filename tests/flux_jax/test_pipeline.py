@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from PIL import Image
 
 from flux_jax import denoise, images
@@ -574,6 +575,21 @@ def test_on_a_mesh(pipe, programs):
 
 
 # -- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_that_the_caller_has_set_is_not_ours(pipe, kind):
+    """`jax.set_mesh` is a whole program's: the model may lie on other devices."""
+    previews = []
+    options = {"seed": 0, "callback": lambda *given: previews.append(given[-1]), **STEPS}
+    expected, fingerprint = pipe(RED, **options), pipe.fingerprint()
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(kind,))):
+        found = pipe(pipe.encode_prompt(RED), **options)
+        assert pipe.fingerprint() == fingerprint
+        pipe.text_encoders.encode(["a star"])
+        last = previews[-1].images()[0]
+    np.testing.assert_array_equal(pixels(found.images[0]), pixels(expected.images[0]))
+    np.testing.assert_array_equal(pixels(last), pixels(expected.images[0]))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 
 from flux_jax.layers import Linear
-from flux_jax.residence import HostWeights
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.residence import HostWeights, modulation_layers
+from flux_jax.sharding import make_mesh
 from tests.small_pipeline import small_pipeline
 
 STEPS = {"num_inference_steps": 1, "progress": False, "output_type": "latent", "seed": 0}
@@ -62,6 +64,21 @@ def test_what_is_written_on_the_device_stays():
         module.weight.set_value(jnp.full((4, 4), 7.0))
     assert kinds(module) == {np.ndarray}
     np.testing.assert_array_equal(module.weight.get_value(), np.full((4, 4), 7.0))
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2}])
+def test_two_pipelines_share_what_waits(mesh):
+    whole = small_pipeline()
+    parts: dict[str, Any] = {
+        name: getattr(whole, name) for name in ("transformer", "vae", "scheduler", "text_encoders")
+    }
+    place = None if mesh is None else make_mesh(**mesh)
+    first = FluxPipeline(**parts, offload_modulation=True, mesh=place)
+    expected = first("a red circle", **STEPS).images
+    second = FluxPipeline(**parts, offload_modulation=True)
+    for pipe in (second, first):
+        np.testing.assert_array_equal(pipe("a red circle", **STEPS).images, expected)
+        assert kinds(*modulation_layers(pipe.transformer)) == {np.ndarray}
 
 
 def test_they_stay_until_the_last_one_leaves():

@@ -74,6 +74,16 @@ def test_whatever_it_depends_on_is_another_program(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 8
 
 
+def test_a_setting_that_changes_meanwhile_is_another_program(tmp_path):
+    function = Traced()
+    one = program(tmp_path, function)
+    one([X], (Y, None))
+    with jax.default_matmul_precision("highest"):
+        one([X], (Y, None))
+    one([X], (Y, None))
+    assert function.count == len(list(tmp_path.iterdir())) == 2
+
+
 def test_half_a_file_is_made_anew(tmp_path):
     function = Traced()
     want = program(tmp_path, function)([X], (Y, None))
