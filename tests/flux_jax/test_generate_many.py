@@ -122,9 +122,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
 def test_modulation_weights_wait_on_the_host_where_asked(inputs, whole, tmp_path, monkeypatch):
     waiting = []
 
-    def spy(layers):
+    def spy(layers, **options):
         waiting.append(layers)
-        return residence.HostWeights(layers)
+        return residence.HostWeights(layers, **options)
 
     monkeypatch.setattr(pipeline, "HostWeights", spy)
     run(*inputs, "--out", tmp_path, "--offload-modulation")
