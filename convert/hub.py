@@ -8,8 +8,9 @@ from pathlib import Path
 
 from convert.problems import first_line
 from convert.safetensors_header import SUFFIX
-from convert.tables import COMPONENTS, TOKENIZER_FILES, TOKENIZERS, check_components
+from convert.tables import COMPONENTS, TOKENIZER_FILES, check_components
 from flux_jax import assets
+from flux_jax.components import TOKENIZERS
 from flux_jax.errors import UserError
 
 # As PEFT saves an adapter, and its settings.

@@ -15,6 +15,7 @@ from convert.safetensors_header import SUFFIX, read_header
 from convert.safetensors_read import SafetensorsReader
 from convert.single_file import CONFIG_KEY
 from convert.source import PIPELINES
+from flux_jax.components import TOKENIZERS
 from flux_jax.errors import UserError
 
 _TOKENIZER_FILES = {
@@ -104,7 +105,7 @@ def _belongs(entry: Path) -> bool:
         return quantized.are_latents(entry)
     if name == "scheduler":
         return _holds_only(entry, {"scheduler_config.json"})
-    if name in tables.TOKENIZERS:
+    if name in TOKENIZERS:
         return _holds_only(entry, _TOKENIZER_FILES)
     if name in tables.COMPONENTS:
         return _is_orbax(entry) if (entry / "_METADATA").is_file() else _are_weights(entry)

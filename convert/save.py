@@ -17,6 +17,7 @@ from convert.orbax_write import write_checkpoint
 from convert.replaceable import staged_folder
 from convert.targets import copy_tokenizers
 from convert.tensors import Spec
+from flux_jax.components import TOKENIZERS
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 from flux_jax.layers import AnyLinear, Linear
@@ -58,9 +59,9 @@ def save(
         _check_loadable(name, module, configs[name])
     folders = {name: hub.local_path(folder) for name, folder in tokenizers.items()}
     for name, folder in folders.items():
-        if name not in tables.TOKENIZERS or not folder.is_dir():
+        if name not in TOKENIZERS or not folder.is_dir():
             raise UserError(
-                f"tokenizers must be folders by name, of {' and '.join(tables.TOKENIZERS)}; got "
+                f"tokenizers must be folders by name, of {' and '.join(TOKENIZERS)}; got "
                 f"{name!r}: {folder}"
             )
     path = hub.local_path(path)

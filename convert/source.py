@@ -25,7 +25,7 @@ from convert.rules import Map
 from convert.safetensors_header import SUFFIX
 from convert.safetensors_read import PICKLES, SafetensorsReader, open_component, refuse_pickle
 from convert.tensors import Assembled, Reader, StoredReader, blocks
-from flux_jax.components import Config
+from flux_jax.components import TOKENIZERS, Config
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 
@@ -194,7 +194,7 @@ def _open_diffusers(path: Path, components: Sequence[str] | None) -> Source:
 
 
 def _tokenizers(path: Path) -> dict[str, Path]:
-    return {name: path / name for name in tables.TOKENIZERS if (path / name).is_dir()}
+    return {name: path / name for name in TOKENIZERS if (path / name).is_dir()}
 
 
 def _diffusers_component(name: str, folder: Path) -> Component:

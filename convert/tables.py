@@ -24,8 +24,7 @@ _TABLES: dict[str, Any] = {
     "vae": autoencoder,
 }
 COMPONENTS = tuple(_TABLES)
-# Folders of a pipeline beside those of its components.
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+# What is read of a tokenizer's folder.
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 # Of tensors that have our names already.

@@ -21,6 +21,7 @@ import numpy as np
 from flux_jax import arguments, images
 from flux_jax.autoencoder import DECODE
 from flux_jax.checkpoint import Checkpoint, inspect_checkpoint, load_checkpoint
+from flux_jax.components import TOKENIZERS
 from flux_jax.denoise import denoise
 from flux_jax.errors import UserError
 from flux_jax.functional import ModuleFunction
@@ -224,7 +225,7 @@ def _compare_text(
         return _TEXT.bind(modules[name])(ids)
 
     tokenizer, tokenizer_2 = (
-        load_tokenizer(checkpoint.tokenizer_paths[name]) for name in ("tokenizer", "tokenizer_2")
+        load_tokenizer(checkpoint.tokenizer_paths[name]) for name in TOKENIZERS
     )
     limit, prompts = LIMITS[settings.dtype], [PROMPT]
     ids = tokenize(tokenizer, prompts, max_length(tokenizer, 77), encoder="CLIP")

@@ -30,6 +30,9 @@ MODULE_CLASSES: dict[str, type[nnx.Module]] = {
     "text_encoder_2": T5Encoder,
     "vae": Autoencoder,
 }
+# Those of them that read prompts, and what makes these tokens.
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 def abstract_module(name: str, config: Config, dtype: DType = jnp.bfloat16) -> Any:

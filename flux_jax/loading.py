@@ -18,11 +18,11 @@ from flux_jax.checkpoint import (
     load_lora,
     resolve_checkpoint,
 )
+from flux_jax.components import TEXT_ENCODERS, TOKENIZERS
 from flux_jax.configs import SchedulerConfig
 from flux_jax.errors import UserError
 from flux_jax.lora import LoRA, attach, read_name
 from flux_jax.plan import ARGUMENTS, Plan, make_plan
-from flux_jax.prompts import TEXT_ENCODERS, TOKENIZERS
 from flux_jax.sharding import place_shapes
 from flux_jax.tokenization import stored_max_length
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from flux_jax import arguments
 from flux_jax.checkpoint import load_checkpoint, resolve_checkpoint, stored_component
 from flux_jax.clip import CLIPTextEncoder
+from flux_jax.components import TEXT_ENCODERS, TOKENIZERS
 from flux_jax.encoding import StreamedT5, t5_states
 from flux_jax.errors import UserError
 from flux_jax.fingerprint import component_digest, component_settings
@@ -27,10 +28,6 @@ from flux_jax.residence import AUTO, OFFLOADED, PLACEMENTS, RESIDENT, STREAMED, 
 from flux_jax.sharding import no_mesh_set, spread
 from flux_jax.t5 import T5Encoder
 from flux_jax.tokenization import load_tokenizer, max_length, tokenize
-
-# The components that read prompts, and theirs.
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 def _clip(encoder: CLIPTextEncoder, ids: Int[Array, "B T"]) -> Float[Array, "B V"]:
