@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -27,33 +28,53 @@ class RMSScale(nnx.Module):
 
 
 class QKNorm(nnx.Module):
-    """The norms of queries and keys; `attention_heads` computes them."""
+    """The norms of queries and keys; `ProjectedHeads` computes them."""
 
     def __init__(self, width: int, *, dtype: DType, rngs: nnx.Rngs):
         self.query_norm = RMSScale(width, dtype=dtype, rngs=rngs)
         self.key_norm = RMSScale(width, dtype=dtype, rngs=rngs)
 
 
-def attention_heads(
-    streams: Sequence[tuple[Float[Array, "B _ _"], QKNorm]],
-    rotation: Rotation,
-    num_heads: int,
-    backend: HeadsBackend | None,
-) -> Heads:
-    """Normalised, rotated (RoPE) queries and keys, and values: `pallas_kernels.attention_heads`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectedHeads:
+    """Normalised, rotated (RoPE) queries and keys, and values: computed when they are asked for.
 
-    Args:
+    By `pallas_kernels.heads`, in the layout that whoever asks wants them in.
+
+    Attributes:
       streams: of each, joined in this order, a fused projection (B, tokens, W) whose rows begin
         with [q | k | v], and its norms.
       rotation: of all tokens.
       num_heads: H.
       backend: see `HeadsBackend`.
     """
-    # Late, as everything of `pallas_kernels`.
-    from pallas_kernels import heads
 
-    projections = [
-        heads.Projection(array, norm.query_norm.scale[...], norm.key_norm.scale[...])
-        for array, norm in streams
-    ]
-    return heads.attention_heads(projections, *rotation, heads=num_heads, eps=EPS, backend=backend)
+    streams: Sequence[tuple[Float[Array, "B _ _"], QKNorm]]
+    rotation: Rotation
+    num_heads: int
+    backend: HeadsBackend | None
+
+    def apart(self) -> Heads:
+        """q, k and v."""
+        # Late, as everything of `pallas_kernels`.
+        from pallas_kernels import heads
+
+        return heads.attention_heads(*self._given(), **self._settings())
+
+    def grouped(self, groups: int) -> Float[Array, "G 3 B L h D"]:
+        """q, k and v of each of some groups of heads."""
+        from pallas_kernels import heads
+
+        return heads.grouped_heads(*self._given(), groups=groups, **self._settings())
+
+    def _given(self) -> tuple[Any, ...]:
+        from pallas_kernels.heads import Projection
+
+        projections = [
+            Projection(array, norm.query_norm.scale[...], norm.key_norm.scale[...])
+            for array, norm in self.streams
+        ]
+        return projections, *self.rotation
+
+    def _settings(self) -> dict[str, Any]:
+        return {"heads": self.num_heads, "eps": EPS, "backend": self.backend}

@@ -15,13 +15,30 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 AXIS = "sequence"
+# That an exchange may take, and that what is computed meanwhile leaves to it: NCCL has a block of
+# threads for each of its channels, none of which shares a multiprocessor with a product's. Without
+# any left the exchange begins when the product ends, as a trace of two H200s showed.
+EXCHANGE_MULTIPROCESSORS = 16
+
+
+@runtime_checkable
+class Heads(Protocol):
+    """Queries, keys and values of the tokens at hand, such as `flux_jax.heads.ProjectedHeads`."""
+
+    def apart(self) -> tuple[Float[Array, "B l H D"], ...]:
+        """q, k and v."""
+        ...
+
+    def grouped(self, groups: int) -> Float[Array, "G 3 B l h D"]:
+        """q, k and v of each of some groups of heads."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,50 +52,48 @@ class Exchange:
     text: int
 
     def to_heads(
-        self,
-        q: Float[Array, "B l H D"],
-        k: Float[Array, "B l H D"],
-        v: Float[Array, "B l H D"],
-        meanwhile: Any,
+        self, sent: Float[Array, "n 3 B l h D"], meanwhile: Any
     ) -> tuple[tuple[Float[Array, "B L h D"], ...], Any]:
-        """From some tokens of all heads to all tokens of some heads: all text, then all image.
+        """From some tokens of all heads to all tokens of some heads.
 
         Args:
-          q, k, v: of the device's tokens.
+          sent: q, k and v of the device's tokens; first, the device whose heads they are.
           meanwhile: arrays, or none, to compute while they are on their way.
 
         Returns:
-          q, k and v of the device's heads, and `meanwhile`.
+          q, k and v of the device's heads, and `meanwhile`. Queries lie one device's after the
+          other's, so that the way back finds them together. Keys and values lie as on one device,
+          all text and then all image: in another order their sums would be rounded anew.
         """
-        # One exchange in place of three: what it costs beside its bytes is paid once. The device
-        # that something goes to, or comes from, is the first axis: otherwise XLA inserts a
-        # transpose.
-        parts = jax.lax.all_to_all(self._for_each(jnp.stack((q, k, v)), 3), AXIS, 0, 0, tiled=True)
+        # One exchange in place of three: what it costs beside its bytes is paid once.
+        parts = jax.lax.all_to_all(sent, AXIS, 0, 0, tiled=True)
         # What reads the parts waits for both, so that the exchange is begun first and ended last.
         parts, meanwhile = jax.lax.optimization_barrier((parts, meanwhile))
-        text, image = parts[..., : self.text, :, :], parts[..., self.text :, :, :]
+        q = _merged(jnp.moveaxis(parts[:, 0], 0, 1), 1)
+        text, image = parts[:, 1:, :, : self.text], parts[:, 1:, :, self.text :]
         joined = jnp.concatenate([_merged(jnp.moveaxis(x, 0, 2), 2) for x in (text, image)], axis=2)
-        return (joined[0], joined[1], joined[2]), meanwhile
-
-    def to_tokens(self, x: Float[Array, "B L h D"]) -> Float[Array, "B l H D"]:
-        """The way back."""
-        whole = jax.lax.axis_size(AXIS) * self.text
-        parts = (self._for_each(some, 1) for some in (x[:, :whole], x[:, whole:]))
-        parts = jnp.concatenate(tuple(parts), axis=2)
-        parts = jax.lax.all_to_all(parts, AXIS, 0, 0, tiled=True)
-        return _merged(jnp.moveaxis(parts, 0, 2), 2)
+        return (q, joined[0], joined[1]), meanwhile
 
     @staticmethod
-    def _for_each(x: Array, axis: int) -> Array:
-        """An axis cut into a part for each device, the devices first."""
+    def to_tokens(x: Float[Array, "B L h D"]) -> Float[Array, "B l H D"]:
+        """The way back."""
         devices = jax.lax.axis_size(AXIS)
-        cut = x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
-        return jnp.moveaxis(cut, axis, 0)
+        parts = jnp.moveaxis(x.reshape(x.shape[0], devices, -1, *x.shape[2:]), 1, 0)
+        parts = jax.lax.all_to_all(parts, AXIS, 0, 0, tiled=True)
+        return _merged(jnp.moveaxis(parts, 0, 2), 2)
 
 
 def _merged(x: Float[Array, ...], axis: int) -> Float[Array, ...]:
     """Two neighbouring axes made one."""
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """How a program is compiled whose tokens are split over `AXIS`, on devices of a platform."""
+    if platform not in ("gpu", "cuda"):
+        return None
+    limits = ("xla_gpu_nccl_p2p_max_nchannels", "xla_gpu_nccl_collective_max_nchannels")
+    return dict.fromkeys(limits, EXCHANGE_MULTIPROCESSORS)
 
 
 _here: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -99,16 +114,14 @@ def is_split() -> bool:
 
 def over_all_tokens(
     attend: Callable[..., Float[Array, "B L h D"]],
-    q: Float[Array, "B l H D"],
-    k: Float[Array, "B l H D"],
-    v: Float[Array, "B l H D"],
+    heads: Heads,
     meanwhile: Any = None,
 ) -> tuple[Float[Array, "B l H D"], Any]:
     """`attend(q, k, v)`, to all tokens wherever they are.
 
     Args:
-      attend: an attention of whole sequences, each head by itself.
-      q, k, v: of the tokens at hand.
+      attend: an attention of whole sequences, each head and each query by itself.
+      heads: of the tokens at hand.
       meanwhile: arrays that take nothing of other tokens: computed while those are sent.
 
     Returns:
@@ -116,9 +129,10 @@ def over_all_tokens(
     """
     exchange = _here.get()
     if exchange is None:
-        return attend(q, k, v), meanwhile
-    heads, meanwhile = exchange.to_heads(q, k, v, meanwhile)
-    return exchange.to_tokens(attend(*heads)), meanwhile
+        return attend(*heads.apart()), meanwhile
+    sent = heads.grouped(jax.lax.axis_size(AXIS))
+    every, meanwhile = exchange.to_heads(sent, meanwhile)
+    return exchange.to_tokens(attend(*every)), meanwhile
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from flux_jax.arguments import check_shapes
 from flux_jax.attention import Implementation, attention, is_fused
 from flux_jax.configs import FluxConfig
-from flux_jax.heads import HeadsBackend, QKNorm, attention_heads
+from flux_jax.heads import HeadsBackend, ProjectedHeads, QKNorm
 from flux_jax.inputs import GATED, Input, Joined, Modulated
 from flux_jax.layers import DType, Linear
 from flux_jax.partition import constrain
@@ -156,9 +156,14 @@ class DoubleStreamBlock(nnx.Module):
         img_qkv = self.img_attn.qkv(Modulated(img, i_shift1, i_scale1))
         txt_qkv = self.txt_attn.qkv(Modulated(txt, t_shift1, t_scale1))
         streams = ((txt_qkv, self.txt_attn.norm), (img_qkv, self.img_attn.norm))
-        q, k, v = attention_heads(streams, rotation, self.num_heads, self.heads_backend)
+        heads = ProjectedHeads(
+            streams=streams,
+            rotation=rotation,
+            num_heads=self.num_heads,
+            backend=self.heads_backend,
+        )
         attend = functools.partial(attention, implementation=self.attention)
-        attended, _ = over_all_tokens(attend, q, k, v)
+        attended, _ = over_all_tokens(attend, heads)
         attended = attended.reshape(*attended.shape[:2], -1)
         txt_length = txt.shape[1]
 
@@ -203,8 +208,13 @@ class SingleStreamBlock(nnx.Module):
             # One product fills the multiprocessors better than two.
             hidden = self.linear1.hidden(modulated, start=3 * width)
             qkv = hidden.array
-        q, k, v = attention_heads([(qkv, self.norm)], rotation, self.num_heads, self.heads_backend)
-        attended, hidden = over_all_tokens(attend, q, k, v, meanwhile=hidden)
+        heads = ProjectedHeads(
+            streams=[(qkv, self.norm)],
+            rotation=rotation,
+            num_heads=self.num_heads,
+            backend=self.heads_backend,
+        )
+        attended, hidden = over_all_tokens(attend, heads, meanwhile=hidden)
         return self.linear2(Joined(attended.reshape(x.shape), hidden), gate=gate, residual=x)
 
 

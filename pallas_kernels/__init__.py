@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pallas_kernels.backends import BACKENDS as BACKENDS
     from pallas_kernels.heads import Projection as Projection
     from pallas_kernels.heads import attention_heads as attention_heads
+    from pallas_kernels.heads import grouped_heads as grouped_heads
     from pallas_kernels.packing import BLOCK_BYTES as BLOCK_BYTES
     from pallas_kernels.packing import BLOCK_CODES as BLOCK_CODES
     from pallas_kernels.packing import GROUP as GROUP
@@ -36,6 +37,7 @@ _HOME = {
     "Quantized": "reference",
     "attention_heads": "heads",
     "group_count": "packing",
+    "grouped_heads": "heads",
     "normalize_and_quantize": "api",
     "pack_codes": "packing",
     "packed_width": "packing",

@@ -38,6 +38,7 @@ def ternary_matmul(
     gate: Vectors | None = None,
     residual: Float[Array, "*B N"] | None = None,
     low_rank: tuple[Float[Array, "*B R"], Float[Array, "N R"]] | None = None,
+    leave: int = 0,
 ) -> Float[Array, "*B N"]:
     """`residual + gate * gelu(x @ (scale * weight).T + bias + u @ v.T)` for packed ternary weights.
 
@@ -84,6 +85,10 @@ def ternary_matmul(
         either 16-bit type. XLA does elsewhere, and the float32 result goes through memory; float32
         is multiplied as XLA's default has it, which on a GPU is TF32.
 
+      leave: multiprocessors of the GPU that are left to what runs beside the product, such as an
+        exchange with other devices. Mosaic's kernel for many rows takes all others for as long as
+        it runs; no other kernel heeds it.
+
     Returns:
       (..., N).
 
@@ -102,6 +107,7 @@ def ternary_matmul(
         gate=gate,
         residual=residual,
         low_rank=low_rank,
+        leave=leave,
     )
     if out_dtype is None:
         out_dtype = jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype
@@ -116,7 +122,7 @@ def ternary_matmul(
     if not x.size or not packed.size:
         # Nothing to launch a kernel for.
         name = "jax"
-    product = _product(name, activation_bits, out_dtype, gelu, describe(device))
+    product = _product(name, activation_bits, out_dtype, gelu, describe(device).without(leave))
     rows, outputs = math.prod(x.shape[:-1]), packed.shape[0]
 
     def flat(value: Any) -> Any:

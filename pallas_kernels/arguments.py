@@ -27,6 +27,7 @@ def check_matmul(
     gate: Any = None,
     residual: Any = None,
     low_rank: Any = None,
+    leave: int = 0,
 ) -> None:
     """Refuses what no backend could multiply.
 
@@ -35,6 +36,8 @@ def check_matmul(
     """
     if activation_bits not in ACTIVATION_BITS:
         raise ValueError(f"activation_bits must be 8 or 16, got {activation_bits!r}")
+    if leave < 0:
+        raise ValueError(f"leave must be a number of multiprocessors, 0 or more, got {leave}")
     quantized = x.dtype == jnp.int8
     if x.ndim < 1 or not (quantized or jnp.issubdtype(x.dtype, jnp.floating)):
         raise ValueError(

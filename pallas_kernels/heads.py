@@ -66,6 +66,48 @@ def attention_heads(
       ValueError: shapes that do not fit together, or no such backend.
       NotImplementedError: the backend that is asked for cannot run here; says why.
     """
+    return _computed(projections, cos, sin, heads, eps, backend, groups=None)
+
+
+def grouped_heads(
+    projections: Sequence[Projection],
+    cos: Float[Array, "L D2"],
+    sin: Float[Array, "L D2"],
+    *,
+    heads: int,
+    groups: int,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Float[Array, "G 3 B L h D"]:
+    """`attention_heads`, of each group of neighbouring heads together: what one device is sent.
+
+    Args:
+      projections, cos, sin, heads, eps, backend: as for `attention_heads`.
+      groups: G, which divides the heads.
+
+    Returns:
+      (G, 3, B, L, H / G, D): of each group q, k and v.
+
+    Raises:
+      ValueError: groups that do not divide the heads, and as `attention_heads`.
+      NotImplementedError: as `attention_heads`.
+    """
+    if groups < 1 or heads % groups:
+        raise ValueError(f"groups must divide the {heads} heads, got {groups}")
+    return _computed(projections, cos, sin, heads, eps, backend, groups=groups)
+
+
+def _computed(
+    projections: Sequence[Projection],
+    cos: Array,
+    sin: Array,
+    heads: int,
+    eps: float,
+    backend: str | None,
+    *,
+    groups: int | None,
+) -> Any:
+    """Heads by one of the backends; grouped, or as three arrays if `groups` is None."""
     _check(projections, cos, sin, heads)
     # Of one type with the tokens, as the kernel's pointers must be; they would be rounded anyway.
     flat = [array.astype(one.array.dtype) for one in projections for array in one]
@@ -76,7 +118,7 @@ def attention_heads(
     if backend is None:
         spread = is_spread(*flat)
         backend = "jax" if spread or why_not(projections[0].array, cos) else "triton"
-    return _compute(backend, len(projections), heads, eps)(*flat, cos, sin)
+    return _compute(backend, len(projections), heads, eps, groups)(*flat, cos, sin)
 
 
 def why_not(array: Any, cos: Any) -> str | None:
@@ -126,15 +168,23 @@ def plain(
     return turned(q), turned(k), v
 
 
+def grouped(q: Array, k: Array, v: Array, groups: int) -> Float[Array, "G 3 B L h D"]:
+    """What `grouped_heads` returns, from heads as three arrays."""
+    stacked = jnp.stack((q, k, v))
+    parts = stacked.reshape(*stacked.shape[:3], groups, -1, stacked.shape[-1])
+    return jnp.moveaxis(parts, 3, 0)
+
+
 @functools.cache
-def _compute(backend: str, count: int, heads: int, eps: float) -> Any:
+def _compute(backend: str, count: int, heads: int, eps: float, groups: int | None) -> Any:
     """Takes a flat list of arrays: those of each of `count` projections, cosines, sines."""
 
     def projections_of(arrays: tuple[Any, ...]) -> list[Projection]:
         return [Projection(*arrays[3 * i : 3 * i + 3]) for i in range(count)]
 
     def reference(*arrays: Any) -> Any:
-        return plain(projections_of(arrays), *arrays[-2:], heads=heads, eps=eps)
+        each = plain(projections_of(arrays), *arrays[-2:], heads=heads, eps=eps)
+        return each if groups is None else grouped(*each, groups)
 
     if backend == "jax":
         return reference
@@ -143,8 +193,10 @@ def _compute(backend: str, count: int, heads: int, eps: float) -> Any:
     def kernel(*arrays: Any) -> Any:
         from pallas_kernels import triton_heads
 
-        given = projections_of(arrays)
-        return tuple(triton_heads.attention_heads(given, *arrays[-2:], heads=heads, eps=eps))
+        given = (projections_of(arrays), *arrays[-2:])
+        if groups is not None:
+            return triton_heads.grouped_heads(*given, heads=heads, groups=groups, eps=eps)
+        return tuple(triton_heads.attention_heads(*given, heads=heads, eps=eps))
 
     @kernel.def_vmap
     def _(size: int, batched: Any, *arrays: Any) -> Any:

@@ -64,6 +64,11 @@ class Device:
     kind: str
     multiprocessors: int
 
+    def without(self, some: int) -> Device:
+        """With so many multiprocessors fewer, but one at least, if it has any."""
+        left = max(self.multiprocessors - some, min(self.multiprocessors, 1))
+        return dataclasses.replace(self, multiprocessors=left)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:

@@ -1,4 +1,4 @@
-"""Queries, keys and values by a Triton kernel: `pallas_kernels.heads` in one pass over memory."""
+"""Queries, keys and values by Triton kernels: `pallas_kernels.heads` in one pass over memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+# Each an array, the scale of queries, the scale of keys.
+Projections = Sequence[tuple[Float[Array, "B _ _"], Float[Array, " D"], Float[Array, " D"]]]
 # Heads of one program, and its warps: eight heads of 128 channels are a 16-byte load a thread.
 SOME, WARPS = 8, 4
 
@@ -34,7 +36,7 @@ def settings(
 
 
 def attention_heads(
-    projections: Sequence[tuple[Float[Array, "B _ _"], Float[Array, " D"], Float[Array, " D"]]],
+    projections: Projections,
     cos: Float[Array, "L D2"],
     sin: Float[Array, "L D2"],
     *,
@@ -43,35 +45,80 @@ def attention_heads(
 ) -> list[Float[Array, "B L H D"]]:
     """As `pallas_kernels.attention_heads`, of one or two projections, from checked arguments.
 
-    Args:
-      projections: (array, scale of queries, scale of keys) of each.
-
     Returns:
       q, k, v.
     """
+    from pallas_kernels import triton_heads_kernel
+
+    array = projections[0][0]
+    shape = (array.shape[0], cos.shape[0], heads, 2 * cos.shape[1])
+    return _call(
+        triton_heads_kernel.normalize_and_rotate,
+        [jax.ShapeDtypeStruct(shape, array.dtype)] * 3,
+        projections,
+        cos,
+        sin,
+        heads=heads,
+        eps=eps,
+    )
+
+
+def grouped_heads(
+    projections: Projections,
+    cos: Float[Array, "L D2"],
+    sin: Float[Array, "L D2"],
+    *,
+    heads: int,
+    groups: int,
+    eps: float,
+) -> Float[Array, "G 3 B L h D"]:
+    """As `pallas_kernels.grouped_heads`, likewise."""
+    from pallas_kernels import triton_heads_kernel
+
+    array, group = projections[0][0], heads // groups
+    shape = (groups, 3, array.shape[0], cos.shape[0], group, 2 * cos.shape[1])
+    return _call(
+        triton_heads_kernel.normalize_and_rotate_grouped,
+        jax.ShapeDtypeStruct(shape, array.dtype),
+        projections,
+        cos,
+        sin,
+        heads=heads,
+        eps=eps,
+        GROUP=group,
+    )
+
+
+def _call(
+    kernel: Any,
+    out_shape: Any,
+    projections: Projections,
+    cos: Array,
+    sin: Array,
+    *,
+    heads: int,
+    eps: float,
+    **constants: int,
+) -> Any:
     # Optional, and not on every machine that this is checked on.
     import jax_triton  # pyright: ignore[reportMissingImports]
 
-    from pallas_kernels import triton_heads_kernel
-
     first, last = projections[0], projections[-1]
-    array = first[0]
-    batch, length, width = array.shape[0], cos.shape[0], 2 * cos.shape[1]
-    shape = jax.ShapeDtypeStruct((batch, length, heads, width), array.dtype)
-    constants: dict[str, Any] = settings(
-        [one[0].shape[-1] for one in projections], heads=heads, width=width, eps=eps
-    )
+    batch, tokens = first[0].shape[:2]
+    length, width = cos.shape[0], 2 * cos.shape[1]
+    strides = [one[0].shape[-1] for one in projections]
+    every: dict[str, Any] = settings(strides, heads=heads, width=width, eps=eps) | constants
     return jax_triton.triton_call(
         *first,
         *last,
         cos,
         sin,
-        array.shape[1],
+        tokens,
         length,
-        kernel=triton_heads_kernel.normalize_and_rotate,
-        out_shape=[shape] * 3,
+        kernel=kernel,
+        out_shape=out_shape,
         grid=(batch * length, -(-heads // SOME)),
         num_warps=WARPS,
         num_stages=1,
-        **constants,
+        **every,
     )

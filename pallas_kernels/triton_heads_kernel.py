@@ -7,6 +7,7 @@ Names in capitals are constants of a compilation:
     HEADS, WIDTH: heads, and channels of one.
     SOME: heads of a program, a power of two.
     EPS: of the norms.
+    GROUP: heads of a group.
 """
 
 # Triton's language is not Python's: what a type checker would say of it is of no use.
@@ -35,7 +36,7 @@ def turned(x, scale_ptr, cos, sin, SOME: tl.constexpr, WIDTH: tl.constexpr, EPS:
 
 
 @jit
-def normalize_and_rotate(
+def heads_of_a_token(
     first_ptr,
     first_q_ptr,
     first_k_ptr,
@@ -46,9 +47,6 @@ def normalize_and_rotate(
     sin_ptr,
     first_length,
     length,
-    q_ptr,
-    k_ptr,
-    v_ptr,
     FIRST_STRIDE: tl.constexpr,
     SECOND_STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -56,7 +54,7 @@ def normalize_and_rotate(
     SOME: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """q, k, v (B, length, HEADS, WIDTH) from rows [q | k | v | ...] of two sequences.
+    """The program's part of q, k and v, (SOME, WIDTH) each, from rows [q | k | v | ...].
 
     Tokens before `first_length` are the first's, (B, first_length, FIRST_STRIDE), with its scales
     (WIDTH,); the others the second's. Cosines and sines are (length, WIDTH / 2) float32.
@@ -84,7 +82,110 @@ def normalize_and_rotate(
     pair = tl.broadcast_to(tl.arange(0, WIDTH // 2)[None, :], (SOME, WIDTH // 2))
     cos = tl.load(cos_ptr + at * (WIDTH // 2) + pair)
     sin = tl.load(sin_ptr + at * (WIDTH // 2) + pair)
-    written = token.to(tl.int64) * (HEADS * WIDTH) + inside
-    tl.store(q_ptr + written, turned(q, q_scale_ptr, cos, sin, SOME, WIDTH, EPS), mask=is_there)
-    tl.store(k_ptr + written, turned(k, k_scale_ptr, cos, sin, SOME, WIDTH, EPS), mask=is_there)
+    q = turned(q, q_scale_ptr, cos, sin, SOME, WIDTH, EPS)
+    k = turned(k, k_scale_ptr, cos, sin, SOME, WIDTH, EPS)
+    return q, k, v
+
+
+@jit
+def normalize_and_rotate(
+    first_ptr,
+    first_q_ptr,
+    first_k_ptr,
+    second_ptr,
+    second_q_ptr,
+    second_k_ptr,
+    cos_ptr,
+    sin_ptr,
+    first_length,
+    length,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    FIRST_STRIDE: tl.constexpr,
+    SECOND_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOME: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """q, k, v (B, length, HEADS, WIDTH); the arguments are those of `heads_of_a_token`."""
+    q, k, v = heads_of_a_token(
+        first_ptr,
+        first_q_ptr,
+        first_k_ptr,
+        second_ptr,
+        second_q_ptr,
+        second_k_ptr,
+        cos_ptr,
+        sin_ptr,
+        first_length,
+        length,
+        FIRST_STRIDE,
+        SECOND_STRIDE,
+        HEADS,
+        WIDTH,
+        SOME,
+        EPS,
+    )
+    head = tl.program_id(1) * SOME + tl.arange(0, SOME)
+    is_there = (head < HEADS)[:, None]
+    inside = head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    written = tl.program_id(0).to(tl.int64) * (HEADS * WIDTH) + inside
+    tl.store(q_ptr + written, q, mask=is_there)
+    tl.store(k_ptr + written, k, mask=is_there)
     tl.store(v_ptr + written, v, mask=is_there)
+
+
+@jit
+def normalize_and_rotate_grouped(
+    first_ptr,
+    first_q_ptr,
+    first_k_ptr,
+    second_ptr,
+    second_q_ptr,
+    second_k_ptr,
+    cos_ptr,
+    sin_ptr,
+    first_length,
+    length,
+    qkv_ptr,
+    FIRST_STRIDE: tl.constexpr,
+    SECOND_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOME: tl.constexpr,
+    EPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """q, k and v of every `GROUP` heads together: (HEADS / GROUP, 3, B, length, GROUP, WIDTH)."""
+    q, k, v = heads_of_a_token(
+        first_ptr,
+        first_q_ptr,
+        first_k_ptr,
+        second_ptr,
+        second_q_ptr,
+        second_k_ptr,
+        cos_ptr,
+        sin_ptr,
+        first_length,
+        length,
+        FIRST_STRIDE,
+        SECOND_STRIDE,
+        HEADS,
+        WIDTH,
+        SOME,
+        EPS,
+    )
+    head = tl.program_id(1) * SOME + tl.arange(0, SOME)
+    is_there = (head < HEADS)[:, None]
+    tokens = tl.num_programs(0)
+    group = head // GROUP
+    row = (group * 3).to(tl.int64) * tokens + tl.program_id(0)
+    start = row * (GROUP * WIDTH) + (head - group * GROUP) * WIDTH
+    written = start[:, None] + tl.arange(0, WIDTH)[None, :]
+    # From q to k, and from k to v.
+    apart = tokens.to(tl.int64) * (GROUP * WIDTH)
+    tl.store(qkv_ptr + written, q, mask=is_there)
+    tl.store(qkv_ptr + apart + written, k, mask=is_there)
+    tl.store(qkv_ptr + 2 * apart + written, v, mask=is_there)

@@ -48,6 +48,7 @@ def product(
     dtype: Any,
     backend: str | None,
     gelu: bool = False,
+    leave: int = 0,
 ) -> Float[Array, "*L N"]:
     """`residual + gate * gelu(x @ weight.T + bias + branch)`, with what is asked for, in `dtype`.
 
@@ -64,8 +65,9 @@ def product(
       dtype: of 16-bit activations and of the result.
       backend: of `pallas_kernels`.
       gelu: the tanh form.
+      leave: multiprocessors that are left to what runs beside it.
     """
-    settings: dict[str, Any] = {"out_dtype": dtype, "backend": backend, "gelu": gelu}
+    settings: dict[str, Any] = {"out_dtype": dtype, "backend": backend, "gelu": gelu, "leave": leave}
     # What is None is part of the structure: an operand of the gradient's rule must be an array.
     arrays, structure = jax.tree.flatten((x, weights, gate, residual, branch))
 

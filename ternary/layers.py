@@ -25,6 +25,7 @@ from flux_jax.inputs import (
 )
 from flux_jax.layers import AnyLinear, Axes, DType, Linear, weight_axes
 from flux_jax.partition import is_gathered, product_on_mesh
+from flux_jax.sequence import EXCHANGE_MULTIPROCESSORS
 from pallas_kernels import pack_codes, packed_width, unpack_codes
 from pallas_kernels.reference import signed_product
 from pallas_kernels.rounding import rounded
@@ -135,7 +136,9 @@ class TernaryLinear(AnyLinear):
         """See `AnyLinear`."""
         first, rest = slice(start), slice(start, None)
         gelu = self.activation_bits == 16
-        hidden = self._product(x, branch=branch, gelu=gelu, outputs=rest)
+        hidden = self._product(
+            x, branch=branch, gelu=gelu, outputs=rest, leave=EXCHANGE_MULTIPROCESSORS
+        )
         return self._product(x, branch=branch, outputs=first), Hidden(hidden, activated=gelu)
 
     def _weights(self, outputs: slice = slice(None)) -> Weights:
@@ -154,6 +157,7 @@ class TernaryLinear(AnyLinear):
         branch: Branch | None = None,
         gelu: bool = False,
         outputs: slice = slice(None),
+        leave: int = 0,
     ) -> Array:
         check_width(x, self.in_features)
         check_gated(gate, residual)
@@ -168,6 +172,7 @@ class TernaryLinear(AnyLinear):
             dtype=self.dtype,
             backend=self.backend,
             gelu=gelu,
+            leave=leave,
         )
 
 

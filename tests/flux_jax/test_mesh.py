@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from flux_jax.sequence import Exchange, is_split, over_all_tokens, tokens_of_a_p
 from flux_jax.sharding import make_mesh, spread
 from flux_jax.transformer import FluxTransformer
 from flux_jax.tree import to_flat
+from pallas_kernels.heads import grouped
 from ternary.config import QuantConfig
 from ternary.policy import Policy
 from ternary.student import freeze_student, make_student
@@ -105,9 +107,9 @@ def test_another_share_of_text_is_another_program(monkeypatch):
     seen = []
     to_heads = Exchange.to_heads
 
-    def watched(self, q, k, v, meanwhile):
-        seen.append((self.text, q.shape[1]))
-        return to_heads(self, q, k, v, meanwhile)
+    def watched(self, sent, meanwhile):
+        seen.append((self.text, sent.shape[3]))
+        return to_heads(self, sent, meanwhile)
 
     monkeypatch.setattr(Exchange, "to_heads", watched)
     pipe = small_pipeline(mesh=make_mesh(sequence=2))
@@ -143,6 +145,20 @@ def test_guidance_and_tiles(alone):
     np.testing.assert_allclose(*images, atol=2e-5)
 
 
+class Prepared(NamedTuple):
+    """In place of `ProjectedHeads`, what it would compute."""
+
+    q: Any
+    k: Any
+    v: Any
+
+    def apart(self):
+        return tuple(self)
+
+    def grouped(self, groups):
+        return grouped(*self, groups)
+
+
 def test_attention_over_the_sequence_is_exact():
     """Heads are whole, and see their keys in the order of one device."""
     rng = np.random.default_rng(0)
@@ -156,7 +172,7 @@ def test_attention_over_the_sequence_is_exact():
         with tokens_of_a_part(text=text // devices):
             assert is_split()
             joined = (jnp.concatenate(pair, axis=1) for pair in parts)
-            out, _ = over_all_tokens(attention, *joined)
+            out, _ = over_all_tokens(attention, Prepared(*joined))
         return out[:, : text // devices], out[:, text // devices :]
 
     pairs = [(x[:, :text], x[:, text:]) for x in (q, k, v)]

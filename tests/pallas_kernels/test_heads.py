@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import Projection, attention_heads
+from pallas_kernels import Projection, attention_heads, grouped_heads
 from pallas_kernels import heads as heads_module
 
 EPS = 1e-6
@@ -96,6 +96,19 @@ def test_batches_and_gradients():
     np.testing.assert_allclose((jax.grad(total)(array) * along).sum(), numeric, rtol=2e-2)
 
 
+def test_groups_are_heads_of_one_device():
+    given_ = inputs((3, 4), heads=6)
+    q, k, v = attention_heads(*given_, heads=6)
+    found = grouped_heads(*given_, heads=6, groups=3)
+    assert found.shape == (3, 3, 2, 7, 2, 16)
+    for group in range(3):
+        for got, whole in zip(found[group], (q, k, v), strict=True):
+            np.testing.assert_array_equal(got, whole[:, :, 2 * group : 2 * group + 2])
+    for groups in (0, 4):
+        with pytest.raises(ValueError, match=f"groups must divide the 6 heads, got {groups}"):
+            grouped_heads(*given_, heads=6, groups=groups)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -150,6 +163,14 @@ def test_kernel_rounds_where_plain_jax_does(dtype, lengths, heads, width):
     for got, repeated in zip(first, again, strict=True):
         assert jnp.array_equal(got, repeated)
     assert jnp.array_equal(first[2], run("jax")[2])
+    for groups in (1, heads // 3, heads):
+        call = jax.jit(
+            lambda p, c, s, groups=groups: grouped_heads(
+                p, c, s, heads=heads, groups=groups, backend="triton"
+            )
+        )
+        together = call(projections, cos, sin)
+        assert jnp.array_equal(together, heads_module.grouped(*first, groups))
     # Of what needs a gradient, too.
     grad = jax.grad(
         lambda p: attention_heads(p, cos, sin, heads=heads, backend="triton")[0].sum(),

@@ -68,11 +68,13 @@ def test_hopper_multiplies_with_its_own_instructions(bits):
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
 @pytest.mark.parametrize("lengths", [(4608,), (512, 4096)])
-def test_heads_are_read_and_written_in_wide_pieces(capability, lengths, record_property):
-    took = compile_heads(capability, lengths, heads=24, width=128)
+@pytest.mark.parametrize("groups", [None, 2, 4])
+def test_heads_are_read_and_written_in_wide_pieces(capability, lengths, groups, record_property):
+    took = compile_heads(capability, lengths, heads=24, width=128, groups=groups)
     record_property(
         "measured",
-        f"Triton sm_{capability}, heads of {len(lengths)} sequences: {took.registers} registers, "
+        f"Triton sm_{capability}, heads of {len(lengths)} sequences in {groups or 'no'} groups: "
+        f"{took.registers} registers, "
         f"{took.stack} bytes of stack, {took.shared} bytes of shared memory",
     )
     assert took.stack == 0
@@ -91,6 +93,7 @@ def test_triton_is_given_bare_functions():
         (triton_kernels, triton_kernels.multiply_many),
         (triton_kernels, triton_kernels.multiply_few),
         (triton_heads_kernel, triton_heads_kernel.normalize_and_rotate),
+        (triton_heads_kernel, triton_heads_kernel.normalize_and_rotate_grouped),
     ):
         assert not hasattr(function.fn, "__wrapped__")
         assert function.fn.__globals__ is vars(module)

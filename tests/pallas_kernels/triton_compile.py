@@ -83,20 +83,27 @@ def compile_for(
     return _compile(function, capability, types, constants, tile.warps, tile.stages)
 
 
-def compile_heads(capability: int, lengths: tuple[int, ...], heads: int, width: int) -> Resources:
-    """Compiles the kernel of `triton_heads`, for bfloat16.
+def compile_heads(
+    capability: int, lengths: tuple[int, ...], heads: int, width: int, *, groups: int | None = None
+) -> Resources:
+    """Compiles a kernel of `triton_heads`, for bfloat16.
 
     Args:
       capability: as for `compile_for`.
       lengths: tokens of the one or two sequences; the last has wider rows, as FLUX's single blocks.
       heads, width: as for `triton_heads.settings`.
+      groups: of heads that are written together; None for q, k and v apart.
     """
     from pallas_kernels import triton_heads, triton_heads_kernel
 
     qkv = 3 * heads * width
     strides = [qkv] * (len(lengths) - 1) + [qkv + 4 * heads * width]
     constants = triton_heads.settings(strides, heads=heads, width=width, eps=1e-6)
-    function = triton_heads_kernel.normalize_and_rotate
+    if groups is None:
+        function = triton_heads_kernel.normalize_and_rotate
+    else:
+        function = triton_heads_kernel.normalize_and_rotate_grouped
+        constants["GROUP"] = heads // groups
     types = {name: "*bf16" for name in function.arg_names if name.endswith("_ptr")}
     types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "first_length": "i32", "length": "i32"}
     return _compile(function, capability, types, constants, triton_heads.WARPS, 1)

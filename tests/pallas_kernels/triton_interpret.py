@@ -22,7 +22,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from pallas_kernels import triton_heads, triton_matmul
 from pallas_kernels.checking import Case, arguments, check
-from pallas_kernels.heads import Projection, plain
+from pallas_kernels.heads import Projection, grouped, plain
 from pallas_kernels.tile_table import Device
 from pallas_kernels.tiles import TritonTile
 
@@ -133,8 +133,13 @@ def with_tile(tile: TritonTile) -> Callable[..., Any]:
     return multiply
 
 
-def check_heads(batch: int, lengths: tuple[int, ...], heads: int, width: int) -> float:
-    """The largest difference of what attention reads from plain JAX, in float16 steps at 1."""
+def check_heads(
+    batch: int, lengths: tuple[int, ...], heads: int, width: int, groups: int
+) -> float:
+    """The largest difference of what attention reads from plain JAX, in float16 steps at 1.
+
+    Grouped, it must be the same bits.
+    """
     rng = np.random.default_rng(7)
 
     def draw(*shape: int) -> jax.Array:
@@ -154,10 +159,17 @@ def check_heads(batch: int, lengths: tuple[int, ...], heads: int, width: int) ->
         for got, good in zip(found, wanted, strict=True)
     ]
     assert errors[2] == 0
+    together = triton_heads.grouped_heads(projections, cos, sin, groups=groups, **options)
+    assert jnp.array_equal(together, grouped(*found, groups))
     return float(max(errors[:2])) * 1024
 
 
-HEADS_CASES = ((1, (3,), 8, 16), (2, (2, 5), 3, 32), (1, (1, 1), 9, 16))
+HEADS_CASES = (
+    (1, (3,), 8, 16, 4),
+    (2, (2, 5), 3, 32, 3),
+    (1, (1, 1), 9, 16, 3),
+    (2, (3, 1), 12, 16, 2),
+)
 
 
 def main() -> None:
