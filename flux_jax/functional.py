@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from flux_jax import sequence
 from flux_jax.compile_cache import lowered_folder
 from flux_jax.partition import mesh_in_scope
 from flux_jax.sharding import axis_size
@@ -257,13 +256,10 @@ class ModuleFunction:
         self, call: Callable[..., Any], sharding: NamedSharding, split: frozenset[str]
     ) -> Any:
         """`call` compiled for arguments and a result that lie divided over the mesh."""
-        exchanges = sequence.AXIS in split
-        platform = next(iter(sharding.device_set)).platform
         return jax.jit(
             call,
             in_shardings=(None, self._places(sharding, split)),
             out_shardings=_place(sharding, self._result, split),
-            compiler_options=sequence.compiler_options(platform) if exchanges else None,
         )
 
 

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 AXIS = "sequence"
-# That an exchange may take, and that what is computed meanwhile leaves to it: NCCL has a block of
-# threads for each of its channels, none of which shares a multiprocessor with a product's. Without
-# any left the exchange begins when the product ends, as a trace of two H200s showed.
-EXCHANGE_MULTIPROCESSORS = 16
+# Left to an exchange by what is computed meanwhile: NCCL has a block of threads for each of its 32
+# channels, and none of those shares a multiprocessor with a product's. With none left the exchange
+# begins when the product ends. With half the channels it takes longer than the product.
+EXCHANGE_MULTIPROCESSORS = 32
 
 
 @runtime_checkable
@@ -86,14 +86,6 @@ class Exchange:
 def _merged(x: Float[Array, ...], axis: int) -> Float[Array, ...]:
     """Two neighbouring axes made one."""
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def compiler_options(platform: str) -> dict[str, Any] | None:
-    """How a program is compiled whose tokens are split over `AXIS`, on devices of a platform."""
-    if platform not in ("gpu", "cuda"):
-        return None
-    limits = ("xla_gpu_nccl_p2p_max_nchannels", "xla_gpu_nccl_collective_max_nchannels")
-    return dict.fromkeys(limits, EXCHANGE_MULTIPROCESSORS)
 
 
 _here: ContextVar[Exchange | None] = ContextVar("exchange", default=None)

@@ -161,6 +161,12 @@ def _many(problem: Problem) -> list[Tile]:
         {"rows": 64, "tokens": 256, "planes": 2, "stages": 4, "lag": 1},
         {"rows": 64, "tokens": 128, "stages": 5},
         {"rows": 64, "tokens": 64, "stages": 6},
+        # Of a share of an image's tokens there are few tiles: smaller ones fill the last wave.
+        {"tokens": 112, "store": 16},
+        {"tokens": 112, "store": 16, "planes": 2, "stages": 8, "lag": 1},
+        {"tokens": 96},
+        {"tokens": 96, "planes": 2, "stages": 8, "lag": 1},
+        {"rows": 64, "tokens": 32, "stages": 6},
     )
     tiles = [Tile(**size, along_n=along_n) for along_n in (False, True) for size in sizes]
     return [*tiles, Tile(band=16), Tile(band=16, along_n=True)]
