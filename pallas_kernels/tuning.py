@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic, reference, triton_matmul
 from pallas_kernels.bench import activations, weights
+from pallas_kernels.operands import Operands
 from pallas_kernels.packing import BLOCK_CODES
 from pallas_kernels.shapes import input_sets
 from pallas_kernels.tile_table import Device, Entry
@@ -162,18 +163,23 @@ def _many(problem: Problem) -> list[Tile]:
         {"rows": 64, "tokens": 128, "stages": 5},
         {"rows": 64, "tokens": 64, "stages": 6},
         # Of a share of an image's tokens there are few tiles: smaller ones fill the last wave.
+        # Of four planes, so that a stage has room for a low-rank branch.
         {"tokens": 112, "store": 16},
-        {"tokens": 112, "store": 16, "planes": 2, "stages": 8, "lag": 1},
-        {"tokens": 96},
-        {"tokens": 96, "planes": 2, "stages": 8, "lag": 1},
+        {"tokens": 112, "store": 16, "lag": 1, "flight": 2},
+        {"tokens": 96, "stages": 5},
+        {"tokens": 96, "lag": 1, "flight": 2},
         {"rows": 64, "tokens": 32, "stages": 6},
     )
     tiles = [Tile(**size, along_n=along_n) for along_n in (False, True) for size in sizes]
     return [*tiles, Tile(band=16), Tile(band=16, along_n=True)]
 
 
+# What follows x and packed.
+OPERANDS = ("scale", "bias", "token_scale", "row_sum")
+
+
 def arguments(problem: Problem) -> list[tuple[Any, ...]]:
-    """Sets of (x, packed, scale, bias, token_scale, row_sum) to rotate.
+    """Sets of (x, packed, *`OPERANDS`) to rotate.
 
     8-bit activations are quantised, and their sums are given, as in a model: without them a tile
     that decodes codes would not be what is timed.
@@ -197,9 +203,9 @@ def multiplier(backend: str, problem: Problem, device: Device, tile: Any) -> Cal
     module: Any = triton_matmul if backend == "triton" else mosaic
     settings = {"activation_bits": problem.activation_bits, "out_dtype": jnp.bfloat16}
 
-    def multiply(*arrays: Any) -> Any:
-        *others, row_sum = arrays
-        return module.ternary_matmul(*others, row_sum=row_sum, **settings, device=device, tile=tile)
+    def multiply(x: Any, packed: Any, *others: Any) -> Any:
+        given = Operands(**dict(zip(OPERANDS, others, strict=True)))
+        return module.ternary_matmul(x, packed, given, **settings, device=device, tile=tile)
 
     return multiply
 

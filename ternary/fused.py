@@ -67,7 +67,12 @@ def product(
       gelu: the tanh form.
       leave: multiprocessors that are left to what runs beside it.
     """
-    settings: dict[str, Any] = {"out_dtype": dtype, "backend": backend, "gelu": gelu, "leave": leave}
+    settings: dict[str, Any] = {
+        "out_dtype": dtype,
+        "backend": backend,
+        "gelu": gelu,
+        "leave": leave,
+    }
     # What is None is part of the structure: an operand of the gradient's rule must be an array.
     arrays, structure = jax.tree.flatten((x, weights, gate, residual, branch))
 

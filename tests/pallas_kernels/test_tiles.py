@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,6 +70,23 @@ def test_what_is_tried_fits(problem):
     assert len(set(tried)) == len(tried) > 1
     for tile in tried:
         assert_fits(tile, problem)
+
+
+@pytest.mark.parametrize("backend", ["mosaic", "triton"])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("m", [4, 40, 128])
+def test_what_is_tried_can_be_called(monkeypatch, backend, bits, m):
+    """A search goes on past what fails, so that a call that none can take looks like bad tiles."""
+
+    def in_place_of_triton(x, packed, operands, *, out_dtype, tile, gelu):
+        return jnp.zeros((x.shape[0], packed.shape[0]), out_dtype)
+
+    monkeypatch.setattr(tuning.triton_matmul, "product", in_place_of_triton)
+    problem = Problem(m=m, n=384, k=512, activation_bits=bits)
+    first = tuning.arguments(problem)[0]
+    for tile in tuning.candidates(backend, problem, H200):
+        found = jax.eval_shape(tuning.multiplier(backend, problem, H200, tile), *first)
+        assert (found.shape, found.dtype) == ((m, 384), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -356,13 +374,16 @@ def test_a_tile_that_cannot_run_does_not_stop_the_search(monkeypatch):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_what_is_timed_has_the_sums_of_int8_activations(monkeypatch, bits):
     """Without them the kernel would decode signs, whatever the tile says."""
-    given = {}
-    monkeypatch.setattr(tuning.mosaic, "ternary_matmul", lambda *arrays, **named: given | named)
+
+    def seen(x, packed, operands, **named):
+        return operands, named["tile"]
+
+    monkeypatch.setattr(tuning.mosaic, "ternary_matmul", seen)
     problem = Problem(m=70, n=8, k=256, activation_bits=bits)
     arrays = tuning.arguments(problem)[0]
-    named = tuning.multiplier("mosaic", problem, H200, Tile())(*arrays)
-    assert named["tile"] == Tile()
+    operands, tile = tuning.multiplier("mosaic", problem, H200, Tile())(*arrays)
+    assert tile == Tile()
     if bits == 16:
-        assert named["row_sum"] is None
+        assert operands.row_sum is None
     else:
-        np.testing.assert_array_equal(named["row_sum"], np.asarray(arrays[0], np.int32).sum(-1))
+        np.testing.assert_array_equal(operands.row_sum, np.asarray(arrays[0], np.int32).sum(-1))

@@ -133,9 +133,7 @@ def with_tile(tile: TritonTile) -> Callable[..., Any]:
     return multiply
 
 
-def check_heads(
-    batch: int, lengths: tuple[int, ...], heads: int, width: int, groups: int
-) -> float:
+def check_heads(batch: int, lengths: tuple[int, ...], heads: int, width: int, groups: int) -> float:
     """The largest difference of what attention reads from plain JAX, in float16 steps at 1.
 
     Grouped, it must be the same bits.
