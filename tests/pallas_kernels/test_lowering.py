@@ -15,7 +15,7 @@ from pallas_kernels.operands import Operands
 from pallas_kernels.packing import group_count
 from pallas_kernels.reference import Columns
 from pallas_kernels.tile_table import Device
-from pallas_kernels.tiles import SHARED, DirectTile
+from pallas_kernels.tiles import INT8_TILES, SHARED, DirectTile
 
 H200 = Device(kind="NVIDIA H200", multiprocessors=132)
 FLOATS = ("float32", "float16", "bfloat16")
@@ -61,6 +61,13 @@ def lower_product(
 @pytest.mark.parametrize(("m", "bits"), [(1, 8), (40, 16), (4608, 8), (4608, 16)])
 def test_products_with_all_that_surrounds_them(m, bits, out):
     lower_product(m, 200, 640, bits, out=out, extras=True)
+
+
+@pytest.mark.parametrize("tile", [tile for tile, _ in INT8_TILES], ids=str)
+@pytest.mark.parametrize("out", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [0, 64])
+def test_every_tile_of_the_rules(tile, out, rank):
+    lower_product(300, 520, 640, 8, out=out, extras=True, rank=rank, tile=tile)
 
 
 @pytest.mark.parametrize(("m", "bits"), [(5, 8), (40, 16)])

@@ -10,7 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import (
     Columns,
+    api,
     group_count,
+    mosaic_matmul,
     normalize_and_quantize,
     pack_codes,
     packed_width,
@@ -20,6 +22,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.arguments import INT8_INPUTS, check_matmul, check_modulation
 from pallas_kernels.reference import float_product, signed_product
+from pallas_kernels.tile_table import Device
 
 GRANULARITIES = ("tensor", "channel", "group")
 
@@ -206,6 +209,7 @@ def test_quantization_error_is_half_a_step():
             r"row_sum must be int32 of .* for x of float32",
         ),
         ({"activation_bits": 4}, "activation_bits must be 8 or 16, got 4"),
+        ({"leave": -1}, "leave must be a number of multiprocessors, 0 or more, got -1"),
         ({"x": jnp.zeros((2, 300), jnp.int32)}, "x must be floating or int8 .* got int32"),
         ({"x": jnp.zeros(())}, "x must be floating or int8 with at least one axis, got float32 of"),
         ({"packed": jnp.zeros((24, 128), jnp.int8)}, "packed must be uint8 .* got int8"),
@@ -247,6 +251,25 @@ def test_the_ops_check_their_arguments():
         ternary_matmul(x[..., :256], packed, scale)
     with pytest.raises(ValueError, match="gain must have shape"):
         normalize_and_quantize(x, scale)
+
+
+def test_multiprocessors_that_are_left(monkeypatch):
+    """By the kernel that shares its tiles out among as many blocks of threads as there are."""
+    device, blocks = Device(kind="a card", multiprocessors=40), []
+
+    def seen(x, packed, *_, multiprocessors, out_dtype, **__):
+        blocks.append(multiprocessors)
+        return jnp.zeros((x.shape[0], packed.shape[0]), out_dtype)
+
+    monkeypatch.setattr(api, "describe", lambda _: device)
+    monkeypatch.setattr(api, "choose", lambda *_: "mosaic")
+    monkeypatch.setattr(mosaic_matmul, "product", seen)
+    x, codes, scale, _ = case(leading=(100,), dtype=jnp.bfloat16)
+    for leave in (0, 8, 60):
+        ternary_matmul(x, pack_codes(jnp.asarray(codes)), scale, leave=leave)
+    assert blocks == [40, 32, 1]
+    # Of what has none, there is none to leave.
+    assert Device(kind="cpu", multiprocessors=0).without(8).multiprocessors == 0
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pallas_kernels.mosaic_quantize import Modulation, quantize_rows
 from pallas_kernels.operands import Operands
 from pallas_kernels.reference import Columns
 from pallas_kernels.tile_table import Device
-from pallas_kernels.tiles import CODE, SIGN, DirectTile, FewTile, Tile
+from pallas_kernels.tiles import CODE, INT8_TILES, SIGN, DirectTile, FewTile, Tile
 
 SMALL = {"rows": 64, "tokens": 32, "store": 32, "stages": 3, "code_stages": 2}
 FEW_BLOCKS = {"multiprocessors": 1, "per_multiprocessor": 2}
@@ -123,12 +123,23 @@ def test_the_backend_is_as_exact_as_its_roundings(case):
 def test_stages_of_a_low_rank_branch(bits, tile, k):
     """Several tiles a block of threads, two times 64 columns each."""
     tile = Tile(**tile, tokens=64, store=32, code_stages=2)
-    case = Case(m=140, n=136, k=k, activation_bits=bits, rank=72, extras=True)
+    check_with_tile(Case(m=140, n=136, k=k, activation_bits=bits, rank=72, extras=True), tile)
 
+
+@pytest.mark.parametrize("tile", INT8_TILES[2:4], ids=str)
+def test_tiles_of_fewer_tokens(tile):
+    """Those that are written in pieces of 16 tokens, or overlap; the outputs in two stages."""
+    tile, _ = tile
+    check_with_tile(Case(m=tile.tokens + 5, n=264, k=320, rank=64, extras=True), tile)
+    sums = Case(m=tile.tokens + 5, n=264, k=512, integers=True, out_dtype="float32")
+    check_with_tile(sums, tile)
+
+
+def check_with_tile(case, tile):
     def multiply(case, **arrays):
         return mosaic.ternary_matmul(
             *arguments(arrays),
-            activation_bits=bits,
+            activation_bits=case.activation_bits,
             out_dtype=case.out_dtype,
             device=Device(kind="interpreted", multiprocessors=2),
             interpret=interpret_params(),

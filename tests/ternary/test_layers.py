@@ -11,6 +11,7 @@ from flux_jax.inputs import Hidden, Joined, Modulated, gelu
 from flux_jax.layers import Linear
 from flux_jax.linears import linears, replace_linears
 from flux_jax.lora import LoRALinear
+from flux_jax.sequence import EXCHANGE_MULTIPROCESSORS
 from flux_jax.tree import split_flat, to_flat
 from ternary import layers
 from ternary.config import GRANULARITIES, QuantConfig
@@ -105,6 +106,21 @@ def test_a_product_in_two_parts_is_the_product(granularity, bits, rank):
         np.testing.assert_allclose(first[..., :10], layer(x)[..., :10], rtol=1e-5, atol=1e-5)
         expected = gelu(layer(x)[..., 10:])
         np.testing.assert_allclose(rest.dense(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_part_beside_an_exchange_leaves_it_multiprocessors(monkeypatch):
+    left, multiply = [], layers.product
+
+    def seen(x, weights, *others, leave, **settings):
+        left.append((weights.packed.shape[0], leave))
+        return multiply(x, weights, *others, leave=leave, **settings)
+
+    monkeypatch.setattr(layers, "product", seen)
+    layer = FakeTernaryLinear.from_linear(linear(), QuantConfig()).freeze()
+    layer(activations())
+    layer.apart(activations(), 10)
+    outputs = layer.packed.shape[0]
+    assert sorted(left) == sorted([(outputs, 0), (10, 0), (outputs - 10, EXCHANGE_MULTIPROCESSORS)])
 
 
 @pytest.mark.parametrize("learned", [True, False])
