@@ -29,8 +29,8 @@ EXCHANGE_MULTIPROCESSORS = 32
 
 
 @runtime_checkable
-class Heads(Protocol):
-    """Queries, keys and values of the tokens at hand, such as `flux_jax.heads.ProjectedHeads`."""
+class HeadLayouts(Protocol):
+    """Queries, keys and values of the tokens at hand, in the layout that is asked for."""
 
     def apart(self) -> tuple[Float[Array, "B l H D"], ...]:
         """q, k and v."""
@@ -106,7 +106,7 @@ def is_split() -> bool:
 
 def over_all_tokens(
     attend: Callable[..., Float[Array, "B L h D"]],
-    heads: Heads,
+    heads: HeadLayouts,
     meanwhile: Any = None,
 ) -> tuple[Float[Array, "B l H D"], Any]:
     """`attend(q, k, v)`, to all tokens wherever they are.
