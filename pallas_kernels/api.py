@@ -84,7 +84,6 @@ def ternary_matmul(
         rows multiplies them too (more than 64, or a scale per group), and Triton's kernels of
         either 16-bit type. XLA does elsewhere, and the float32 result goes through memory; float32
         is multiplied as XLA's default has it, which on a GPU is TF32.
-
       leave: multiprocessors of the GPU that are left to what runs beside the product, such as an
         exchange with other devices. Mosaic's kernel for many rows takes all others for as long as
         it runs; no other kernel heeds it.

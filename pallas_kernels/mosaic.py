@@ -74,13 +74,14 @@ def ternary_matmul(
         whole = [Columns(x, 0, k)]
         x, token_scale, row_sum = quantize(whole, device=device, interpret=interpret)
         operands = operands._replace(token_scale=token_scale, row_sum=row_sum)
-    chosen = tile or mosaic_tile(
-        Problem(m=m, n=n, k=k, activation_bits=activation_bits, grouped=grouped), device
-    )
     u, gate = operands.u, operands.gate
+    run = None if gate is None or len(gate) == 1 else m // len(gate)
+    chosen = tile or mosaic_tile(
+        Problem(m=m, n=n, k=k, activation_bits=activation_bits, grouped=grouped), device, run=run
+    )
     branch = u is not None and not takes_branch(chosen, u, activation_bits)
     # A tile has one gate, and the few rows' kernel reads a residual by pairs of outputs.
-    gates = gate is not None and len(gate) > 1 and m // len(gate) % chosen.tokens
+    gates = run is not None and run % chosen.tokens
     odd = operands.residual is not None and isinstance(chosen, DirectTile) and n % 2
     if branch or gates or odd:
         # XLA multiplies and adds.

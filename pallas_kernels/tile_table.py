@@ -94,12 +94,22 @@ class Entry:
         return {"backend": self.backend, **problem, "kernel": kernel, "tile": tile, **measured}
 
 
-def mosaic_tile(problem: Problem, device: Device) -> Tile | FewTile | DirectTile:
-    """The Mosaic tile of a product: the table's, or what the rules say."""
+def mosaic_tile(
+    problem: Problem, device: Device, *, run: int | None = None
+) -> Tile | FewTile | DirectTile:
+    """The Mosaic tile of a product: the table's, or what the rules say.
+
+    Args:
+      problem: the product.
+      device: what it runs on.
+      run: as for `mosaic_rule`.
+    """
     entry = find("mosaic", problem, device.kind)
     if entry is not None and not isinstance(entry.tile, TritonTile):
-        return entry.tile
-    return mosaic_rule(problem, device.multiprocessors)
+        fits = run is None or not isinstance(entry.tile, Tile) or run % entry.tile.tokens == 0
+        if fits:
+            return entry.tile
+    return mosaic_rule(problem, device.multiprocessors, run=run)
 
 
 def triton_tile(problem: Problem, device: Device) -> TritonTile:

@@ -189,8 +189,17 @@ INT8_TILES = (
 )
 
 
-def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile | DirectTile:
-    """The Mosaic tile of a product that no table has."""
+def mosaic_rule(
+    problem: Problem, multiprocessors: int, *, run: int | None = None
+) -> Tile | FewTile | DirectTile:
+    """The Mosaic tile of a product that no table has.
+
+    Args:
+      problem: the product.
+      multiprocessors: of the device.
+      run: tokens that share a gate, where there are several gates. A tile has one: of tiles that
+        do not go evenly into a run, XLA would have to gate the result. None: any.
+    """
     if problem.m <= DIRECT_ROWS and not problem.grouped:
         # Activations of 8 tokens in 8 bits leave registers for more outputs of a warp.
         light = problem.activation_bits == 8 and problem.m <= 8
@@ -210,7 +219,8 @@ def mosaic_rule(problem: Problem, multiprocessors: int) -> Tile | FewTile | Dire
         tiles = -(-problem.m // tile.tokens) * -(-problem.n // (2 * tile.rows))
         return -(-tiles // max(multiprocessors, 1)) * tile.rows * tile.tokens / speed
 
-    tile, _ = min(INT8_TILES, key=cost)
+    even = [size for size in INT8_TILES if run is None or run % size[0].tokens == 0]
+    tile, _ = min(even or INT8_TILES, key=cost)
     along_n = -(-problem.n // (2 * tile.rows)) > -(-problem.m // tile.tokens)
     return dataclasses.replace(tile, along_n=along_n)
 

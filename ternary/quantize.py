@@ -95,12 +95,10 @@ def ternary_signs(weight: Float[Array, "N K"], scale: Scale) -> Int8[Array, "N K
     return jnp.where(kept, jnp.sign(weight), 0).astype(jnp.int8)
 
 
-def dequantize(
-    signs: Int8[Array, "N K"], scale: Scale, dtype: jnp.dtype | type = jnp.float32
-) -> Float[Array, "N K"]:
-    """`scale * signs`, rounded once from float32."""
+def dequantize(signs: Int8[Array, "N K"], scale: Scale) -> Float[Array, "N K"]:
+    """`scale * signs`, float32."""
     spread = spread_scale(scale.astype(jnp.float32), signs.shape)
-    return (signs.astype(jnp.float32) * spread).astype(dtype)
+    return signs.astype(jnp.float32) * spread
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

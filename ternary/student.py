@@ -9,6 +9,7 @@ from flax import nnx
 from flux_jax.errors import UserError
 from flux_jax.layers import DType, Linear
 from flux_jax.linears import linears, replace_linears
+from flux_jax.lora import check_no_lora
 from ternary.config import QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.policy import Policy, select
@@ -33,8 +34,10 @@ def make_student(
       master_dtype: of the latent weights and all else that a fake-ternary layer trains.
 
     Raises:
-      UserError: a pattern of the policy that matches nothing, or a teacher that is ternary already.
+      UserError: a pattern of the policy that matches nothing, or a teacher that is ternary already
+        or has LoRAs beside its weights, for which a checkpoint of the student has no place.
     """
+    check_no_lora(teacher)
     if packed := linears(teacher, TernaryLinear):
         raise UserError(f"expected a dense teacher, got one with {len(packed)} ternary linears")
     student = _copy(teacher)

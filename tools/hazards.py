@@ -6,8 +6,8 @@
 `wgmma` with its operand A in registers reads them after it has been issued, and PTX leaves it to
 the program that they are not written before a wait. Where that is missing, results are right or
 wrong with the timing, and neither ptxas nor compute-sanitizer say a word. So this compiles every
-Mosaic tile of the H200's table, with and without a low-rank branch, and follows its machine code
-(SASS) around each loop.
+Mosaic tile of the H200's table and of the rules for int8, with and without a low-rank branch, and
+follows its machine code (SASS) around each loop.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _width(name: str) -> int:
 
 
 def compiled_tiles(folder: Path) -> Iterator[tuple[str, str]]:
-    """(what it is of, SASS) of every kernel for many and few rows that the H200's table names.
+    """(what it is of, SASS) of every kernel for many and few rows of the H200's table and of the rules.
 
     Args:
       folder: where the compiler leaves it.
@@ -133,7 +133,7 @@ def compiled_tiles(folder: Path) -> Iterator[tuple[str, str]]:
     from benchmarks import compile_only
     from pallas_kernels import tile_table
     from pallas_kernels.tile_table import Device
-    from pallas_kernels.tiles import FewTile, Problem, Tile, few_tile
+    from pallas_kernels.tiles import INT8_TILES, FewTile, Problem, Tile, few_tile
 
     device = Device(kind="NVIDIA H200", multiprocessors=132)
     card = compile_only.gpus(1)[0]
@@ -141,6 +141,7 @@ def compiled_tiles(folder: Path) -> Iterator[tuple[str, str]]:
     for entry in tile_table.read_entries(tile_table.file_of(device.kind)):
         if isinstance(entry.tile, Tile | FewTile):
             tiles[entry.tile, entry.problem.activation_bits, entry.problem.grouped] = None
+    tiles |= {(tile, 8, False): None for tile, _ in INT8_TILES}
     for bits in (8, 16):
         tiles[few_tile(Problem(m=40, n=4000, k=1024, activation_bits=bits)), bits, False] = None
     for (tile, bits, grouped), rank in [(key, rank) for key in tiles for rank in (0, 64)]:

@@ -172,8 +172,7 @@ def calibrate_checkpoint(
     """
     dst = hub.local_path(dst)
     check_target(dst, force=force)
-    grid = image_grid(src) if grid is None else grid
-    check_grid(grid)
+    grid = image_grid(src) if grid is None else read_grid(grid)
     listener = listener or Listener()
     if isinstance(prompts, PromptEmbeds):
         prompts = PromptSet(prompts.prompt_embeds, prompts.pooled_prompt_embeds)
@@ -195,7 +194,7 @@ def calibrate_checkpoint(
             # Of all components: where prompts go by a name, it says nothing of their encoders.
             "teacher_crc32": f"{weights_crc32(src, dtype):08x}",
             "prompts": prompts_name or prompts_fingerprint(prompts),
-            "grid": tuple(map(int, grid)),
+            "grid": grid,
             "scheduler": dataclasses.asdict(scheduler),
             **dataclasses.asdict(quant),
             **dataclasses.asdict(policy),
@@ -223,14 +222,16 @@ def calibrate_checkpoint(
     return CalibrationResult(reports=reports, coverage=coverage(weights.shapes(), names))
 
 
-def check_grid(grid: tuple[int, int]) -> None:
-    """Refuse an image without tokens.
+def read_grid(grid: Any) -> tuple[int, int]:
+    """Image tokens as a caller gives them, checked.
 
     Raises:
-      UserError: a side below 1.
+      UserError: not two whole numbers of at least 1.
     """
-    if min(grid) < 1:
-        raise UserError(f"grid must be (rows, columns) of at least 1 image token, got {grid}")
+    if not isinstance(grid, list | tuple) or len(grid) != 2:
+        raise UserError(f"grid must be (rows, columns) of image tokens, got {grid!r:.60}")
+    rows, columns = (arguments.integer("a side of the grid", side) for side in grid)
+    return rows, columns
 
 
 def _write_parts(

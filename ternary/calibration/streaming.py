@@ -26,6 +26,7 @@ from flux_jax.configs import FluxConfig
 from flux_jax.kernels import leave_to_xla
 from flux_jax.rope import Rotation
 from flux_jax.tree import Flat
+from pallas_kernels.backends import default_device
 from ternary.storage.source import Pipeline
 
 # What a part computes, by its kind: each output is (B, tokens, channels), `vec` (B, channels).
@@ -193,12 +194,20 @@ def stream(
     What was loaded is dropped before the next but one is: two parts are there at a time. `use`
     should return when the device is done, or more would be.
     """
+    # Chosen by `with jax.default_device`, it is known to the caller's thread alone.
+    device = default_device()
+
+    def loaded_there(part: Part) -> Any:
+        with jax.default_device(device):
+            return load(part)
+
     with ThreadPoolExecutor(1, thread_name_prefix="stream") as pool:
-        coming = pool.submit(load, parts[0]) if parts else None
+        coming = pool.submit(loaded_there, parts[0]) if parts else None
         for number, part in enumerate(parts):
             assert coming is not None
             loaded = coming.result()
-            coming = pool.submit(load, parts[number + 1]) if number + 1 < len(parts) else None
+            more = number + 1 < len(parts)
+            coming = pool.submit(loaded_there, parts[number + 1]) if more else None
             use(part, loaded)
             del loaded
 

@@ -43,7 +43,6 @@ class HeldOut:
     Args:
       pipe: the teacher's pipeline.
       embeds: N encoded prompts.
-      seed: image i has seed `seed + i`.
       num_inference_steps, guidance_scale, height, width: as in the pipeline's call.
       batch_size: images drawn together.
 
@@ -58,7 +57,6 @@ class HeldOut:
         pipe: FluxPipeline,
         embeds: PromptEmbeds,
         *,
-        seed: int = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float = 3.5,
         height: int | None = None,
@@ -68,7 +66,7 @@ class HeldOut:
         vae = on_every_device(pipe.vae)
         self._parts = {"vae": vae, "scheduler": pipe.scheduler, "vae_tiling": pipe.vae_tiling}
         self.embeds = embeds
-        self.seeds = [seed + row for row in range(len(embeds.prompts))]
+        self.seeds = list(range(len(embeds.prompts)))
         self._settings = {
             "seed": self.seeds,
             "num_inference_steps": num_inference_steps,

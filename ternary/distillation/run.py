@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -275,15 +276,12 @@ class _Training:
         self._feed = PromptFeed(table, trajectories, config.distill.accumulate, run.mesh)
         self._freezer = Freezer(self._step, self._start.shapes.params, run.mesh)
         self._pipe, self._table = pipe, table
-        self._pictures: HeldOut | None = None
 
     def go(self) -> FluxTransformer:
         """The trained student, packed."""
         run, config, total = self._run, self._run.config, self._run.config.distill.steps
         state = self._first_state()
         self._feed.begin(state.pool, self.done)
-        # Not before there is a state: the teacher takes minutes to draw, a bad checkpoint none.
-        self._pictures = self._held_out()
         places = self._start.shardings, NamedSharding(run.mesh, PartitionSpec())
         program = jax.jit(self._step, donate_argnums=0, out_shardings=places)
         run.log.begin()
@@ -333,7 +331,9 @@ class _Training:
             pool = lead(pool, np.int32(group), self._teacher, self._feed.group(pool, group))
         return state._replace(pool=pool)
 
-    def _held_out(self) -> HeldOut | None:
+    @functools.cached_property
+    def _pictures(self) -> HeldOut | None:
+        """Not before a drawing is due: the teacher takes long, and a bad checkpoint no time."""
         run, config, plan = self._run, self._run.config, self._run.request.plan
         if not run.prompts.held_out:
             return None

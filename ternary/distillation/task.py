@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from convert.hub import local_path
-from flux_jax import loading
+from flux_jax import assets, loading
 from flux_jax.composition.prompts import EvalPrompt, load_prompts
 from flux_jax.errors import UserError
 from flux_jax.files import partial_paths, write_whole, writing
@@ -170,6 +170,9 @@ def open_folder(
     """
     settings = {name: None if v is None else str(v) for name, v in vars(task).items()}
     settings["teacher"] = _one_spelling(str(task.teacher))
+    if task.start is not None:
+        # Whether it is still there or not: the same command goes on without it.
+        settings["start"] = str(local_path(task.start).resolve())
     settings[_TEACHER] = f"{teacher_crc32:08x}"
     # `held_out` is a setting too: how many to keep from training where no file is given.
     settings["held_out_prompts"] = settings.pop("held_out")
@@ -211,9 +214,9 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _one_spelling(place: str) -> str:
-    """The one spelling of a path that is there; a hub's name, or whatever else, as it is."""
-    path = Path(place)
-    return str(path.resolve()) if path.exists() else place
+    """The one spelling of a path that is there; a shipped model's or a hub's name as it is."""
+    path = local_path(place)
+    return str(path.resolve()) if assets.resolve(place) == place and path.exists() else place
 
 
 def _stored_settings(path: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A pool holds many half-drawn pictures, each somewhere on its way from noise to i
 step takes a group of them, compares the student's velocity with the teacher's there, and lets each
 take its next Euler step: along the teacher's velocity, which the loss needed anyway, or, on
 policy, along the student's, so that the student's own errors are seen and corrected. A finished
-picture makes room for new noise and another prompt. No pass is spent on making data.
+picture makes room for new noise and another prompt. No pass is spent on making data, but for those
+that once spread a new pool over all times.
 """
 
 from __future__ import annotations

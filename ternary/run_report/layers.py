@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.hub import local_path
 from flux_jax.assets import SHIPPED
 from ternary.storage.checkpoint import open_checkpoint
 from ternary.storage.format import WEIGHT
@@ -88,7 +89,7 @@ def inspect_student(
       UserError: either is damaged. Layers of another shape have no distance.
     """
     with open_checkpoint(student) as checkpoint:
-        local = teacher is not None and (teacher in SHIPPED or Path(teacher).exists())
+        local = teacher is not None and (teacher in SHIPPED or local_path(teacher).exists())
         total = len(checkpoint.layers) * (2 if local else 1)
         found: dict[str, Distance] = {}
         if local:

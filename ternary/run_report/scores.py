@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.hub import local_path
 from flux_jax import arguments, assets, loading
 from flux_jax.errors import UserError
 from flux_jax.files import write_whole
@@ -103,7 +104,7 @@ def of_others(evaluations: Evaluations, **named: str | Path | None) -> list[str]
         asked = named.get(column.kind)
         if asked is None or not column.model:
             continue
-        one, other = Path(column.model), Path(asked)
+        one, other = local_path(column.model), local_path(asked)
         if one.exists() and other.exists() and not one.samefile(other):
             lines.append(
                 f"evaluation/ has the scores of another {column.kind}, {column.model}: --score "
@@ -244,7 +245,7 @@ def find_student(run: Run, named: str | None) -> Path | None:
     """
     if named is None:
         return run.student
-    folder = Path(assets.resolve(named))
+    folder = local_path(assets.resolve(named))
     if not folder.is_dir():
         raise UserError(f"--student {named}: no such folder")
     return folder
@@ -252,7 +253,7 @@ def find_student(run: Run, named: str | None) -> Path | None:
 
 def check_teacher(named: str | None) -> None:
     """Raises UserError where `named` is neither on this machine nor may be on the hub."""
-    if named is not None and not Path(named).exists() and not assets.is_name(named):
+    if named is not None and not local_path(named).exists() and not assets.is_name(named):
         raise UserError(
             f"--teacher {named}: no such folder, and neither a hub id (owner/name) nor a model "
             "that ships"

@@ -15,14 +15,13 @@ from convert import hub
 from convert.tensors import Spec
 from convert.transforms import Shape
 from flux_jax.assets import resolve
-from flux_jax.tree import to_flat
 from pallas_kernels import unpack_codes
 from ternary.config import QuantConfig
-from ternary.layers import FakeTernaryLinear, TernaryLinear
+from ternary.layers import FakeTernaryLinear
 from ternary.policy import coverage
 from ternary.storage.checkpoint import open_checkpoint
-from ternary.storage.format import CODES, WEIGHT, expected_tensors
-from ternary.storage.saving import ternary_layers
+from ternary.storage.format import CODES, expected_tensors
+from ternary.storage.saving import stands_for, ternary_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ def inspect_checkpoint(
 
     Raises:
       UserError: not a ternary checkpoint, or a damaged one; a module without ternary linears, or
-        with several kinds of them.
+        with several kinds of them, or with LoRAs.
     """
     if isinstance(folder, nnx.Module):
         return _inspect_module(folder, on_layer)
@@ -112,15 +111,7 @@ def inspect_checkpoint(
 def _inspect_module(module: nnx.Module, on_layer: Callable[[int], None]) -> Report:
     """As if it were stored."""
     found, quant = ternary_layers(module)
-    shapes: dict[str, Shape] = {
-        name: tuple(value.shape)
-        for name, value in to_flat(module).items()
-        if name.rpartition(".")[0] not in found
-    }
-    for name, layer in found.items():
-        shapes[name + WEIGHT] = rows, _ = _shape(layer)
-        if layer.bias is not None:
-            shapes[f"{name}.bias"] = (rows,)
+    shapes = stands_for(module, found)
     stored = expected_tensors(shapes, found, quant)
     layers = []
     for name, layer in found.items():
@@ -129,11 +120,6 @@ def _inspect_module(module: nnx.Module, on_layer: Callable[[int], None]) -> Repo
         codes = np.asarray(unpack_codes(frozen.packed[...], frozen.in_features))
         layers.append(_layer(name, codes, np.asarray(frozen.scale[...]), stored, None))
     return _report(quant, shapes, stored, layers)
-
-
-def _shape(layer: TernaryLinear | FakeTernaryLinear) -> tuple[int, int]:
-    rows = (layer.packed if isinstance(layer, TernaryLinear) else layer.weight).shape[0]
-    return rows, layer.in_features
 
 
 def _report(

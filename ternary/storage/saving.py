@@ -13,6 +13,7 @@ from flax import nnx
 from convert import hub, tables
 from convert.replaceable import staged_folder
 from convert.tensors import BFLOAT16
+from convert.transforms import Shape
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.linears import linears
@@ -24,7 +25,7 @@ from ternary.config import GRANULARITIES, QuantConfig
 from ternary.layers import FakeTernaryLinear, TernaryLinear
 from ternary.storage.base3 import pack_base3
 from ternary.storage.checkpoint import dense_shapes
-from ternary.storage.format import CODES, Description, expected_tensors
+from ternary.storage.format import CODES, WEIGHT, Description, expected_tensors
 from ternary.storage.source import open_pipeline
 from ternary.storage.tensor_file import TensorFile
 
@@ -80,16 +81,17 @@ def save_checkpoint(
       force: replace an existing checkpoint, once the new one is whole.
 
     Raises:
-      UserError: another module, no ternary layer, layers of several kinds, a scale that is not
-        finite, or a target that cannot be written.
+      UserError: another module, one whose parameters are not those of its config, no ternary
+        layer, layers of several kinds, LoRAs, a scale that is not finite, or a target that cannot
+        be written.
     """
     if not isinstance(transformer, FluxTransformer):
         raise UserError(
             f"a ternary checkpoint holds a FluxTransformer, got {type(transformer).__name__}; "
             "save the `flax.nnx.state` of any other module"
         )
-    check_no_lora(transformer)
     found, quant = ternary_layers(transformer)
+    _check_loadable(transformer, found)
     path = hub.local_path(path)
     with open_pipeline(rest) as pipeline, staged_folder(path, force=force) as stage:
         pipeline.write_rest(stage)
@@ -105,8 +107,9 @@ def ternary_layers(
     """A module's ternary linears by path, and what of their kind is stored.
 
     Raises:
-      UserError: it has none, or they are of several kinds.
+      UserError: it has none, or they are of several kinds, or have LoRAs beside them.
     """
+    check_no_lora(module)
     found = linears(module, (TernaryLinear, FakeTernaryLinear))
     if not found:
         raise UserError(
@@ -120,6 +123,40 @@ def ternary_layers(
             "kinds"
         )
     return found, kinds.pop()
+
+
+def stands_for(
+    module: nnx.Module, layers: Mapping[str, TernaryLinear | FakeTernaryLinear]
+) -> dict[str, Shape]:
+    """Shapes of the dense parameters that a module with these ternary linears stands for."""
+    shapes: dict[str, Shape] = {
+        name: tuple(value.shape)
+        for name, value in to_flat(module).items()
+        if name.rpartition(".")[0] not in layers
+    }
+    for name, layer in layers.items():
+        rows = (layer.packed if isinstance(layer, TernaryLinear) else layer.weight).shape[0]
+        shapes[name + WEIGHT] = (rows, layer.in_features)
+        if layer.bias is not None:
+            shapes[f"{name}.bias"] = (rows,)
+    return shapes
+
+
+def _check_loadable(
+    transformer: FluxTransformer, layers: Mapping[str, TernaryLinear | FakeTernaryLinear]
+) -> None:
+    """Refuse what its own config does not describe, as a transformer that has lost a block.
+
+    Raises:
+      UserError: parameters of other names or shapes.
+    """
+    found, expected = stands_for(transformer, layers), dense_shapes(transformer.config)
+    wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} parameters of the transformer, as `{wrong[0]}`, are not those that its "
+            "config describes, so that it could not be loaded again"
+        )
 
 
 def _quant_of(layer: TernaryLinear | FakeTernaryLinear) -> QuantConfig:

@@ -181,6 +181,19 @@ def test_fewer_tokens_are_cut_into_more_tiles():
     assert tile.rows * tile.tokens < 128 * 128
 
 
+def test_a_tile_goes_evenly_into_the_tokens_of_a_gate():
+    """Two images' 512 tokens of text: 96 would leave gate and residual to another pass."""
+    problem = Problem(m=1024, n=3072, k=3072, activation_bits=8)
+    assert tile_table.mosaic_tile(problem, H200) == tile_table.mosaic_tile(problem, H200, run=1152)
+    assert 512 % tile_table.mosaic_tile(problem, H200).tokens
+    for run in (512, 1152, 1024):
+        tile = tile_table.mosaic_tile(problem, H200, run=run)
+        assert isinstance(tile, Tile)
+        assert run % tile.tokens == 0
+    # Where none does, the one that is chosen for no gates.
+    assert mosaic_rule(problem, 132, run=7) == mosaic_rule(problem, 132)
+
+
 def test_the_table_comes_before_the_rules():
     entries = tile_table.read_entries(tile_table.file_of("NVIDIA H200"))
     mosaic = [entry for entry in entries if entry.backend == "mosaic"]

@@ -196,6 +196,15 @@ def test_a_learned_scale_that_vanishes_goes_on_learning():
     assert np.asarray(grads["log_scale"]).any()
 
 
+def test_a_learned_scale_of_zeros_can_be_learned():
+    """Its logarithm would be minus infinity, from which no step leads away."""
+    dense = linear()
+    dense.weight[...] = dense.weight[...].at[3].set(0.0)
+    fake = FakeTernaryLinear.from_linear(dense, QuantConfig(learned_scale=True))
+    assert np.isfinite(np.asarray(fake.log_scale[...])).all()
+    np.testing.assert_array_equal(np.asarray(fake.freeze().dense_weight())[3], 0)
+
+
 def test_latent_gradient_is_that_of_a_dense_weight():
     """Straight through: `dw = dy.T @ x`, also for weights beyond the scale."""
     fake = FakeTernaryLinear.from_linear(linear(), QuantConfig())

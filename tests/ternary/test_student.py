@@ -9,6 +9,7 @@ from flax import nnx
 
 from flux_jax.errors import UserError
 from flux_jax.layers import Linear
+from flux_jax.lora import LoRALinear
 from ternary import (
     FakeTernaryLinear,
     Policy,
@@ -78,6 +79,10 @@ def test_what_cannot_become_a_student():
     frozen = freeze_student(make_student(Perceptron(), QuantConfig(), POLICY))
     with pytest.raises(UserError, match="expected a dense teacher, got one with 2 ternary linears"):
         make_student(frozen, QuantConfig(), POLICY)
+    teacher = Perceptron()
+    teacher.middle = LoRALinear(teacher.middle, jnp.ones((1, 40)), jnp.ones((24, 1)))
+    with pytest.raises(UserError, match="has LoRAs beside its weights: unload them first"):
+        make_student(teacher, QuantConfig(), POLICY)
     convolution = nnx.Conv(3, 4, kernel_size=(3,), rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"flux_jax.layers.Linear"):
         FakeTernaryLinear.from_linear(convolution, QuantConfig())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -102,6 +103,13 @@ def test_embeddings_of_the_pipeline_are_prompts(folder):
     for prompts, message in ((embeds, "prompts have widths 5 and 4"), ([], "a non-empty list")):
         with pytest.raises(UserError, match=message):
             calibrate_checkpoint(folder / "teacher", folder / "no", prompts, *what, grid=(2, 2))
+    # As a division by 16 makes it.
+    for grid, message in (((2.0, 2), "a whole number of at least 1, got 2.0"), ((2, 0), "got 0")):
+        with pytest.raises(UserError, match=f"a side of the grid must be .*{message}"):
+            # Without the tests' own check of types.
+            inspect.unwrap(calibrate_checkpoint)(
+                folder / "teacher", folder / "no", ["a red circle"], *what, grid=grid
+            )
     assert not list(folder.glob("no*"))
 
 

@@ -104,6 +104,19 @@ def test_two_parts_are_there_at_a_time():
     assert most == 2
 
 
+def test_parts_are_sent_to_the_callers_device(calibrator):
+    """Also the one that a `with` chooses, which another thread does not see."""
+    weights, found = calibrator.weights, set()
+
+    def use(_, flat):
+        for array in flat.values():
+            found.update(array.devices())
+
+    with jax.default_device(jax.devices()[2]):
+        stream(weights.parts[:3], lambda part: send(weights.part(part)), use)
+    assert found == {jax.devices()[2]}
+
+
 def test_a_part_that_is_dropped_leaves_the_device(calibrator):
     """At once, not when the garbage collector comes by: there may be no room for another."""
     part = calibrator.weights.parts[1]

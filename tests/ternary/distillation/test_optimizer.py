@@ -62,6 +62,22 @@ def test_adafactor_without_decay_is_optax_own():
         np.testing.assert_array_equal(found[key], value)
 
 
+def test_a_large_gradient_is_scaled_down_and_no_other():
+    """By the norm of all of it together; AdamW's second step tells how large the first was."""
+    large = {"lin.weight": jnp.full((2, 2), 2.0), "lin.bias": jnp.full(1, 3.0)}
+    small = jax.tree.map(lambda g: g / 50, large)
+    clipped = make_optimizer(DistillConfig(max_grad_norm=1.0, warmup=0))
+    free = make_optimizer(DistillConfig(max_grad_norm=float("inf"), warmup=0))
+    params = jax.tree.map(jnp.ones_like, large)
+    found, expected = (params, clipped.init(params)), (params, free.init(params))
+    # The large one's norm is 5.
+    for given, as_if in ((large, jax.tree.map(lambda g: g / 5, large)), (small, small)):
+        found = apply_gradients(clipped, given, found[1], found[0])
+        expected = apply_gradients(free, as_if, expected[1], expected[0])
+    for key, value in expected[0].items():
+        np.testing.assert_allclose(found[0][key] - 1, value - 1, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_state_keeps_its_dtypes(name, dtype):

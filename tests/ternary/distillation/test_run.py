@@ -26,6 +26,7 @@ from flux_jax.pipeline import FluxPipeline
 from flux_jax.prompts import TextEncoders
 from flux_jax.tree import to_flat
 from ternary.cli import app
+from ternary.distillation.held_out import HeldOut
 from ternary.distillation.optimizer import learning_rate
 from ternary.distillation.prompt_feed import PromptFeed
 from ternary.distillation.run import distill
@@ -259,6 +260,22 @@ def test_a_drawing_that_a_kill_prevented_is_made(teacher, prompts, settings, who
     assert again == dataclasses.replace(whole[1], student=out / "student")
     assert table.read_bytes() == (whole[0] / "held_out.csv").read_bytes()
     assert (out / "samples" / "step_000009.png").exists()
+
+
+def test_a_run_that_is_finished_draws_nothing(
+    teacher, prompts, settings, whole, tmp_path, monkeypatch
+):
+    """Given again, as when it was killed while it wrote the student: no picture is wanted."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    shutil.rmtree(out / "student")
+    monkeypatch.setattr(HeldOut, "draw", lambda *_: pytest.fail("a picture was drawn"))
+    task = Task(teacher=str(teacher), prompts=prompts)
+    again = distill(task, out, read_run_config(settings), mesh=one_device(), progress=False)
+    assert again == dataclasses.replace(whole[1], student=out / "student")
+    students = [folder / "student" / "transformer" for folder in (out, whole[0])]
+    one, other = ((folder / "ternary.safetensors").read_bytes() for folder in students)
+    assert one == other
 
 
 @pytest.mark.long

@@ -83,10 +83,35 @@ def test_a_folder_goes_on_however_its_inputs_are_spelled(begun, tmp_path, monkey
         {"start": None},
     ):
         open_folder(out, dataclasses.replace(task, **change), RunConfig(), TEXTS, TEACHER)
-    with pytest.raises(UserError, match="start: .*start -> other"):
-        open_folder(
-            out, dataclasses.replace(task, start=Path("other")), RunConfig(), TEXTS, TEACHER
-        )
+    other = dataclasses.replace(task, start=Path("other"))
+    with pytest.raises(UserError, match=f"start: {tmp_path}/start -> {tmp_path}/other"):
+        open_folder(out, other, RunConfig(), TEXTS, TEACHER)
+
+
+def test_a_folder_goes_on_from_another_working_folder(begun, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("teacher", "start", "elsewhere"):
+        (tmp_path / name).mkdir()
+    task = Task(teacher="~/teacher", prompts=Path("prompts.txt"), start="start")
+    out = begun(task, RunConfig())
+    settings = yaml.safe_load((out / "run.yaml").read_text())
+    assert settings["teacher"] == str(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for start in ("../start", "~/start"):
+        open_folder(out, dataclasses.replace(task, start=start), RunConfig(), TEXTS, TEACHER)
+    # The start is behind it, and need not be kept for the same command.
+    (tmp_path / "start").rmdir()
+    open_folder(out, dataclasses.replace(task, start="../start"), RunConfig(), TEXTS, TEACHER)
+
+
+def test_a_folder_of_pictures_is_not_the_shipped_teacher(tmp_path, monkeypatch):
+    """What is read is the model that ships; its name is what is noted, for `report`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    task = Task(teacher="tiny", prompts=Path("prompts.txt"))
+    open_folder(tmp_path / "run", task, RunConfig(), TEXTS, TEACHER)
+    assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["teacher"] == "tiny"
 
 
 def test_a_folder_goes_on_with_its_own_teacher_alone(begun, tmp_path):

@@ -31,6 +31,15 @@ def test_a_pool_starts_as_noise_at_time_one():
     assert (np.asarray(states.guidance) <= 5.0).all()
 
 
+def test_the_draws_fill_their_ranges():
+    pool = make(groups=16, guidance=(2.0, 4.0), on_policy=0.25).start(3)
+    guidance = np.sort(np.asarray(pool.guidance).ravel())
+    np.testing.assert_allclose(guidance, np.linspace(2.0, 4.0, guidance.size), atol=0.3)
+    assert set(np.asarray(pool.prompt).ravel()) == set(range(10))
+    assert set(np.asarray(pool.schedule).ravel()) == {0, 1}
+    assert abs(float(pool.on_policy.mean()) - 0.25) < 0.1
+
+
 def test_a_trajectory_is_the_samplers_and_then_another_begins():
     """With the velocity of a straight line to a point, Euler's method ends at the point."""
     rules = make(on_policy=0.0)

@@ -573,6 +573,17 @@ def test_layers_are_measured_against_the_teacher(teacher, student):
     assert inspect_student(student, "nowhere/at-all")[1] == {}
 
 
+def test_models_may_lie_in_the_home_folder(tmp_path, teacher, student, monkeypatch):
+    (tmp_path / "teacher").symlink_to(teacher)
+    (tmp_path / "student").symlink_to(student)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = make_run(tmp_path / "run", teacher="~/teacher")
+    page = Page(report(folder, "--student", "~/student"))
+    assert "Error of the weights by block" in page.text
+    again = Page(report(folder, "--student", "~/student", "--teacher", "~/teacher", "--force"))
+    assert "Error of the weights by block" in again.text
+
+
 def test_a_teacher_that_is_no_checkpoint_any_more_is_named(tmp_path, student):
     gone = tmp_path / "teacher"
     gone.mkdir()

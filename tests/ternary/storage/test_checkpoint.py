@@ -23,6 +23,7 @@ from flux_jax.checkpoint import inspect_checkpoint, load_checkpoint
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.linears import linears, replace_linears
+from flux_jax.lora import LoRALinear
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.sharding import make_mesh
 from flux_jax.tree import to_flat
@@ -387,6 +388,26 @@ def test_a_path_may_be_text_and_a_module_is_inspected_as_it_would_be_stored(
     stored = inspection.inspect_checkpoint(str(tmp_path / "m"))
     assert inspection.inspect_checkpoint("~/m") == stored
     assert inspection.inspect_checkpoint(model) == stored
+
+
+@pytest.mark.parametrize("kind", [FakeTernaryLinear, TernaryLinear])
+def test_what_its_config_does_not_describe_is_refused(teacher, tmp_path, kind):
+    """As after a block was taken out by hand."""
+    model = student(teacher, QuantConfig(), kind)
+    model.double_blocks = nnx.List([])
+    with pytest.raises(UserError, match=r"parameters of the transformer, as `double_blocks\.0\."):
+        save_checkpoint(tmp_path / "m", model, rest=teacher)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_stored_of_a_lora_is_nothing(teacher):
+    model = student(teacher, QuantConfig(), TernaryLinear)
+    block = model.double_blocks[0]
+    rows, columns = dense_shapes(model.config)["double_blocks.0.img_attn.qkv.weight"]
+    qkv, a, b = block.img_attn.qkv, jnp.ones((1, columns)), jnp.ones((rows, 1))
+    block.img_attn.qkv = LoRALinear(qkv, a, b)
+    with pytest.raises(UserError, match="has LoRAs beside its weights: unload them first"):
+        inspection.inspect_checkpoint(model)
 
 
 def test_a_dense_module_has_nothing_to_inspect(teacher):
