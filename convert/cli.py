@@ -105,8 +105,10 @@ def _run(
     from tqdm import tqdm
 
     from convert import engine
+    from flux_jax.cli.common import naming_options
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(naming_options())
         bars: list[tqdm] = []
 
         def start(nbytes: int) -> None:

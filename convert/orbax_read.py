@@ -94,7 +94,7 @@ class OrbaxReader:
             try:
                 stores[name] = future.result()
             except (ValueError, RuntimeError) as error:
-                raise self._damaged(name, first_line(error)) from error
+                raise self._damaged(name, _reason(error)) from error
         return stores
 
     def _damaged(self, name: str, reason: str) -> UserError:
@@ -106,7 +106,7 @@ class OrbaxReader:
         try:
             out[...] = part.read().result()
         except (ValueError, RuntimeError) as error:
-            raise self._damaged(name, first_line(error)) from error
+            raise self._damaged(name, _reason(error)) from error
 
     def check_chunks(self) -> None:
         """Look for the file of every chunk, and at its size where it is not compressed.
@@ -145,6 +145,11 @@ class OrbaxReader:
     def close(self) -> None:
         """Let go of the arrays."""
         self._stores = {}
+
+
+def _reason(error: BaseException) -> str:
+    """TensorStore's words, without the specification of the array that it puts behind them."""
+    return first_line(error).partition(" [tensorstore_spec=")[0]
 
 
 def restore_onto(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

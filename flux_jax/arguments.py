@@ -163,7 +163,9 @@ def seeds_and_keys(
         # Several at a time, as Python's numbers.
         listed = np.asarray(seed).tolist() if len(getattr(seed, "shape", ())) == 1 else seed
         if not isinstance(listed, Sequence) or isinstance(listed, str) or len(listed) != count:
-            raise UserError(f"seed must be one integer or {count}, one per image, got {seed!r}")
+            raise UserError(
+                f"seed must be one integer or a list of {count}, one per image, got {seed!r}"
+            )
         seeds = tuple(integer("seed", each, least=0) for each in listed)
     if max(seeds) >= SEED_LIMIT:
         raise UserError(f"seed must be below 2**32 for every image, got {max(seeds)}")
@@ -185,7 +187,9 @@ def _keys(key: Any, count: int) -> Array:
     if key.shape == ():
         return _folded(key, jax.device_put(np.arange(count, dtype=np.uint32)))
     if key.shape != (count,):
-        raise UserError(f"key must be one key or {count}, one per image, got shape {key.shape}")
+        raise UserError(
+            f"key must be one key or an array of {count}, one per image, got shape {key.shape}"
+        )
     return key
 
 

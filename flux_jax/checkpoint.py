@@ -235,7 +235,7 @@ def inspect_checkpoint(path_or_repo_id: str | Path, *, revision: str | None = No
 
 
 def load_lora(path_or_repo_id: str | Path, config: FluxConfig, *, scale: float = 1.0) -> LoRA:
-    """A LoRA of a FLUX.1 transformer, in the names of diffusers, kohya, ComfyUI or XLabs.
+    """A LoRA of a FLUX.1 transformer, in any of the names that `docs/pipeline.md` lists.
 
     Args:
       path_or_repo_id: a safetensors file, a folder with one, a hub id with the file that diffusers

@@ -118,7 +118,7 @@ def _width(name: str) -> int:
 
 
 def compiled_tiles(folder: Path) -> Iterator[tuple[str, str]]:
-    """(what it is of, SASS) of every kernel for many and few rows of the H200's table and of the rules.
+    """(what it is of, SASS) of kernels for many and few rows: the H200's table's and the rules'.
 
     Args:
       folder: where the compiler leaves it.

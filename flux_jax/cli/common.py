@@ -165,6 +165,8 @@ _OPTION_OF = {
     "seed": "--seed",
     "limit": "--limit",
     "text_encoders": "--text-encoders",
+    "dtype": "--dtype",
+    "to": "--to",
     "prompt": "PROMPT",
 }
 

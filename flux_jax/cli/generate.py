@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flux_jax.assets import REPO_ID
+from flux_jax.assets import REPO_ID, SHIPPED
 from flux_jax.cli import common
 from flux_jax.cli.many import generate_many
 from flux_jax.errors import UserError
@@ -290,20 +290,25 @@ def _settings(
 
 
 def _check_here(replay: Path, option: str, named: str, place: str) -> None:
-    """Refuse to download what a record names: it may be a stranger's.
+    """Refuse what a record names and is not here; to download it unasked: it may be a stranger's.
 
     Args:
       replay: the image with the record.
       option: that names the same thing.
       named: what the record has for it.
-      place: a path, or a hub id with or without a file.
+      place: a path, a hub id with or without a file, or a shipped model's name.
 
     Raises:
-      UserError: it is no path, and the hub's cache has nothing of such a repository.
+      UserError: it is no path, no shipped model, and not in the hub's cache.
     """
-    repository = "/".join(Path(place).parts[:2])
-    if os.path.exists(os.path.expanduser(place)) or not REPO_ID.fullmatch(repository):
+    if place in SHIPPED or os.path.exists(os.path.expanduser(place)):
         return
+    # A relative path is of the folder that the image was drawn from.
+    told = f"{replay} names {named!r}, which is no path from here"
+    remedy = f"give {option} with its path"
+    repository = "/".join(Path(place).parts[:2])
+    if not REPO_ID.fullmatch(repository):
+        raise UserError(f"{told}: {remedy}")
     # Late: only a hub id needs it.
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
@@ -311,6 +316,6 @@ def _check_here(replay: Path, option: str, named: str, place: str) -> None:
     folder = repo_folder_name(repo_id=repository, repo_type="model")
     if not Path(HF_HUB_CACHE, folder, "snapshots").is_dir():
         raise UserError(
-            f"{replay} names {named!r}, which is not on this machine; what an image names is not "
-            f"downloaded unasked: give {option} {named} too"
+            f"{told} and not in the hub's cache; what an image names is not downloaded unasked: "
+            f"{remedy}, or, if it is on the hub, {option} {named}"
         )

@@ -353,8 +353,8 @@ def test_a_hub_id_without_network(out):
     [
         ("--components", "unet", "unknown component unet; there are transformer, text_encoder"),
         ("--components", ",", "--components names none"),
-        ("--dtype", "int4", "dtype must be one of bf16, fp16, fp32, keep"),
-        ("--to", "onnx", "to must be one of flax, diffusers, bfl"),
+        ("--dtype", "int4", "error: --dtype must be one of bf16, fp16, fp32, keep"),
+        ("--to", "onnx", "error: --to must be one of flax, diffusers, bfl"),
     ],
 )
 def test_an_option_that_is_not_there(folder, out, option, value, said):

@@ -143,6 +143,20 @@ def test_a_converted_checkpoint_draws_the_same_image(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("option", "named"), [("--model", "rounded"), ("--lora", "style.safetensors:0.5")]
+)
+def test_replay_from_another_folder_says_what_the_image_names(folder, tmp_path, option, named):
+    """A relative path in a record is of the folder that the image was drawn from."""
+    out = tmp_path / "image.png"
+    draw(folder, out, "a red circle", "--seed", 5)
+    changes = {"model": named} if option == "--model" else {"loras": (named,)}
+    save_png(Image.open(out), out, dataclasses.replace(read_png(out), **changes))
+    message = only_line(run("generate", "--replay", out, "--out", tmp_path / "b.png", code=2))
+    told = f"{out} names {named!r}, which is no path from here: give {option} with its path"
+    assert message == f"error: {told}"
+
+
+@pytest.mark.parametrize(
     ("option", "named"),
     [
         ("--model", "someone/model"),
@@ -168,8 +182,9 @@ def test_replay_downloads_nothing_that_only_the_image_names(
     changes = {"model": named} if option == "--model" else {"loras": (named,)}
     save_png(Image.open(out), out, dataclasses.replace(read_png(out), **changes))
     message = only_line(run("generate", "--replay", out, "--out", tmp_path / "b.png", code=2))
-    assert f"names {named!r}, which is not on this machine" in message
-    assert message.endswith(f"give {option} {named} too")
+    assert f"names {named!r}, which is no path from here and not in the hub's cache" in message
+    remedy = f"give {option} with its path, or, if it is on the hub, {option} {named}"
+    assert message.endswith(remedy)
     assert asked == []
     # Asked for, or there already, it is looked up as ever.
     run("generate", "--replay", out, "--out", tmp_path / "b.png", option, named, code=2)

@@ -606,7 +606,7 @@ def test_a_mesh_that_the_caller_has_set_is_not_ours(pipe, kind):
         ({"output_type": "jpeg"}, "output_type must be one of pil, np, latent, got 'jpeg'"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"seed": 2**32}, r"seed must be below 2\*\*32 for every image, got 4294967296"),
-        ({"seed": [1, 2]}, r"seed must be one integer or 1, one per image, got \[1, 2\]"),
+        ({"seed": [1, 2]}, r"seed must be one integer or a list of 1, one per image, got \[1, 2\]"),
         ({"seed": 1, "key": jax.random.key(0)}, "pass seed or key, not both"),
         ({"key": jax.random.split(jax.random.key(0), 3)}, r"got shape \(3,\)"),
         ({"latents": np.zeros((1, 4, 15))}, r"shape \(1, 4, 16\) .* got \(1, 4, 15\)"),
