@@ -84,7 +84,9 @@ def test_scale(value):
     "value", ["7", 7.5, [1, 2, 3], [1, "2"], np.arange(3), np.zeros((1, 2), int), np.ones(2)]
 )
 def test_seed(value):
-    with pytest.raises(UserError, match=r"seed must be (one integer or a list of 2|a whole number)"):
+    with pytest.raises(
+        UserError, match=r"seed must be (one integer or a list of 2|a whole number)"
+    ):
         arguments.seeds_and_keys(value, None, 2)
 
 
