@@ -15,13 +15,13 @@ SOME, WARPS = 8, 4
 
 
 def settings(
-    strides: Sequence[int], *, heads: int, width: int, eps: float
+    strides: Sequence[int], *, heads: int, group: int, width: int, eps: float
 ) -> dict[str, int | float]:
     """The constants of a compilation, as `triton_heads_kernel` names them.
 
     Args:
       strides: channels of a row of the first and of the last projection.
-      heads, width: how many there are, and channels of one.
+      heads, group, width: how many there are, how many are written together, and channels of one.
       eps: of the norms.
     """
     first, last = strides[0], strides[-1]
@@ -32,6 +32,7 @@ def settings(
         "WIDTH": width,
         "SOME": SOME,
         "EPS": eps,
+        "GROUP": group,
     }
 
 
@@ -59,6 +60,7 @@ def attention_heads(
         cos,
         sin,
         heads=heads,
+        group=heads,
         eps=eps,
     )
 
@@ -84,8 +86,8 @@ def grouped_heads(
         cos,
         sin,
         heads=heads,
+        group=group,
         eps=eps,
-        GROUP=group,
     )
 
 
@@ -97,8 +99,8 @@ def _call(
     sin: Array,
     *,
     heads: int,
+    group: int,
     eps: float,
-    **constants: int,
 ) -> Any:
     # Optional, and not on every machine that this is checked on.
     import jax_triton  # pyright: ignore[reportMissingImports]
@@ -107,7 +109,7 @@ def _call(
     batch, tokens = first[0].shape[:2]
     length, width = cos.shape[0], 2 * cos.shape[1]
     strides = [one[0].shape[-1] for one in projections]
-    every: dict[str, Any] = settings(strides, heads=heads, width=width, eps=eps) | constants
+    constants: dict[str, Any] = settings(strides, heads=heads, group=group, width=width, eps=eps)
     return jax_triton.triton_call(
         *first,
         *last,
@@ -120,5 +122,5 @@ def _call(
         grid=(batch * length, -(-heads // SOME)),
         num_warps=WARPS,
         num_stages=1,
-        **every,
+        **constants,
     )

@@ -7,7 +7,7 @@ Names in capitals are constants of a compilation:
     HEADS, WIDTH: heads, and channels of one.
     SOME: heads of a program, a power of two.
     EPS: of the norms.
-    GROUP: heads of a group.
+    GROUP: heads that are written together; all of them where they are not grouped.
 """
 
 # Triton's language is not Python's: what a type checker would say of it is of no use.
@@ -36,7 +36,7 @@ def turned(x, scale_ptr, cos, sin, SOME: tl.constexpr, WIDTH: tl.constexpr, EPS:
 
 
 @jit
-def heads_of_a_token(
+def normalize_and_rotate(
     first_ptr,
     first_q_ptr,
     first_k_ptr,
@@ -47,17 +47,24 @@ def heads_of_a_token(
     sin_ptr,
     first_length,
     length,
+    q_ptr,
+    k_ptr,
+    v_ptr,
     FIRST_STRIDE: tl.constexpr,
     SECOND_STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     SOME: tl.constexpr,
     EPS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """The program's part of q, k and v, (SOME, WIDTH) each, from rows [q | k | v | ...].
+    """q, k, v (B, length, HEADS, WIDTH) from rows [q | k | v | ...] of two sequences.
 
     Tokens before `first_length` are the first's, (B, first_length, FIRST_STRIDE), with its scales
     (WIDTH,); the others the second's. Cosines and sines are (length, WIDTH / 2) float32.
+
+    Of fewer heads a group, what is written is (B, length, GROUP, WIDTH) for each group, with room
+    for two more of that size behind it.
     """
     token = tl.program_id(0)
     batch = token // length
@@ -82,58 +89,12 @@ def heads_of_a_token(
     pair = tl.broadcast_to(tl.arange(0, WIDTH // 2)[None, :], (SOME, WIDTH // 2))
     cos = tl.load(cos_ptr + at * (WIDTH // 2) + pair)
     sin = tl.load(sin_ptr + at * (WIDTH // 2) + pair)
-    q = turned(q, q_scale_ptr, cos, sin, SOME, WIDTH, EPS)
-    k = turned(k, k_scale_ptr, cos, sin, SOME, WIDTH, EPS)
-    return q, k, v
-
-
-@jit
-def normalize_and_rotate(
-    first_ptr,
-    first_q_ptr,
-    first_k_ptr,
-    second_ptr,
-    second_q_ptr,
-    second_k_ptr,
-    cos_ptr,
-    sin_ptr,
-    first_length,
-    length,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    FIRST_STRIDE: tl.constexpr,
-    SECOND_STRIDE: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SOME: tl.constexpr,
-    EPS: tl.constexpr,
-):
-    """q, k, v (B, length, HEADS, WIDTH); the arguments are those of `heads_of_a_token`."""
-    q, k, v = heads_of_a_token(
-        first_ptr,
-        first_q_ptr,
-        first_k_ptr,
-        second_ptr,
-        second_q_ptr,
-        second_k_ptr,
-        cos_ptr,
-        sin_ptr,
-        first_length,
-        length,
-        FIRST_STRIDE,
-        SECOND_STRIDE,
-        HEADS,
-        WIDTH,
-        SOME,
-        EPS,
-    )
-    head = tl.program_id(1) * SOME + tl.arange(0, SOME)
-    is_there = (head < HEADS)[:, None]
-    inside = head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    written = tl.program_id(0).to(tl.int64) * (HEADS * WIDTH) + inside
-    tl.store(q_ptr + written, q, mask=is_there)
-    tl.store(k_ptr + written, k, mask=is_there)
+    group = head // GROUP
+    row = (group * 3).to(tl.int64) * tl.num_programs(0) + token
+    start = row * (GROUP * WIDTH) + (head - group * GROUP) * WIDTH
+    written = start[:, None] + channel[None, :]
+    tl.store(q_ptr + written, turned(q, q_scale_ptr, cos, sin, SOME, WIDTH, EPS), mask=is_there)
+    tl.store(k_ptr + written, turned(k, k_scale_ptr, cos, sin, SOME, WIDTH, EPS), mask=is_there)
     tl.store(v_ptr + written, v, mask=is_there)
 
 
@@ -158,8 +119,9 @@ def normalize_and_rotate_grouped(
     EPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """q, k and v of every `GROUP` heads together: (HEADS / GROUP, 3, B, length, GROUP, WIDTH)."""
-    q, k, v = heads_of_a_token(
+    """The same, in one array (HEADS / GROUP, 3, B, length, GROUP, WIDTH)."""
+    apart = tl.num_programs(0).to(tl.int64) * (GROUP * WIDTH)
+    normalize_and_rotate(
         first_ptr,
         first_q_ptr,
         first_k_ptr,
@@ -170,22 +132,14 @@ def normalize_and_rotate_grouped(
         sin_ptr,
         first_length,
         length,
+        qkv_ptr,
+        qkv_ptr + apart,
+        qkv_ptr + 2 * apart,
         FIRST_STRIDE,
         SECOND_STRIDE,
         HEADS,
         WIDTH,
         SOME,
         EPS,
+        GROUP,
     )
-    head = tl.program_id(1) * SOME + tl.arange(0, SOME)
-    is_there = (head < HEADS)[:, None]
-    tokens = tl.num_programs(0)
-    group = head // GROUP
-    row = (group * 3).to(tl.int64) * tokens + tl.program_id(0)
-    start = row * (GROUP * WIDTH) + (head - group * GROUP) * WIDTH
-    written = start[:, None] + tl.arange(0, WIDTH)[None, :]
-    # From q to k, and from k to v.
-    apart = tokens.to(tl.int64) * (GROUP * WIDTH)
-    tl.store(qkv_ptr + written, q, mask=is_there)
-    tl.store(qkv_ptr + apart + written, k, mask=is_there)
-    tl.store(qkv_ptr + 2 * apart + written, v, mask=is_there)

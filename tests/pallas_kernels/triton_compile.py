@@ -98,12 +98,11 @@ def compile_heads(
 
     qkv = 3 * heads * width
     strides = [qkv] * (len(lengths) - 1) + [qkv + 4 * heads * width]
-    constants = triton_heads.settings(strides, heads=heads, width=width, eps=1e-6)
-    if groups is None:
-        function = triton_heads_kernel.normalize_and_rotate
-    else:
+    group = heads // (groups or 1)
+    constants = triton_heads.settings(strides, heads=heads, group=group, width=width, eps=1e-6)
+    function = triton_heads_kernel.normalize_and_rotate
+    if groups is not None:
         function = triton_heads_kernel.normalize_and_rotate_grouped
-        constants["GROUP"] = heads // groups
     types = {name: "*bf16" for name in function.arg_names if name.endswith("_ptr")}
     types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "first_length": "i32", "length": "i32"}
     return _compile(function, capability, types, constants, triton_heads.WARPS, 1)
