@@ -26,6 +26,7 @@ from pallas_kernels.backends import describe, device_of, why_not
 from pallas_kernels.checking import CASES, Case, arguments, check, make, public_op
 from pallas_kernels.tiles import (
     CODE,
+    INT8_TILES,
     LATE,
     SHARED,
     SHARED_BYTES,
@@ -47,9 +48,8 @@ TILES = [
     Tile(along_n=True, band=16),
     Tile(lag=1, flight=3),
     Tile(planes=2, stages=8, lag=1),
-    Tile(tokens=144, stages=3, code_stages=3, store=48, flight=1),
-    Tile(rows=64, tokens=64, stages=6),
     Tile(rows=64, tokens=256, planes=2, stages=4, lag=1),
+    *(tile for tile, _ in INT8_TILES[1:]),
 ]
 TILES_16 = [
     Tile(planes=2),
