@@ -167,6 +167,10 @@ LAYOUTS = {
         title="FLUX.1-dev, 1024 x 1024, one step",
         columns=(("step", "time"), ("times", "of that without"), ("weights", "weights")),
     ),
+    "lora_adaptation": Layout(
+        title="48 held-out prompts, 28 steps, the same noise",
+        columns=(("psnr", "against the teacher with the LoRA"), ("light", "mean of all pixels")),
+    ),
     "composition": Layout(
         title="composition score, 720 held-out prompts, guidance 3.5, 28 steps",
         rows=(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flux_jax.checkpoint import load_checkpoint as load_checkpoint
     from flux_jax.checkpoint import load_lora as load_lora
     from flux_jax.checkpoint import save_checkpoint as save_checkpoint
+    from flux_jax.checkpoint import save_lora as save_lora
     from flux_jax.clip import CLIPTextEncoder as CLIPTextEncoder
     from flux_jax.configs import AutoencoderConfig as AutoencoderConfig
     from flux_jax.configs import CLIPTextConfig as CLIPTextConfig
@@ -60,6 +61,7 @@ _HOME = {
     "make_mesh": "sharding",
     "read_png": "metadata",
     "save_checkpoint": "checkpoint",
+    "save_lora": "checkpoint",
     "save_png": "metadata",
     "text_ids": "rope",
 }

@@ -253,6 +253,23 @@ def load_lora(path_or_repo_id: str | Path, config: FluxConfig, *, scale: float =
     return dataclasses.replace(found, path=str(path_or_repo_id), scale=scale)
 
 
+def save_lora(path: str | Path, lora: LoRA, config: FluxConfig, *, force: bool = False) -> None:
+    """Write a LoRA in diffusers' names, which this package, diffusers, PEFT and ComfyUI read.
+
+    Args:
+      path: the safetensors file; it appears complete or not at all.
+      lora: its scale is multiplied in.
+      config: of the transformer that it is for.
+      force: replace a file that is there.
+
+    Raises:
+      UserError: another suffix, a file that is there, or one that cannot be written.
+    """
+    from convert import hub, lora_write
+
+    lora_write.write_lora(hub.local_path(path), lora, config, force=force)
+
+
 def save_checkpoint(
     path: str | Path,
     modules: Mapping[str, nnx.Module],

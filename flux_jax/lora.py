@@ -183,6 +183,21 @@ def detach(transformer: FluxTransformer) -> None:
     )
 
 
+def attached(transformer: FluxTransformer) -> LoRA:
+    """What LoRAs have put beside a transformer's weights, as one, its scale 1.
+
+    Raises:
+      UserError: there is none.
+    """
+    layers = {
+        path: LowRank(_host(linear.lora_a), _host(linear.lora_b))
+        for path, linear in linears(transformer, LoRALinear).items()
+    }
+    if not layers:
+        raise UserError("the transformer has no LoRA beside its weights")
+    return LoRA(path="the transformer", layers=layers)
+
+
 def read_name(text: str) -> tuple[str, float]:
     """Path and scale of a LoRA as a command line has it: PATH or PATH:SCALE.
 

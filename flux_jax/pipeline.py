@@ -26,7 +26,7 @@ from flux_jax.fingerprint import (
 )
 from flux_jax.functional import common_sharding
 from flux_jax.kernels import suit_mesh, use_kernels
-from flux_jax.lora import LoRA, attach, detach
+from flux_jax.lora import LoRA, attach, attached, detach
 from flux_jax.metadata import GenerationRecord
 from flux_jax.outputs import Callback, FluxOutput, Preview
 from flux_jax.parts import (
@@ -240,6 +240,22 @@ class FluxPipeline:
             attach(self.transformer, lora)
         # By name: what was read is on the device now.
         self._loras += (str(lora),)
+
+    def save_lora(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the LoRAs beside the transformer's weights as one, as after training them.
+
+        Args:
+          path: the safetensors file; see `flux_jax.save_lora`.
+          force: replace a file that is there.
+
+        Raises:
+          UserError: there is no LoRA, or the file cannot be written.
+        """
+        from flux_jax.checkpoint import save_lora
+
+        with self._weights_on_device():
+            lora = attached(self.transformer)
+        save_lora(path, lora, self.transformer.config, force=force)
 
     def unload_loras(self) -> None:
         """Take all LoRAs off the transformer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pallas_kernels.command_line import App, before_commands
+from ternary.commands.adapt import adapt
 from ternary.commands.calibrate import calibrate
 from ternary.commands.distill import distill
 from ternary.commands.inspect import inspect
@@ -18,6 +19,7 @@ app = App(
 app.callback()(before_commands)
 app.command()(calibrate)
 app.command()(distill)
+app.command()(adapt)
 app.command()(report)
 app.command()(quantize)
 app.command()(inspect)

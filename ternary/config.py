@@ -175,6 +175,43 @@ class CalibrateConfig:
         check_counts(self, "seed", least=0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """How a teacher's LoRA is adapted to a student.
+
+    Attributes:
+      steps: optimiser steps.
+      batch_size: states of a step.
+      learning_rate: at its highest; it rises over the first steps and falls over the second half.
+      remat: recompute blocks in the gradient, where memory is short.
+      seed: of every draw.
+      checkpoint_every: steps from one checkpoint to the next.
+    """
+
+    steps: int = 300
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    remat: bool = False
+    seed: int = 0
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "batch_size", "checkpoint_every")
+        check_counts(self, "seed", least=0)
+        # What is wrong with the others is said here too.
+        self.training()
+
+    def training(self) -> DistillConfig:
+        """The same for the optimiser."""
+        return DistillConfig(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup=10,
+            decay=0.5,
+            remat=self.remat,
+        )
+
+
 def scale_shape(granularity: str, out_features: int, in_features: int) -> tuple[int, ...]:
     """The shape of a weight's scale: (), (N,) or (N, G)."""
     return {

@@ -32,6 +32,7 @@ class Table:
         unfinished.replace(path)
         self.last = dict(zip(columns, rows[-1], strict=True)) if rows else None
         self._columns = tuple(columns)
+        self._path = path
         self._file = path.open("a", newline="")
         self._rows = csv.writer(self._file)
 
@@ -40,6 +41,10 @@ class Table:
         for row in rows:
             self._rows.writerow([_cell(row[name]) for name in self._columns])
         self._file.flush()
+
+    def read(self) -> list[dict[str, str]]:
+        """All rows, their cells by column."""
+        return [dict(zip(self._columns, r, strict=True)) for r in _read(self._path, self._columns)]
 
     def close(self) -> None:
         """Close the file."""

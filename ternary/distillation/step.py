@@ -135,9 +135,16 @@ class StepFunction:
         self._latent = latent_names(student)
         self._guided = teacher.config.guidance_embed
 
-    def _velocity(
-        self, model: FluxTransformer, states: States, text: PromptRows, *, blocks: bool, remat: bool
+    def velocity(
+        self,
+        model: FluxTransformer,
+        states: States,
+        text: PromptRows,
+        *,
+        blocks: bool = False,
+        remat: bool = False,
     ) -> tuple[Float[Array, "B I P"], list[Float[Array, "B L C"]]]:
+        """A model's velocity at some states, float32, and its blocks' outputs if asked for."""
         leave_to_xla(model)
         dtype = model.dtype
         grid = jnp.asarray(image_ids(*self._grid))
@@ -171,7 +178,7 @@ class StepFunction:
         """The teacher's velocity, and its blocks' outputs if they are to be compared."""
         text = _text(prompts, states)
         blocks = self.config.block_loss > 0.0
-        return self._velocity(self._teacher(teacher), states, text, blocks=blocks, remat=False)
+        return self.velocity(self._teacher(teacher), states, text, blocks=blocks, remat=False)
 
     def loss(
         self,
@@ -183,7 +190,7 @@ class StepFunction:
         """The loss at some states; also the student's velocity there and the metrics of a pass."""
         model = self.student(params)
         wanted, wanted_blocks = target
-        velocity, blocks = self._velocity(
+        velocity, blocks = self.velocity(
             model,
             states,
             _text(prompts, states),

@@ -9,16 +9,17 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from convert.lora import read_lora
 from convert.maps.transformer import diffusers_map
 from convert.safetensors_write import write_file
+from flux_jax.checkpoint import load_lora, save_lora
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.lora import linear_shapes
 from tests.convert.models import Arrays
-from tests.lora_files import bfl_name, random_factors, write_lora
+from tests.lora_files import bfl_name, random_factors, small_lora, write_lora
 
 CONFIG = FluxConfig(
     in_channels=8,
@@ -305,3 +306,39 @@ def test_settings_that_cannot_be_used(tmp_path, settings, message):
     write_lora(path, {PROJ: FACTORS[PROJ]}, metadata={"lora_adapter_metadata": settings})
     with pytest.raises(UserError, match=message):
         read_lora(path, CONFIG)
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def products(lora):
+    return {n: lora.scale * (change.b @ change.a) for n, change in lora.layers.items()}
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    """Of every linear, those whose rows several of diffusers' weights have among them."""
+    lora = load_lora(small_lora(tmp_path / "ours.safetensors", CONFIG), CONFIG, scale=-0.5)
+    save_lora(tmp_path / "written.safetensors", lora, CONFIG)
+    again = load_lora(tmp_path / "written.safetensors", CONFIG)
+    expected = products(lora)
+    assert products(again).keys() == expected.keys()
+    for name, found in products(again).items():
+        np.testing.assert_allclose(found, expected[name], rtol=1e-5, atol=1e-7)
+    names = load_file(tmp_path / "written.safetensors")
+    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in names
+    assert "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight" in names
+
+
+def test_a_lora_that_cannot_be_written_is_refused(tmp_path):
+    path = small_lora(tmp_path / "ours.safetensors", CONFIG)
+    before, lora = path.read_bytes(), load_lora(path, CONFIG)
+    with pytest.raises(UserError, match=r"exists: --force replaces it"):
+        save_lora(path, lora, CONFIG)
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match=r"is written to a \.safetensors file"):
+        save_lora(tmp_path / "lora.bin", lora, CONFIG)
+    with pytest.raises(UserError, match="cannot|No such"):
+        save_lora(tmp_path / "absent" / "lora.safetensors", lora, CONFIG)
+    save_lora(path, lora, CONFIG, force=True)
+    assert path.read_bytes() != before
+    assert list(tmp_path.iterdir()) == [path]

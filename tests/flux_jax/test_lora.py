@@ -261,7 +261,10 @@ def test_on_a_mesh(file, axes):
 
 
 def test_a_lora_of_the_teacher_acts_on_its_packed_student(tmp_path):
-    """It takes the student, packed at two bits, to where it takes the teacher."""
+    """It brings this picture of the student, packed at two bits, nearer to the teacher's with it.
+
+    How much, and when it does not: "The teacher's LoRAs" in docs/distillation.md.
+    """
     teacher = FluxPipeline.from_pretrained("tiny")
     student = FluxPipeline.from_pretrained("tiny-ternary", text_encoders=teacher.text_encoders)
     shapes = linear_shapes(teacher.transformer.config)
@@ -282,6 +285,25 @@ def test_a_lora_of_the_teacher_acts_on_its_packed_student(tmp_path):
     assert psnr(without, before)[0] > 35
     assert psnr(after, before)[0] < 30
     assert psnr(within, after)[0] > psnr(without, after)[0] + 2
+
+
+def test_a_pipeline_writes_what_it_has(file, tmp_path):
+    """Two LoRAs as one, their scales multiplied in; none is refused."""
+    pipe = small_pipeline()
+    with pytest.raises(UserError, match="has no LoRA"):
+        pipe.save_lora(tmp_path / "both.safetensors")
+    pipe.load_lora(file, scale=0.5)
+    pipe.load_lora(small_lora(tmp_path / "other.safetensors", TRANSFORMER, seed=2))
+    expected = drawn(pipe).images
+    pipe.save_lora(tmp_path / "both.safetensors")
+    with pytest.raises(UserError, match="exists"):
+        pipe.save_lora(tmp_path / "both.safetensors")
+    pipe.unload_loras()
+    pipe.load_lora(tmp_path / "both.safetensors")
+    # Of q, k and v each has all of the rank, and so zeros are added to other sums.
+    assert psnr(drawn(pipe).images, expected)[0] > 80
+    pipe.unload_loras()
+    assert psnr(drawn(pipe).images, expected)[0] < 60
 
 
 @pytest.mark.parametrize("activation_bits", [16, 8])

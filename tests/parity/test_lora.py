@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.maps import transformer as transformer_map
-from flux_jax.checkpoint import load_lora
+from flux_jax.checkpoint import load_lora, save_lora
 from flux_jax.configs import FluxConfig
-from flux_jax.lora import attach, detach
+from flux_jax.lora import attach, detach, linear_shapes
 from flux_jax.transformer import FluxTransformer
+from tests.lora_files import random_factors as small_factors
+from tests.lora_files import write_lora
 from tests.parity.common import TOLERANCE, ours, perturb_vectors, relative_error, run
 from tests.parity.test_transformer import diffusers_arguments, draw, positional
 
@@ -124,6 +126,16 @@ def test_what_peft_saves(models, tmp_path):
     random_factors(wrapped)
     wrapped.save_pretrained(tmp_path / "lora")
     check(model, transformer, tmp_path / "lora", least=0.005)
+
+
+def test_what_we_write(models, tmp_path):
+    """diffusers with our file draws what we do."""
+    model, transformer = models
+    shapes = linear_shapes(CONFIG)
+    lora = load_lora(write_lora(tmp_path / "in.safetensors", small_factors(shapes)), CONFIG)
+    save_lora(tmp_path / "out.safetensors", lora, CONFIG)
+    model.load_lora_adapter(load_file(tmp_path / "out.safetensors"), prefix="transformer")
+    check(model, transformer, tmp_path / "in.safetensors")
 
 
 def test_scale_multiplies(models, tmp_path):
