@@ -241,16 +241,23 @@ def _read(reader: SafetensorsReader, name: str) -> np.ndarray:
 
 
 def _stacked(parts: list[tuple[_Place, LowRank]], rows: int) -> LowRank:
-    """Changes of parts of a weight's rows as one change of the whole."""
-    rank = sum(change.a.shape[0] for _, change in parts)
-    b = np.zeros((rows, rank), np.float32)
-    column = 0
+    """Changes of parts of a weight's rows as one change of the whole.
+
+    Parts with the same first factor, as those of a weight that was one when it was trained, share
+    it: the rank, and with it a step's work, would else be the sum of theirs.
+    """
+    firsts: list[np.ndarray] = []
+    seconds: list[np.ndarray] = []
     for place, change in parts:
-        columns = slice(column, column := column + change.a.shape[0])
+        same = (n for n, first in enumerate(firsts) if np.array_equal(first, change.a))
+        number = next(same, len(firsts))
+        if number == len(firsts):
+            firsts.append(change.a)
+            seconds.append(np.zeros((rows, change.a.shape[0]), np.float32))
         for run in place.runs:
             source = slice(run.source_row, run.source_row + run.rows)
-            b[run.target_row : run.target_row + run.rows, columns] = change.b[source]
-    return LowRank(np.concatenate([change.a for _, change in parts]), b)
+            seconds[number][run.target_row : run.target_row + run.rows] = change.b[source]
+    return LowRank(np.concatenate(firsts), np.concatenate(seconds, axis=1))
 
 
 def _places(config: FluxConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[str, _Place]:
