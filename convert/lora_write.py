@@ -12,7 +12,7 @@ from convert.safetensors_header import SUFFIX
 from flux_jax.configs import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.files import write_whole, writing
-from flux_jax.lora import LoRA, linear_shapes
+from flux_jax.lora import LoRA, check_fits, linear_shapes
 
 
 def write_lora(path: Path, lora: LoRA, config: FluxConfig, *, force: bool = False) -> None:
@@ -28,12 +28,14 @@ def write_lora(path: Path, lora: LoRA, config: FluxConfig, *, force: bool = Fals
       force: replace a file that is there.
 
     Raises:
-      UserError: another suffix, a file that is there, or one that cannot be written.
+      UserError: another suffix, a file that is there or cannot be written, or a LoRA that does not
+        fit the transformer.
     """
     if path.suffix != SUFFIX:
         raise UserError(f"{path}: a LoRA is written to a {SUFFIX} file, got another name")
     if path.exists() and not force:
         raise UserError(f"{path} exists: --force replaces it (in Python, force=True)")
+    check_fits(lora, config)
     shapes, names = linear_shapes(config), diffusers_map(config)
     tensors: dict[str, np.ndarray] = {}
     for layer, change in lora.layers.items():

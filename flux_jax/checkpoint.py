@@ -254,7 +254,7 @@ def load_lora(path_or_repo_id: str | Path, config: FluxConfig, *, scale: float =
 
 
 def save_lora(path: str | Path, lora: LoRA, config: FluxConfig, *, force: bool = False) -> None:
-    """Write a LoRA in diffusers' names, which this package, diffusers, PEFT and ComfyUI read.
+    """Write a LoRA in diffusers' names.
 
     Args:
       path: the safetensors file; it appears complete or not at all.
@@ -263,7 +263,8 @@ def save_lora(path: str | Path, lora: LoRA, config: FluxConfig, *, force: bool =
       force: replace a file that is there.
 
     Raises:
-      UserError: another suffix, a file that is there, or one that cannot be written.
+      UserError: another suffix, a file that is there or cannot be written, or a LoRA that does not
+        fit the transformer.
     """
     from convert import hub, lora_write
 

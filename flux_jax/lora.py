@@ -122,6 +122,24 @@ def check_no_lora(module: nnx.Module) -> None:
         raise UserError("the transformer has LoRAs beside its weights: unload them first")
 
 
+def check_fits(lora: LoRA, config: FluxConfig) -> None:
+    """Whether a transformer of this configuration has what a LoRA changes.
+
+    Raises:
+      UserError: it changes a linear that is not there, or of another shape, or by nothing.
+    """
+    shapes = linear_shapes(config)
+    for path, change in lora.layers.items():
+        changed = (change.b.shape[0], change.a.shape[1])
+        if shapes.get(path) != changed or change.a.shape[0] != change.b.shape[1]:
+            raise UserError(
+                f"{lora.path}: changes {path} by {change.b.shape} x {change.a.shape}, here it is "
+                f"{'no linear' if path not in shapes else f'of shape {shapes[path]}'}"
+            )
+        if change.a.shape[0] == 0:
+            raise UserError(f"{lora.path}: changes {path} by rank 0, which is no change")
+
+
 def attach(transformer: FluxTransformer, lora: LoRA) -> None:
     """Put a LoRA beside the linears that it changes, and beside the LoRAs that are there.
 
@@ -135,16 +153,7 @@ def attach(transformer: FluxTransformer, lora: LoRA) -> None:
     """
     scale = arguments.finite("the scale of a LoRA", lora.scale)
     found = linears(transformer, AnyLinear)
-    shapes = linear_shapes(transformer.config)
-    for path, change in lora.layers.items():
-        changed = (change.b.shape[0], change.a.shape[1])
-        if shapes.get(path) != changed or change.a.shape[0] != change.b.shape[1]:
-            raise UserError(
-                f"{lora.path}: changes {path} by {change.b.shape} x {change.a.shape}, here it is "
-                f"{'no linear' if path not in shapes else f'of shape {shapes[path]}'}"
-            )
-        if change.a.shape[0] == 0:
-            raise UserError(f"{lora.path}: changes {path} by rank 0, which is no change")
+    check_fits(lora, transformer.config)
     example = transformer.img_in.bias
     assert example is not None
     shapes_only = isinstance(example.get_value(), jax.ShapeDtypeStruct)

@@ -336,6 +336,8 @@ def test_a_lora_that_cannot_be_written_is_refused(tmp_path):
         save_lora(tmp_path / "lora.bin", lora, CONFIG)
     with pytest.raises(UserError, match="cannot|No such"):
         save_lora(tmp_path / "absent" / "lora.safetensors", lora, CONFIG)
+    with pytest.raises(UserError, match="here it is of shape"):
+        save_lora(tmp_path / "other.safetensors", lora, FluxConfig.tiny())
     save_lora(path, lora, CONFIG, force=True)
     assert path.read_bytes() != before
     assert list(tmp_path.iterdir()) == [path]
